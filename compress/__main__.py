@@ -1,0 +1,273 @@
+"""The command line: ``compress VERB``; reads arguments, runs one pipeline, prints its result."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from compress.errors import CompressError
+from compress.pipelines.settings import DEFAULT_RUN, Common
+
+app = typer.Typer(
+    name="compress",
+    help="Make language models small and keep them good: prune, quantize, train small, recover onto the full model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: compress prune --ratio 0.5; compress quantize --budget 2.75bit; compress recover; compress eval",
+)
+
+COMMON = "Common options"
+TRAINING = "Training"
+Run = Annotated[
+    Path, typer.Option(help="Workspace folder; holds the chain of stages.", envvar="COMPRESS_RUN", rich_help_panel=COMMON)
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Model to start from: hub id, folder, GGUF file or smollm2-135m (the default).", rich_help_panel=COMMON
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Text: wikitext2, c4, pydoc, self, or a .txt, .jsonl or .parquet file. "
+        "Default: wikitext2 when it is at hand, else pydoc.",
+        rich_help_panel=COMMON,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=COMMON)]
+Dtype = Annotated[
+    str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.", rich_help_panel=COMMON)
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=COMMON)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's).", rich_help_panel=COMMON)]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        help="quick, standard or paper: fills calibration sizes and steps that are not given. "
+        "Default: standard on a GPU, else quick.",
+        rich_help_panel=COMMON,
+    ),
+]
+Redo = Annotated[
+    bool, typer.Option("--redo", help="Replace this stage and drop the stages after it.", rich_help_panel=COMMON)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the settings that would be used and stop.", rich_help_panel=COMMON)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.", rich_help_panel=COMMON)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)]
+MicroBatch = Annotated[int | None, typer.Option(help="Windows per forward pass.", rich_help_panel=TRAINING)]
+Accumulation = Annotated[int | None, typer.Option(help="Forward passes per step.", rich_help_panel=TRAINING)]
+Sequence = Annotated[int | None, typer.Option(help="Tokens per window.", rich_help_panel=TRAINING)]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAINING)]
+Rank = Annotated[int | None, typer.Option(help="Adapter rank.", rich_help_panel=TRAINING)]
+Alpha = Annotated[int | None, typer.Option(help="Adapter alpha (scale = alpha / rank).", rich_help_panel=TRAINING)]
+Dropout = Annotated[float | None, typer.Option(help="Adapter dropout.", rich_help_panel=TRAINING)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """A group of options that several verbs take, as name -> (annotation, default)."""
+
+    options: Mapping[str, tuple[Any, Any]]
+
+
+PLACE = _Shared({"run": (Run, DEFAULT_RUN), "json_": (Json, False), "debug": (Debug, False)})
+EVERYWHERE = _Shared(
+    {
+        "run": (Run, DEFAULT_RUN),
+        "model": (Model, None),
+        "data": (Data, None),
+        "device": (Device, "auto"),
+        "dtype": (Dtype, "auto"),
+        "seed": (Seed, 0),
+        "threads": (Threads, None),
+        "effort": (Effort, None),
+        "redo": (Redo, False),
+        "dry_run": (DryRun, False),
+        "json_": (Json, False),
+        "debug": (Debug, False),
+    }
+)
+TRAINS = _Shared(
+    {
+        "steps": (Steps, None),
+        "micro_batch": (MicroBatch, None),
+        "accumulation": (Accumulation, None),
+        "sequence": (Sequence, None),
+        "lr": (LearningRate, None),
+        "rank": (Rank, None),
+        "alpha": (Alpha, None),
+        "dropout": (Dropout, None),
+    }
+)
+
+
+def _verb(name: str, *shared: _Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a declaration: its own options, then the shared ones, all handed to ``_execute``."""
+
+    def register(declaration: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+            for (parameter, annotation) in zip(
+                inspect.signature(declaration).parameters.values(),
+                get_type_hints(declaration, include_extras=True).values(),
+                strict=False,
+            )
+        ]
+        more = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for group in shared
+            for option, (annotation, default) in group.options.items()
+        ]
+
+        def command(**values: Any) -> None:
+            _execute(name, values)
+
+        signature = inspect.Signature([*own, *more])
+        command.__doc__ = declaration.__doc__
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        app.command(name)(command)
+        return declaration
+
+    return register
+
+
+def _common(values: Mapping[str, Any]) -> Common:
+    return Common(**{name: values[name] for name in Common.__dataclass_fields__ if name in values})
+
+
+def _execute(verb: str, values: dict[str, Any]) -> None:
+    """Run one verb; map every failure to one sentence of cause, one of remedy and an exit code."""
+    as_json, debug = values.pop("json_"), values.pop("debug")
+    common = _common(values)
+    given = {name: value for name, value in values.items() if name not in Common.__dataclass_fields__}
+    try:
+        from compress.pipelines.dispatch import run_verb
+
+        result = run_verb(verb, common, given, quiet=as_json)
+    except CompressError as error:
+        if debug:
+            raise
+        _complain(error.cause, error.remedy)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _complain("Interrupted.", "Finished work is kept: the same command goes on from here.")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        _complain(
+            f"Unexpected {type(error).__name__}: {error}.", "Run it again with --debug and report what that shows."
+        )
+        raise typer.Exit(1) from None
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _complain(cause: str, remedy: str) -> None:
+    sys.stderr.write(f"error: {cause}\n{remedy}\n")
+
+
+@_verb("prune", TRAINS, EVERYWHERE)
+def prune(
+    ratio: Annotated[float | None, typer.Option(help="Fraction of the decoder linear parameters to remove.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="Importance: lora, magnitude or random.")] = None,
+    targets: Annotated[str | None, typer.Option(help="What may go: heads, mlp, or heads,mlp.")] = None,
+    multiple: Annotated[
+        int | None, typer.Option(help="Channel counts are multiples of this (default 64, less on tiny models).")
+    ] = None,
+) -> None:
+    """Remove attention heads and MLP channels; writes a plain, smaller checkpoint."""
+
+
+@_verb("quantize", EVERYWHERE)
+def quantize(
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Stored bits per weight of the linears (2.75bit), or weight file size (90MB, 0.5GiB)."),
+    ] = None,
+    budget_includes: Annotated[
+        str | None,
+        typer.Option(help="factors: the low-rank factors count; none: they do not (the paper's convention)."),
+    ] = None,
+    rank: Annotated[str | None, typer.Option(help="Rank of the low-rank part: auto (per matrix) or a number.")] = None,
+    solver: Annotated[str | None, typer.Option(help="highs, cbc, dynamic or lagrangian.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Most alternations of rounding and low-rank fit.")] = None,
+    menu: Annotated[str | None, typer.Option(help="Formats to choose from: quick, standard or paper.")] = None,
+) -> None:
+    """Store every decoder matrix as quantized + low-rank, bits and ranks chosen under one budget."""
+
+
+@_verb("train", TRAINS, EVERYWHERE)
+def train(
+    method: Annotated[
+        str | None, typer.Option(help="lora: a fresh adapter; lq: start from the quantized model's own factors.")
+    ] = None,
+) -> None:
+    """Train a low-rank adapter on the chain's current (small) model."""
+
+
+@_verb("recover", EVERYWHERE)
+def recover(
+    onto: Annotated[
+        str | None, typer.Option(help="Full model to recover onto (default: the chain's original model).")
+    ] = None,
+    merge: Annotated[
+        bool | None, typer.Option("--merge", help="Also write the full model with the adapter merged in.")
+    ] = None,
+    compress_rank: Annotated[
+        int | None, typer.Option(help="Re-compress the recovered adapter to this rank (default: exact).")
+    ] = None,
+) -> None:
+    """Put the adapter trained on the small model back onto the full one (trains first when there is none)."""
+
+
+@_verb("eval", EVERYWHERE)
+def evaluate(
+    sequence: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows of the test text to score.")] = None,
+) -> None:
+    """Perplexity, size, memory and speed of the original, of every stage, and of full + recovered."""
+
+
+@_verb("report", PLACE)
+def report(
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the page (default: report.html in the workspace).")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about the chain."""
+
+
+@_verb("run", EVERYWHERE)
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships with compress.")],
+) -> None:
+    """Run a whole chain from a recipe."""
+
+
+def main() -> None:
+    """Console entry point."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

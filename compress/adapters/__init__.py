@@ -1,0 +1,1 @@
+"""Attach, train, recover and merge low-rank adapters."""

@@ -1,0 +1,205 @@
+"""Adapter folders as PEFT writes them: factors by module, scaling, and the initial factors beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import CompressError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+INITIAL_FILE = "initial_factors.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before every module name."""
+
+_KINDS = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_magnitude_vector",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "weight",
+    "bias",
+)
+_UNSUPPORTED = {
+    "layer_replication": "it replicates layers",
+    "target_parameters": "it adapts bare parameters",
+    "use_qalora": "it pools the inputs (QA-LoRA)",
+    "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
+    "arrow_config": "it routes between adapters (Arrow)",
+    "kasa_config": "it changes the base weights (KaSA)",
+    "velora_config": "it is a VeLoRA",
+    "monteclora_config": "it is random (MonteCLoRA)",
+    "alora_invocation_tokens": "it acts on part of the tokens (aLoRA)",
+}
+"""Truthy config keys under which the delta is not ``scaling * B A`` -> why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """Rank, alpha and the resulting factor of one module's delta ``scaling * B A``."""
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+
+    @property
+    def value(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def with_rank(self, rank: int) -> Scaling:
+        """The scaling of the same value at another rank."""
+        ratio = rank / self.rank
+        alpha = self.alpha * (math.sqrt(ratio) if self.rank_stabilized else ratio)
+        nearest = round(alpha)
+        exact = nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
+        return Scaling(rank=rank, alpha=exact, rank_stabilized=self.rank_stabilized)
+
+
+def owner(name: str) -> tuple[str, str]:
+    """(module, kind) of a tensor in an adapter file; "weight" and "bias" are trained base tensors."""
+    inner = name.removeprefix(PREFIX)
+    kind = next((k for k in _KINDS if inner.endswith(f".{k}")), "")
+    module = inner.removesuffix(f".{kind}") if kind else inner
+    return module.removesuffix(".base_layer"), kind
+
+
+class AdapterFile:
+    """A LoRA adapter folder, read tensor by tensor. A context manager.
+
+    Args:
+        path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        CompressError: It is no such folder, or not a LoRA whose delta is ``scaling * B A``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        remedy = "Give the folder of a LoRA adapter that PEFT or this program saved."
+        config_path, weights_path = path / CONFIG_FILE, path / WEIGHTS_FILE
+        for needed in (config_path, weights_path):
+            if not needed.is_file():
+                raise CompressError(f"{path} is not an adapter: it has no {needed.name}.", remedy)
+        self.path = path
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CompressError(f"{config_path} is not JSON ({error}).", remedy) from error
+        self.config: dict[str, Any] = config
+        if config.get("peft_type") != "LORA":
+            raise CompressError(f"The adapter {path} is a {config.get('peft_type')}, not a LoRA.", remedy)
+        for key, reason in _UNSUPPORTED.items():
+            if config.get(key):
+                raise CompressError(f"The adapter {path} is not supported: {reason}.", "Train a plain LoRA.")
+        self._weights = _open(weights_path)
+        self.names: tuple[str, ...] = tuple(self._weights.keys())
+        initial = path / INITIAL_FILE
+        self._initial = _open(initial) if initial.is_file() else None
+        self._initial_names = frozenset() if self._initial is None else frozenset(self._initial.keys())
+
+    def __enter__(self) -> AdapterFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._weights, self._initial):
+            if file is not None:
+                file.__exit__(kind, error, trace)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules with a factor pair, as in the model ("model.layers.0.self_attn.q_proj")."""
+        suffix = ".lora_A.weight"
+        return tuple(
+            name.removeprefix(PREFIX).removesuffix(suffix) for name in self.names if name.endswith(suffix)
+        )
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor."""
+        tensor: Tensor = self._weights.get_tensor(name)
+        return tensor
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """(A [r, in], B [out, r]) of ``module``, in their stored dtype."""
+        return self.read(f"{PREFIX}{module}.lora_A.weight"), self.read(f"{PREFIX}{module}.lora_B.weight")
+
+    def initial_factors(self, module: str) -> tuple[Tensor, Tensor] | None:
+        """(A0, B0) that training started from, or None where ``B0 A0`` was zero."""
+        names = (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
+        if self._initial is None or names[0] not in self._initial_names:
+            return None
+        return self._initial.get_tensor(names[0]), self._initial.get_tensor(names[1])
+
+    @property
+    def has_initial_factors(self) -> bool:
+        """Whether training started from non-zero factors that were kept."""
+        return self._initial is not None
+
+    def scaling(self, module: str) -> Scaling:
+        """Rank and scaling of ``module``, with PEFT's per-module patterns applied."""
+        ranks: dict[str, int] = self.config.get("rank_pattern") or {}
+        alphas: dict[str, float] = self.config.get("alpha_pattern") or {}
+        return Scaling(
+            rank=ranks.get(get_pattern_key(list(ranks), module), self.config["r"]),
+            alpha=alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"]),
+            rank_stabilized=bool(self.config.get("use_rslora")),
+        )
+
+
+def scaling_entries(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
+    """The adapter_config entries that give every module its rank and alpha.
+
+    The most common pair becomes ``r`` and ``lora_alpha``; other modules are named in the patterns.
+    """
+    pairs = Counter((s.rank, s.alpha) for s in scalings.values())
+    # the most common, then the smallest: the same answer whatever the order of the modules
+    (rank, alpha), _ = min(pairs.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: s.rank for name, s in sorted(scalings.items()) if s.rank != rank},
+        "alpha_pattern": {name: s.alpha for name, s in sorted(scalings.items()) if s.alpha != alpha},
+    }
+
+
+def write_adapter(
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write an adapter folder that stock PEFT loads; returns ``out``. Sets become sorted lists."""
+    out.mkdir(parents=True, exist_ok=True)
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (out / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _save(tensors, out / WEIGHTS_FILE)
+    if initial:
+        _save(initial, out / INITIAL_FILE)
+    return out
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(ready, str(path), metadata={"format": "pt"})
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise CompressError(f"{path} is not a safetensors file ({error}).", "Save the adapter again.") from error

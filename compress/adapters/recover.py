@@ -1,0 +1,261 @@
+"""Put an adapter trained on the pruned model onto the full one (LoRAM, arXiv 2502.13533 §3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.adapters.adapter_file import (
+    PREFIX,
+    AdapterFile,
+    Scaling,
+    owner,
+    scaling_entries,
+    write_adapter,
+)
+from compress.adapters.factors import difference_factors, recompress, scatter_rows, squared_norm
+from compress.errors import CompressError, UsageError
+from compress.model.architecture import Architecture
+from compress.model.checkpoint import Checkpoint
+from compress.progress import Progress
+from compress.structure import StructureMap, kept_columns, kept_rows
+
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of ``init_lora_weights`` that move a part of the base weight into the factors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryReport:
+    """What recovery wrote.
+
+    Attributes:
+        modules: Modules with a factor pair.
+        scattered: Of them, how many changed shape.
+        differences: Of them, how many are the difference ``B A - B0 A0`` to non-zero initial factors.
+        max_rank: Largest rank in the recovered adapter.
+        parameters: Numbers stored in it.
+        delta_norm: Frobenius norm of all deltas ``scaling * B A`` together.
+        truncation: Module -> relative error ``||D - D_r||_F / ||D||_F`` of the re-compressed delta D; empty without
+            re-compression.
+        truncation_overall: The same over all modules together; 0 without re-compression.
+    """
+
+    modules: int
+    scattered: int
+    differences: int
+    max_rank: int
+    parameters: int
+    delta_norm: float
+    truncation: Mapping[str, float]
+    truncation_overall: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a small linear lies in the full one: its shape there, and kept rows and columns (None: all)."""
+
+    shape: tuple[int, int]
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    @property
+    def changed(self) -> bool:
+        return self.rows is not None or self.columns is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recovered:
+    """One module's recovered factors, and squared norms of ``scaling * B A`` before and lost by re-compression."""
+
+    tensors: dict[str, Tensor]
+    scaling: Scaling
+    difference: bool
+    norm: float
+    lost: float
+
+
+def recover_adapter(
+    small_adapter: Path,
+    structure: StructureMap,
+    arch_full: Architecture,
+    full: Checkpoint,
+    out: Path,
+    *,
+    full_name: str,
+    compress_rank: int | None = None,
+    progress: Progress | None = None,
+) -> RecoveryReport:
+    """Write to ``out`` the adapter for the full model that corresponds to one trained on the pruned model.
+
+    Rows of B of q, k, v, gate, up and columns of A of o, down are scattered into zeros at the kept indices; the other
+    factors are copied, and every dtype is kept. An adapter with kept initial factors becomes the difference
+    ``B A - B0 A0`` with rank r + r0, because the full base holds ``B0 A0`` already (METHODS §2.4).
+
+    Args:
+        small_adapter: PEFT folder, with ``initial_factors.safetensors`` when it did not start from zero.
+        structure: What pruning kept.
+        arch_full: Architecture of the full model.
+        full: The full model; gives the shapes of adapted linears outside of the decoder layers.
+        out: Folder to write.
+        full_name: What ``adapter_config.json`` names as its base (never the pruned model).
+        compress_rank: Cut deltas of a larger rank back to this one, by QR of both factors and SVD of the core.
+        progress: Called after each module.
+
+    Raises:
+        CompressError: The adapter does not belong to the structure or the model, or is of a kind that cannot be
+            recovered; the message says why.
+        UsageError: ``compress_rank`` is not positive.
+    """
+    if compress_rank is not None and compress_rank < 1:
+        raise UsageError(f"The rank {compress_rank} is not positive.", "Give a rank of at least 1.")
+    structure.check_matches(arch_full)
+    places = _places(arch_full, structure)
+    found: dict[str, _Recovered] = {}
+    with AdapterFile(small_adapter) as small:
+        _check_kind(small, compress_rank)
+        tensors = _copies(small, places)
+        for module in small.modules:
+            place = places.get(module) or _outside(full, arch_full, module)
+            found[module] = _recover_module(small, module, place, compress_rank)
+            tensors |= found[module].tensors
+            if progress is not None:
+                progress(len(found), len(small.modules), module)
+        if not found:
+            raise CompressError(f"The adapter {small_adapter} has no LoRA factors.", "Train a LoRA.")
+        config = {**small.config, "base_model_name_or_path": full_name, "revision": None}
+    if compress_rank is not None or any(r.difference for r in found.values()):
+        config |= _plain_start({module: r.scaling for module, r in found.items()})
+    write_adapter(out, config, tensors)
+    norm, lost = sum(r.norm for r in found.values()), sum(r.lost for r in found.values())
+    return RecoveryReport(
+        modules=len(found),
+        scattered=sum(module in places and places[module].changed for module in found),
+        differences=sum(r.difference for r in found.values()),
+        max_rank=max(r.scaling.rank for r in found.values()),
+        parameters=sum(t.numel() for t in tensors.values()),
+        delta_norm=math.sqrt(max(0.0, norm - lost)),
+        truncation={m: _relative(r.lost, r.norm) for m, r in found.items()} if compress_rank else {},
+        truncation_overall=_relative(lost, norm),
+    )
+
+
+def _recover_module(small: AdapterFile, module: str, place: _Place, compress_rank: int | None) -> _Recovered:
+    factor_a, factor_b = small.factors(module)
+    scaling = small.scaling(module)
+    if not factor_a.shape[0] == factor_b.shape[1] == scaling.rank:
+        raise CompressError(
+            f"The factors of {module} have rank {factor_a.shape[0]}, but the adapter's config says {scaling.rank}.",
+            "Save the adapter again.",
+        )
+    _check_fits(module, factor_b.shape[0], place.rows, place.shape[0], "rows")
+    _check_fits(module, factor_a.shape[1], place.columns, place.shape[1], "columns")
+    initial = small.initial_factors(module)
+    if initial is not None:
+        factor_a, factor_b = difference_factors(factor_a, factor_b, *initial)
+        scaling = scaling.with_rank(factor_a.shape[0])
+    norm, lost = squared_norm(factor_a, factor_b), 0.0
+    if compress_rank is not None and factor_a.shape[0] > compress_rank:
+        # before the scatter: zero rows and columns change no singular value
+        factor_a, factor_b, lost = recompress(factor_a, factor_b, compress_rank)
+        scaling = scaling.with_rank(compress_rank)
+    tensors = {
+        f"{PREFIX}{module}.lora_A.weight": scatter_rows(factor_a.T, place.columns, place.shape[1]).T,
+        f"{PREFIX}{module}.lora_B.weight": scatter_rows(factor_b, place.rows, place.shape[0]),
+    }
+    bias = f"{PREFIX}{module}.lora_B.bias"
+    if bias in small.names:
+        tensors[bias] = scatter_rows(small.read(bias), place.rows, place.shape[0])
+    square = scaling.value**2
+    return _Recovered(
+        tensors=tensors,
+        scaling=scaling,
+        difference=initial is not None,
+        norm=square * norm,
+        lost=square * lost,
+    )
+
+
+def _places(arch: Architecture, structure: StructureMap) -> dict[str, _Place]:
+    """Module -> its place, for the decoder linears."""
+    return {
+        arch.module_name(index, spec): _Place(
+            shape=arch.linear_shape(spec),
+            rows=kept_rows(arch, spec, layer),
+            columns=kept_columns(arch, spec, layer),
+        )
+        for index, layer in enumerate(structure.layers)
+        for spec in arch.linears
+    }
+
+
+def _outside(full: Checkpoint, arch: Architecture, module: str) -> _Place:
+    """The place of a linear outside of the decoder layers, such as lm_head; pruning leaves those whole."""
+    name = f"{module}.weight"
+    if name == arch.lm_head and arch.tied:
+        name = arch.embedding
+    if name not in full.names:
+        raise CompressError(f"The full model has no linear {module}.", "Give the model the adapter belongs to.")
+    rows, columns = full.shape(name)
+    return _Place(shape=(rows, columns))
+
+
+def _check_fits(module: str, width: int, kept: Tensor | None, size: int, label: str) -> None:
+    expected = size if kept is None else len(kept)
+    if width != expected:
+        raise CompressError(
+            f"The adapter of {module} has {width} {label} where the structure keeps {expected}.",
+            "Give the structure of the model the adapter was trained on.",
+        )
+
+
+def _check_kind(small: AdapterFile, compress_rank: int | None) -> None:
+    start = small.config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_BASE_CHANGING) and not small.has_initial_factors:
+        raise CompressError(
+            f"The adapter started from {start} factors, which hold a part of its base, and they were not kept.",
+            "Convert it with PEFT's path_initial_model_for_weight_conversion first.",
+        )
+    if small.config.get("use_dora") and (compress_rank is not None or small.has_initial_factors):
+        raise CompressError(
+            "A DoRA adapter cannot be recovered with other factors than its own: its magnitudes belong to them.",
+            "Train a LoRA without DoRA.",
+        )
+
+
+def _copies(small: AdapterFile, places: Mapping[str, _Place]) -> dict[str, Tensor]:
+    """Everything but the factor pairs of linears: copied where no shape changed, refused elsewhere."""
+    copies: dict[str, Tensor] = {}
+    for name in small.names:
+        module, kind = owner(name)
+        if kind in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
+            continue
+        if module in places and places[module].changed:
+            what, why = "trained base tensor", "its pruned part was never trained"
+            if kind == "lora_magnitude_vector":
+                what, why = "DoRA magnitude", "it was trained for the norms of the pruned weight"
+            raise CompressError(
+                f"The {what} of {module} cannot be recovered: {why}.", "Train a plain LoRA on pruned linears."
+            )
+        copies[name] = small.read(name)
+    return copies
+
+
+def _plain_start(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
+    """Config entries of factors that are an ordinary LoRA now; a special start would make PEFT change the base."""
+    return {
+        **scaling_entries(scalings),
+        "init_lora_weights": True,
+        "loftq_config": {},
+        "corda_config": None,
+        "eva_config": None,
+        "lora_ga_config": None,
+    }
+
+
+def _relative(lost: float, norm: float) -> float:
+    return math.sqrt(lost / norm) if norm > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Text sources, token windows, calibration and evaluation streams."""

@@ -1,0 +1,209 @@
+"""Fixed-length token windows of a text, with labels and the protocol that describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.data.chat import IGNORE, encode_conversation, tokenise
+from compress.data.text import Text
+from compress.errors import CompressError, UsageError
+
+SEGMENT_CHARACTERS = 1 << 18
+"""Longest stretch that a seeded draw tokenises at once; a text up to four of them is tokenised whole."""
+
+_SEAM_CHARACTERS = 1 << 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Windows:
+    """Token windows, ready for a model.
+
+    Args:
+        ids: Token ids, int64 [windows, length].
+        labels: The same ids where they are scored or trained on, -100 elsewhere, int64 [windows, length].
+            Not shifted: the label at position t is predicted from the positions before t.
+        protocol: source, split, sha256, join, bos, length, stride, layout, windows, requested_windows,
+            tokens (labels that count), text_tokens (of the whole text; None when not all was tokenised),
+            seed.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    protocol: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.shape != self.labels.shape:
+            raise ValueError(
+                f"ids {tuple(self.ids.shape)} and labels {tuple(self.labels.shape)} must be [n, L]"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+
+def token_windows(
+    text: Text,
+    tokenizer: Any,
+    *,
+    length: int,
+    count: int | None = None,
+    bos: bool = False,
+    seed: int | None = None,
+) -> Windows:
+    """Cut a text into windows of ``length`` tokens that do not overlap.
+
+    Plain text, no seed (evaluation): the joined text is tokenised once, windows are consecutive from its
+    start, the short rest is dropped. With a seed (training): windows are drawn without replacement, in
+    random order. A text longer than four segments is then cut into segments at line ends, the segments
+    are tokenised in an order drawn from the seed until they hold ``count`` windows, and no window crosses a
+    segment's end; the same text, tokenizer, length, count and seed always give the same windows.
+
+    Conversations, no seed: one per window in order, padded at the right. With a seed: in random order, as
+    many whole conversations packed into a window as fit, padded at the right (they see each other). Only
+    answers carry labels. A conversation longer than the window loses its end, and is dropped when no answer
+    is left. Padding has label -100 and comes last, so causal attention never sees it.
+
+    Args:
+        text: What to cut.
+        tokenizer: Its special tokens are not added, whatever its settings; see ``bos``.
+        length: Tokens per window, a BOS included.
+        count: Windows wanted; None or more than there are gives all there are.
+        bos: Begin every window of plain text with BOS. Conversations follow the chat template instead.
+        seed: Seed of the draw; None for evaluation order.
+
+    Raises:
+        UsageError: ``length`` below 2 or ``count`` below 1.
+        CompressError: The text is shorter than one window, or the tokenizer lacks a BOS that was asked for.
+    """
+    if length < 2:
+        raise UsageError(
+            f"A window of {length} token(s) has nothing to predict.", "Give a length of 2 or more."
+        )
+    if count is not None and count < 1:
+        raise UsageError(f"{count} windows were asked for.", "Ask for 1 or more.")
+    if text.conversations:
+        ids, labels, known = _chat_windows(text, tokenizer, length, count, seed)
+    else:
+        ids, labels, known = _plain_windows(text, tokenizer, length, count, bos, seed)
+    chat = bool(text.conversations)
+    return Windows(
+        ids=ids,
+        labels=labels,
+        protocol={
+            "source": text.source,
+            "split": text.split,
+            "sha256": text.sha256,
+            "join": None if chat else text.join,
+            "bos": "template" if chat else bos,
+            "length": length,
+            "stride": length - 1 if bos and not chat else length,
+            "layout": ("padded" if seed is None else "packed") if chat else "text",
+            "windows": int(ids.shape[0]),
+            "requested_windows": count,
+            "tokens": int((labels[:, 1:] != IGNORE).sum()),
+            "text_tokens": known,
+            "seed": seed,
+        },
+    )
+
+
+def _plain_windows(
+    text: Text, tokenizer: Any, length: int, count: int | None, bos: bool, seed: int | None
+) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    if bos and tokenizer.bos_token_id is None:
+        raise CompressError("The tokenizer has no BOS token to begin windows with.", "Do without BOS.")
+    stride = length - 1 if bos else length
+    joined = text.joined
+    known: int | None
+    if seed is None:
+        windows, known = _cut(joined, tokenizer, stride)
+        windows = windows[:count]
+    else:
+        windows, known = _draw(joined, tokenizer, stride, count, seed)
+    if len(windows) == 0:
+        raise CompressError(
+            f"The {text.split} split of {text.source} has {known} tokens, fewer than one window of {length}.",
+            "Give a longer text or a shorter --length.",
+        )
+    if bos:
+        windows = torch.cat((torch.full((len(windows), 1), tokenizer.bos_token_id), windows), dim=1)
+    labels = windows.clone()
+    labels[:, 0] = IGNORE  # nothing comes before it
+    return windows, labels, known
+
+
+def _cut(joined: str, tokenizer: Any, stride: int) -> tuple[torch.Tensor, int]:
+    ids = torch.tensor(tokenise(joined, tokenizer), dtype=torch.long)
+    return ids[: len(ids) // stride * stride].view(-1, stride), len(ids)
+
+
+def _draw(
+    joined: str, tokenizer: Any, stride: int, count: int | None, seed: int
+) -> tuple[torch.Tensor, int | None]:
+    generator = torch.Generator().manual_seed(seed)
+    segments = list(_segments(joined, stride))
+    parts: list[torch.Tensor] = []
+    have = known = used = 0
+    for index in torch.randperm(len(segments), generator=generator).tolist():
+        if count is not None and have >= count:
+            break
+        windows, tokens = _cut(joined[slice(*segments[index])], tokenizer, stride)
+        parts.append(windows)
+        have, known, used = have + len(windows), known + tokens, used + 1
+    pool = torch.cat(parts)
+    order = torch.randperm(have, generator=generator)[:count]
+    return pool[order], known if used == len(segments) else None
+
+
+def _segments(joined: str, stride: int) -> Iterator[tuple[int, int]]:
+    # 64 windows of about 4 characters a token: little is lost at the ends of segments.
+    size = max(SEGMENT_CHARACTERS, 256 * stride)
+    if len(joined) <= 4 * size:
+        yield 0, len(joined)
+        return
+    start = 0
+    while start < len(joined):
+        stop = min(start + size, len(joined))
+        if stop < len(joined):
+            seam = joined.find("\n", stop, stop + _SEAM_CHARACTERS)
+            stop = seam + 1 if seam >= 0 else stop
+        yield start, stop
+        start = stop
+
+
+def _chat_windows(
+    text: Text, tokenizer: Any, length: int, count: int | None, seed: int | None
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    total = len(text.conversations)
+    order: Sequence[int] = range(total)
+    if seed is not None:
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    rows: list[tuple[list[int], list[int]]] = []
+    for index in order:
+        ids, labels = encode_conversation(text.conversations[index], tokenizer)
+        ids, labels = ids[:length], [IGNORE, *labels[1:length]]
+        if all(label == IGNORE for label in labels):
+            continue
+        if seed is not None and rows and len(rows[-1][0]) + len(ids) <= length:
+            rows[-1][0].extend(ids)
+            rows[-1][1].extend(labels)
+        elif count is not None and len(rows) == count:
+            break
+        else:
+            rows.append((ids, labels))
+    if not rows:
+        raise CompressError(
+            f"No conversation of {text.source} has its answer within {length} tokens.",
+            "Give a longer --length or shorter conversations.",
+        )
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    ids_NL = torch.full((len(rows), length), pad, dtype=torch.long)
+    labels_NL = torch.full((len(rows), length), IGNORE, dtype=torch.long)
+    for n, (ids, labels) in enumerate(rows):
+        ids_NL[n, : len(ids)] = torch.tensor(ids)
+        labels_NL[n, : len(labels)] = torch.tensor(labels)
+    return ids_NL, labels_NL, None

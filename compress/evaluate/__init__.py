@@ -1,0 +1,1 @@
+"""Perplexity, memory and latency."""

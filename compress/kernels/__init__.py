@@ -1,0 +1,1 @@
+"""Kernel dispatch and reference implementations."""

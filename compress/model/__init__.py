@@ -1,0 +1,1 @@
+"""All that knows Hugging Face: architectures, checkpoints, loading."""

@@ -1,0 +1,1 @@
+"""How much, where and when to prune; cutting tensors."""

@@ -1,0 +1,1 @@
+"""Quantized + low-rank weights: grids, packing, decomposition, modules."""

@@ -1,0 +1,187 @@
+"""Blockwise NormalFloat quantization with double-quantized scales (LQ-LoRA, arXiv 2311.12023, §3.2).
+
+Shapes: O out, I in, N blocks in a row, B weights in a block, G second-level groups of the matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compress.errors import CompressError, UsageError
+from compress.kernels.dispatch import backend
+from compress.kernels.reference import PackedMatrix
+from compress.quantize.config import QuantConfig
+from compress.quantize.normal_float import normal_float_grid
+from compress.quantize.packing import pack, unpack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scales:
+    """First-level scales as stored.
+
+    Attributes:
+        codes: uint8 [O * N], not packed.
+        maxima: [G] in the configuration's scale dtype: the largest scale minus offset of each group.
+        offset: float32 [1]: the smallest scale of the matrix.
+    """
+
+    codes: torch.Tensor
+    maxima: torch.Tensor
+    offset: torch.Tensor
+
+    def values(self, config: QuantConfig) -> torch.Tensor:
+        """The dequantized scales: offset + code * maximum / (2 ** b0 - 1), float32 [O * N]."""
+        steps = self.maxima.float() / (2**config.scale_bits - 1)
+        count = self.codes.numel()
+        return self.codes * steps.repeat_interleave(config.group_size)[:count] + self.offset
+
+
+def compress_scales(absmax: torch.Tensor, config: QuantConfig) -> Scales:
+    """Quantize the first-level scales of a whole matrix.
+
+    Args:
+        absmax: float32 [n], not negative, row-major over the blocks of the matrix.
+        config: Gives scale bits, second-level type and group size.
+    """
+    offset = absmax.min().reshape(1)
+    above = absmax - offset
+    groups = -(-above.numel() // config.group_size)
+    padded = torch.nn.functional.pad(above, (0, groups * config.group_size - above.numel()))
+    grouped = padded.view(groups, config.group_size)
+    dtype = config.torch_scale_dtype
+    maxima = grouped.amax(1).clamp(max=torch.finfo(dtype).max).to(dtype)
+    levels = 2**config.scale_bits - 1
+    steps = maxima.float() / levels
+    divisors = torch.where(steps > 0, steps, torch.inf)[:, None]
+    codes = (grouped / divisors).round().clamp(max=levels).to(torch.uint8)
+    return Scales(codes=codes.view(-1)[: above.numel()], maxima=maxima, offset=offset)
+
+
+def row_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The blocks of a matrix [O, I] in row-major order, float32 [O * N, B]; rows are padded with zeros."""
+    short = -weight.shape[1] % block_size
+    wide = weight.detach().float()
+    if short:
+        wide = torch.nn.functional.pad(wide, (0, short))
+    return wide.reshape(-1, block_size)
+
+
+def _checked(weight: torch.Tensor) -> torch.Tensor:
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise UsageError(
+            f"A {weight.dtype} tensor of shape {tuple(weight.shape)} cannot be quantized.",
+            "Pass a floating-point matrix [out, in] with at least one weight.",
+        )
+    return weight
+
+
+def _codes(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, Scales]:
+    """Codes [O * N, B], not packed, and scales of a matrix."""
+    blocks = row_blocks(_checked(weight), config.block_size)
+    absmax = blocks.abs().amax(1)
+    if not bool(absmax.isfinite().all()):
+        raise CompressError(
+            "The matrix to be quantized holds a value that is not finite.",
+            "Check the checkpoint or the training that produced it.",
+        )
+    scales = compress_scales(absmax, config)
+    grid = normal_float_grid(config.bits, weight.device)
+    return backend().quantize_blocks(blocks, scales.values(config), grid), scales
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedTensor:
+    """A matrix [O, I] as it is stored.
+
+    Attributes:
+        shape: (O, I).
+        config: How it was quantized.
+        codes: uint8 1-D, packed; rows padded to whole blocks.
+        scale_codes: uint8 1-D, packed.
+        scale_max: [G] in the configuration's scale dtype.
+        offset: float32 [1].
+    """
+
+    shape: tuple[int, int]
+    config: QuantConfig
+    codes: torch.Tensor
+    scale_codes: torch.Tensor
+    scale_max: torch.Tensor
+    offset: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by name; their bytes are ``config.storage_bytes(shape)``."""
+        return {
+            "codes": self.codes,
+            "scale_codes": self.scale_codes,
+            "scale_max": self.scale_max,
+            "offset": self.offset,
+        }
+
+    @property
+    def storage_bits(self) -> int:
+        """Stored bits: codes with row padding, both scale levels, offset."""
+        return self.config.storage_bits(self.shape)
+
+    def packed(self) -> PackedMatrix:
+        """The kernels' view: packed codes and dequantized scales."""
+        blocks = self.config.blocks(self.shape)
+        scales = Scales(
+            codes=unpack(self.scale_codes, self.config.scale_bits, blocks),
+            maxima=self.scale_max,
+            offset=self.offset,
+        )
+        return PackedMatrix(
+            codes=self.codes,
+            scales=scales.values(self.config).view(self.shape[0], -1),
+            table=normal_float_grid(self.config.bits, self.codes.device).table,
+            bits=self.config.bits,
+            block_size=self.config.block_size,
+            rows=self.shape[0],
+            columns=self.shape[1],
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weights [O, I]: computed in float32, then cast."""
+        return backend().dequantize(self.packed(), dtype, 0, None)
+
+    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of the weights, [stop - start, I]."""
+        return backend().dequantize(self.packed(), dtype, start, stop)
+
+
+def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTensor:
+    """Quantize a matrix.
+
+    A block's weights are divided by its *dequantized* scale and rounded to the nearest table entry. Blocks never
+    cross rows. All arithmetic is float32.
+
+    Args:
+        weight: [O, I], any floating type.
+        config: The grid and its scales.
+
+    Raises:
+        UsageError: The tensor is not a floating-point matrix or is empty.
+        CompressError: A weight is not finite.
+    """
+    codes, scales = _codes(weight, config)
+    return QuantizedTensor(
+        shape=(weight.shape[0], weight.shape[1]),
+        config=config,
+        codes=pack(codes, config.bits),
+        scale_codes=pack(scales.codes, config.scale_bits),
+        scale_max=scales.maxima,
+        offset=scales.offset,
+    )
+
+
+def quantize_dequantize(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
+    """``quantize_blockwise(weight, config).dequantize()`` bit for bit, without packing; float32 [O, I]."""
+    codes, scales = _codes(weight, config)
+    table = normal_float_grid(config.bits, weight.device).table
+    values = table.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
+    values *= scales.values(config)[:, None]
+    columns = weight.shape[1]
+    return values.view(weight.shape[0], -1)[:, :columns].contiguous()

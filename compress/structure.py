@@ -1,0 +1,241 @@
+"""StructureMap: which KV groups and MLP channels of every layer are kept, as explicit indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from compress.errors import CompressError
+from compress.model.architecture import Architecture, LinearSpec
+
+FORMAT_VERSION = "1"
+FILE_NAME = "structure.safetensors"
+
+ROW_ROLES = frozenset({"q", "k", "v", "gate", "up", "qkv", "gate_up"})
+"""Roles whose output rows belong to groups; the others ("o", "down") have their input columns in groups."""
+ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o"})
+"""Roles cut by whole KV groups; the others are cut by MLP channels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerStructure:
+    """What one decoder layer keeps.
+
+    Attributes:
+        kv_groups: Kept KV groups, int32 [n], strictly increasing indices into the original key/value heads.
+        channels: Kept MLP channels, int32 [c], strictly increasing indices into the original channels.
+    """
+
+    kv_groups: torch.Tensor
+    channels: torch.Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerStructure):
+            return NotImplemented
+        return torch.equal(self.kv_groups, other.kv_groups) and torch.equal(self.channels, other.channels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructureMap:
+    """The outcome of structured pruning: indices, never ratios.
+
+    Attributes:
+        layers: One entry per decoder layer.
+        heads: Query heads of the original model.
+        kv_heads: Key/value heads of the original model.
+        head_dim: Width of one head.
+        channels: MLP channels of the original model.
+        base_fingerprint: Fingerprint of the checkpoint the indices refer to.
+        family: Architecture family of that checkpoint.
+    """
+
+    layers: tuple[LayerStructure, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    channels: int
+    base_fingerprint: str
+    family: str
+
+    def __post_init__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            for label, kept, size in (
+                ("KV groups", layer.kv_groups, self.kv_heads),
+                ("channels", layer.channels, self.channels),
+            ):
+                if fault := _index_fault(kept, size):
+                    raise CompressError(
+                        f"The kept {label} of layer {index} {fault}.",
+                        "Prune again: the structure does not belong to this model.",
+                    )
+
+    @property
+    def uniform(self) -> tuple[int, int] | None:
+        """(KV heads, channels) kept in every layer, or None when the layers differ in size."""
+        sizes = {(len(layer.kv_groups), len(layer.channels)) for layer in self.layers}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing was pruned."""
+        return self.uniform == (self.kv_heads, self.channels)
+
+    def check_matches(self, arch: Architecture) -> None:
+        """Raise CompressError unless the map was made for a model of ``arch``'s sizes."""
+        ours = (len(self.layers), self.heads, self.kv_heads, self.head_dim, self.channels)
+        theirs = (arch.layers, arch.heads, arch.kv_heads, arch.head_dim, arch.channels)
+        if ours != theirs:
+            raise CompressError(
+                f"The structure was made for {_sizes(ours)}, but the model has {_sizes(theirs)}.",
+                "Give the original model that was pruned.",
+            )
+
+    def save(self, path: Path) -> None:
+        """Write ``layers.{i}.kv_groups`` and ``layers.{i}.channels``, the sizes as metadata."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            tensors[f"layers.{index}.kv_groups"] = layer.kv_groups.contiguous()
+            tensors[f"layers.{index}.channels"] = layer.channels.contiguous()
+        metadata = {
+            "format": "compress-structure",
+            "format_version": FORMAT_VERSION,
+            "layers": str(len(self.layers)),
+            "heads": str(self.heads),
+            "kv_heads": str(self.kv_heads),
+            "head_dim": str(self.head_dim),
+            "channels": str(self.channels),
+            "base_fingerprint": self.base_fingerprint,
+            "family": self.family,
+        }
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> StructureMap:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            CompressError: The file is missing, no structure file, of another version or inconsistent.
+        """
+        remedy = "Point to the structure.safetensors of a pruned model, or prune again."
+        if not path.is_file():
+            raise CompressError(f"There is no structure file {path}.", remedy)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CompressError(f"{path} is not a safetensors file ({error}).", remedy) from error
+        if metadata.get("format") != "compress-structure":
+            raise CompressError(f"{path} is not a structure file.", remedy)
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise CompressError(
+                f"{path} has format version {metadata.get('format_version')}, not {FORMAT_VERSION}.",
+                "Use the version of compress that wrote it, or prune again.",
+            )
+        missing = [
+            key for key in ("layers", "heads", "kv_heads", "head_dim", "channels") if key not in metadata
+        ]
+        count = 0 if missing else int(metadata["layers"])
+        expected = {f"layers.{i}.{kind}" for i in range(count) for kind in ("kv_groups", "channels")}
+        if missing or expected != set(tensors):
+            raise CompressError(f"{path} is incomplete.", remedy)
+        return cls(
+            layers=tuple(
+                LayerStructure(
+                    kv_groups=tensors[f"layers.{i}.kv_groups"], channels=tensors[f"layers.{i}.channels"]
+                )
+                for i in range(count)
+            ),
+            heads=int(metadata["heads"]),
+            kv_heads=int(metadata["kv_heads"]),
+            head_dim=int(metadata["head_dim"]),
+            channels=int(metadata["channels"]),
+            base_fingerprint=metadata.get("base_fingerprint", ""),
+            family=metadata.get("family", ""),
+        )
+
+
+def structure_map(
+    arch: Architecture, layers: Iterable[LayerStructure], *, base_fingerprint: str
+) -> StructureMap:
+    """The StructureMap of ``layers`` for a model of architecture ``arch``."""
+    return StructureMap(
+        layers=tuple(layers),
+        heads=arch.heads,
+        kv_heads=arch.kv_heads,
+        head_dim=arch.head_dim,
+        channels=arch.channels,
+        base_fingerprint=base_fingerprint,
+        family=arch.family,
+    )
+
+
+def full_layer(arch: Architecture) -> LayerStructure:
+    """The layer structure that keeps everything."""
+    return LayerStructure(
+        kv_groups=torch.arange(arch.kv_heads, dtype=torch.int32),
+        channels=torch.arange(arch.channels, dtype=torch.int32),
+    )
+
+
+def kept_rows(arch: Architecture, spec: LinearSpec, layer: LayerStructure) -> torch.Tensor | None:
+    """Kept output rows of a linear of the original model, int64 [rows]; None when all rows stay.
+
+    Rows of q are all query heads of the kept KV groups; a fused linear keeps the rows of each of its parts.
+    """
+    if spec.role not in ROW_ROLES:
+        return None
+    if spec.role in ATTENTION_ROLES:
+        if len(layer.kv_groups) == arch.kv_heads:
+            return None
+        queries = _blocks(layer.kv_groups, arch.queries_per_group * arch.head_dim)
+        keys = _blocks(layer.kv_groups, arch.head_dim)
+        if spec.role == "q":
+            return queries
+        if spec.role in ("k", "v"):
+            return keys
+        first_key = arch.heads * arch.head_dim
+        first_value = first_key + arch.kv_heads * arch.head_dim
+        return torch.cat([queries, first_key + keys, first_value + keys])
+    if len(layer.channels) == arch.channels:
+        return None
+    channels = layer.channels.long()
+    return torch.cat([channels, arch.channels + channels]) if spec.role == "gate_up" else channels
+
+
+def kept_columns(arch: Architecture, spec: LinearSpec, layer: LayerStructure) -> torch.Tensor | None:
+    """Kept input columns of a linear of the original model, int64 [columns]; None when all columns stay."""
+    if spec.role == "o" and len(layer.kv_groups) < arch.kv_heads:
+        return _blocks(layer.kv_groups, arch.queries_per_group * arch.head_dim)
+    if spec.role == "down" and len(layer.channels) < arch.channels:
+        return layer.channels.long()
+    return None
+
+
+def _blocks(groups: torch.Tensor, width: int) -> torch.Tensor:
+    """Indices of blocks of ``width`` consecutive entries: groups [n] -> int64 [n * width]."""
+    return (groups.long()[:, None] * width + torch.arange(width)).flatten()
+
+
+def _index_fault(kept: torch.Tensor, size: int) -> str:
+    if kept.dim() != 1 or kept.dtype != torch.int32:
+        return "are not a list of int32 indices"
+    if len(kept) == 0:
+        return "are none"
+    if bool((kept[1:] <= kept[:-1]).any()):
+        return "are not sorted"
+    if int(kept[0]) < 0 or int(kept[-1]) >= size:
+        return f"lie outside 0 to {size - 1}"
+    return ""
+
+
+def _sizes(sizes: tuple[int, ...]) -> str:
+    layers, heads, kv_heads, head_dim, channels = sizes
+    return (
+        f"{layers} layers, {heads} heads in {kv_heads} KV groups of width {head_dim} and {channels} channels"
+    )

@@ -1,0 +1,1 @@
+"""Where stages meet: the workspace and one module per verb."""

@@ -1,0 +1,273 @@
+"""Bits and ranks for every matrix: error tables, one budget, the solver's choice and its certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.errors import CompressError, UsageError
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.settings import QuantizeSettings
+from compress.pipelines.stage import Context
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
+from compress.quantize.config import FACTOR_8BIT, QuantConfig
+from compress.quantize.decompose import factor_bits
+from compress.quantize.error_table import RANKS, ErrorTable, error_table, menu, offered_ranks
+from compress.solvers.budget import Budget
+from compress.solvers.problem import Problem
+from compress.solvers.solve import SOLVERS, solve
+
+HEADER_BYTES_PER_MATRIX = 1100
+"""Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One decoder matrix to be quantized."""
+
+    layer: int
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+
+    @property
+    def numel(self) -> int:
+        """Weights in it."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What one matrix is given."""
+
+    matrix: Matrix
+    config: QuantConfig
+    rank: int
+    bits: int
+    expected_error: float
+    weight_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """A choice for every matrix, with the solver's certificate."""
+
+    choices: tuple[Choice, ...]
+    budget: Budget
+    includes: str
+    limit_bits: int
+    certificate: Mapping[str, Any]
+    plain: Mapping[str, Any] | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the quantized linears, factors and all scales included."""
+        return sum(c.bits for c in self.choices) / sum(c.matrix.numel for c in self.choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``allocation.json``."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "budget": {"text": self.budget.text, "kind": self.budget.kind, "value": self.budget.value},
+            "budget_includes": self.includes,
+            "limit_bits": self.limit_bits,
+            "bits_per_weight": self.bits_per_weight,
+            "certificate": dict(self.certificate),
+            "plain_rounding": None if self.plain is None else dict(self.plain),
+            "matrices": [
+                {
+                    "name": c.matrix.module,
+                    "shape": list(c.matrix.shape),
+                    **c.config.to_dict(),
+                    "rank": c.rank,
+                    "stored_bits": c.bits,
+                    "bits_per_weight": c.bits / c.matrix.numel,
+                    "expected_squared_error": c.expected_error,
+                    "squared_norm": c.weight_norm,
+                }
+                for c in self.choices
+            ],
+        }
+
+
+def matrices_of(model: ModelInput) -> list[Matrix]:
+    """The decoder linears of a model, layer by layer.
+
+    Raises:
+        CompressError: The model stores its linears transposed (Conv1D), for which there is no quantized module.
+    """
+    arch = model.architecture
+    if any(linear.transposed for linear in arch.linears):
+        raise CompressError(
+            f"The linears of this {arch.family} model are stored transposed; only ordinary linears can be quantized.",
+            "Quantize a model of a declared family (Llama, Mistral, Qwen, Gemma, Phi-3).",
+        )
+    return [
+        Matrix(
+            layer=layer,
+            module=arch.module_name(layer, linear),
+            tensor=arch.tensor_name(layer, linear),
+            shape=arch.linear_shape(linear),
+        )
+        for layer in range(arch.layers)
+        for linear in arch.linears
+    ]
+
+
+def ranks_for(shape: tuple[int, int], fixed: int | None) -> tuple[int, ...]:
+    """Ranks a matrix may take: the whole menu, or the fixed one where the matrix is wide enough for it."""
+    if fixed is None:
+        return offered_ranks(shape, RANKS)
+    return (max(offered_ranks(shape, (fixed,))),)
+
+
+def limit_in_bits(
+    budget: Budget, model: ModelInput, matrices: Sequence[Matrix], settings: QuantizeSettings, fixed_rank: int | None
+) -> int:
+    """The budget as stored bits of the quantized linears.
+
+    Raises:
+        UsageError: The budget lies above what the model takes now.
+        CompressError: It lies below the smallest the menu can reach.
+    """
+    numel = sum(matrix.numel for matrix in matrices)
+    dense = sum(model.checkpoint.nbytes(matrix.tensor) for matrix in matrices)
+    rest = model.checkpoint.bytes - dense + HEADER_BYTES_PER_MATRIX * len(matrices) + 100_000
+    if budget.kind == "bits":
+        limit, own = math.floor(budget.value * numel), f"{8 * dense / numel:.3g}bit"
+        too_much = budget.value >= 8 * dense / numel
+    else:
+        limit, own = math.floor(8 * (budget.value - rest)), f"{model.checkpoint.bytes / 1e6:.1f}MB"
+        too_much = budget.value >= model.checkpoint.bytes
+    if too_much:
+        raise UsageError(
+            f"The budget {budget.text} is not below what the model takes now ({own}).", "Give a smaller budget."
+        )
+    smallest = 0
+    for matrix in matrices:
+        least = min(config.storage_bits(matrix.shape) for config in menu(settings.menu))
+        rank = ranks_for(matrix.shape, fixed_rank)[0] if settings.budget_includes == "factors" else 0
+        smallest += least + factor_bits(matrix.shape, rank, FACTOR_8BIT)
+    if limit < smallest:
+        least_text = (
+            f"{math.ceil(1000 * smallest / numel) / 1000:.3f}bit"
+            if budget.kind == "bits"
+            else f"{math.ceil((smallest / 8 + rest) / 1e5) / 10:.1f}MB"
+        )
+        raise CompressError(
+            f"The budget {budget.text} is below the smallest this model can be stored in ({least_text}).",
+            f"Give {least_text} or more"
+            + (", or prune the model first." if budget.kind == "bits" else ": embeddings stay as they are."),
+        )
+    return limit
+
+
+def build_tables(
+    context: Context,
+    model: ModelInput,
+    matrices: Sequence[Matrix],
+    settings: QuantizeSettings,
+    fixed_rank: int | None,
+    folder: Path,
+) -> list[ErrorTable]:
+    """One error table per matrix; finished ones are read back from ``folder``."""
+    folder.mkdir(exist_ok=True)
+    configs = menu(settings.menu)
+    tables = []
+    with context.reporter.bar("error tables") as progress:
+        for done, matrix in enumerate(matrices, start=1):
+            path = folder / f"{matrix.module}.json"
+            if path.is_file():
+                table = ErrorTable.from_dict(read_json(path))
+            else:
+                table = error_table(
+                    model.checkpoint.read(matrix.tensor),
+                    configs,
+                    RANKS if fixed_rank is None else (fixed_rank,),
+                    effort=settings.menu,
+                    seed=context.common.seed,
+                )
+                write_json(path, table.to_dict())
+            tables.append(table)
+            progress(done, len(matrices), matrix.module)
+    return tables
+
+
+def allocate(
+    matrices: Sequence[Matrix],
+    tables: Sequence[ErrorTable],
+    budget: Budget,
+    limit_bits: int,
+    settings: QuantizeSettings,
+    fixed_rank: int | None,
+) -> Allocation:
+    """Solve for the choice with the least summed squared error within the limit."""
+    candidates: list[list[int]] = []
+    sizes = []
+    for matrix, table in zip(matrices, tables, strict=True):
+        allowed = set(ranks_for(matrix.shape, fixed_rank))
+        candidates.append([i for i in range(table.errors.size) if table.choice(i)[1] in allowed])
+        if settings.budget_includes == "factors":
+            sizes.append(table.bits.reshape(-1)[candidates[-1]])
+        else:
+            plain = [table.choice(i)[0].storage_bits(matrix.shape) for i in candidates[-1]]
+            sizes.append(np.asarray(plain, dtype=np.int64))
+    solution = solve(
+        Problem(
+            names=tuple(matrix.module for matrix in matrices),
+            costs=tuple(t.errors.reshape(-1)[c] for t, c in zip(tables, candidates, strict=True)),
+            sizes=tuple(sizes),
+            budget=limit_bits,
+        ),
+        solver=settings.solver,
+    )
+    choices = []
+    for matrix, table, options, picked in zip(matrices, tables, candidates, solution.choices, strict=True):
+        index = options[picked]
+        config, rank = table.choice(index)
+        choices.append(
+            Choice(
+                matrix=matrix,
+                config=config,
+                rank=rank,
+                bits=int(table.bits.reshape(-1)[index]),
+                expected_error=float(table.errors.reshape(-1)[index]),
+                weight_norm=table.weight_norm,
+            )
+        )
+    return Allocation(
+        choices=tuple(choices),
+        budget=budget,
+        includes=settings.budget_includes,
+        limit_bits=limit_bits,
+        certificate=solution.certificate(),
+        plain=plain_rounding(matrices, tables, limit_bits),
+    )
+
+
+def plain_rounding(
+    matrices: Sequence[Matrix], tables: Sequence[ErrorTable], limit_bits: int
+) -> dict[str, Any] | None:
+    """The best single configuration for all matrices, no factors, within the same limit; None when none fits."""
+    best: dict[str, Any] | None = None
+    for at, config in enumerate(tables[0].configs):
+        bits = sum(config.storage_bits(matrix.shape) for matrix in matrices)
+        error = sum(float(table.errors[at, 0]) for table in tables)
+        if bits <= limit_bits and (best is None or error < best["squared_error"]):
+            best = {"config": config.to_dict(), "stored_bits": bits, "squared_error": error}
+    return best
+
+
+def check_solver(name: str) -> None:
+    """Refuse a solver nobody knows, before any work.
+
+    Raises:
+        UsageError: There is no such solver.
+    """
+    if name not in SOLVERS:
+        raise UsageError(f"There is no solver {name!r}.", f"Choose one of: {', '.join(SOLVERS)}.")

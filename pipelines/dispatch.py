@@ -1,0 +1,90 @@
+"""From a verb's name and the user's options to its pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from compress.pipelines.reporter import Reporter
+from compress.pipelines.settings import VERBS, Common, resolve
+from compress.pipelines.stage import Context, Outcome
+from compress.pipelines.workspace import Workspace
+
+
+def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """Run one verb and return its result as JSON values.
+
+    Args:
+        verb: One of the stage verbs, ``report`` or ``run``.
+        common: Options that mean the same to every verb.
+        given: The verb's own options; None means not given.
+        quiet: Print nothing.
+
+    Raises:
+        CompressError: Whatever the verb refuses, with cause and remedy.
+    """
+    workspace = Workspace(common.run)
+    reporter = Reporter(quiet=quiet)
+    if verb == "report":
+        from compress.pipelines.report import report
+
+        with workspace.locked():
+            page = report(Context(common=common, workspace=workspace, reporter=reporter), output=given.get("output"))
+        return {"report": str(page)}
+    quiet_libraries()
+    recipe = None
+    if verb == "run":
+        from compress.pipelines.recipe import apply_shared, read_recipe, run_recipe
+
+        recipe = read_recipe(str(given["recipe"]))
+        common = apply_shared(recipe, common)
+    common = dataclasses.replace(common, effort=common.effort or default_effort())
+    context = Context(common=common, workspace=workspace, reporter=reporter)
+    if recipe is not None:
+        with workspace.locked():
+            return run_recipe(context, recipe)
+    with workspace.locked():
+        outcome = run_stage_verb(context, verb, given)
+    return {} if outcome.stage is None else {"path": str(outcome.stage.path), **outcome.stage.record}
+
+
+def run_stage_verb(context: Context, verb: str, given: Mapping[str, Any]) -> Outcome:
+    """Run one stage verb in an open, locked workspace."""
+    settings = resolve(VERBS[verb], given, context.common.effort or "quick")
+    if verb == "prune":
+        from compress.pipelines.prune import prune
+
+        return prune(context, settings)
+    if verb == "quantize":
+        from compress.pipelines.quantize import quantize
+
+        return quantize(context, settings)
+    if verb == "train":
+        from compress.pipelines.train import train
+
+        return train(context, settings)
+    if verb == "recover":
+        from compress.pipelines.recover import recover
+
+        return recover(context, settings)
+    from compress.pipelines.evaluate import evaluate
+
+    return evaluate(context, settings)
+
+
+def default_effort() -> str:
+    """``standard`` where there is a GPU, else ``quick``."""
+    import torch
+
+    return "standard" if torch.cuda.is_available() else "quick"
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and notices out of our output; errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|accelerate|torch|huggingface_hub)(\.|$)")

@@ -1,0 +1,170 @@
+"""``compress eval``: one table over the original, every stage of the chain, and full + recovered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compress.adapters.attach import load_adapter
+from compress.data.sources import default_source, load_text
+from compress.data.windows import Windows, token_windows
+from compress.evaluate.latency import throughput
+from compress.evaluate.memory import PeakMemory, file_bytes
+from compress.evaluate.perplexity import mean_loss, perplexity
+from compress.evaluate.protocol import protocol_line
+from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.measure import validation_windows
+from compress.pipelines.model_input import device_and_dtype, original
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.settings import EvalSettings
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One row to measure: a model, with or without an adapter."""
+
+    name: str
+    model: Path
+    adapter: Path | None
+    parameters: int
+    id: str
+
+
+def evaluate(context: Context, settings: EvalSettings) -> Outcome:
+    """Measure everything the chain has made; see ``compress eval --help``."""
+    full = original(context)
+    entries = list_entries(context)
+    device, dtype = device_and_dtype(context.common)
+    source = context.common.data or default_source()
+    trained = context.workspace.find("train")
+    training_source = str(trained.record["config"]["data"]) if trained is not None else source
+    config = settings_dict(settings) | {
+        "data": source,
+        "held_out": training_source,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+    }
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        tokenizer = load_tokenizer(full.path)
+        text = load_text(source, "test", tokenizer=tokenizer, seed=context.common.seed)
+        windows = token_windows(text, tokenizer, length=settings.sequence, count=settings.windows)
+        held_out = validation_windows(context, full.path, training_source, length=settings.sequence)
+        rows, protocol = [], {}
+        for entry in entries:
+            done = folder / f"{entry.id[:16]}.json"
+            if not done.is_file():
+                write_json(done, measure(context, entry, windows, held_out, device, dtype))
+            row = read_json(done)
+            protocol = row.pop("protocol")
+            rows.append(row)
+        return {
+            "rows": rows,
+            "protocol": protocol,
+            "protocol_line": protocol_line(protocol),
+            "held_out_protocol": dict(held_out.protocol),
+        }
+
+    outcome = run_stage(
+        context, "eval", config=config, inputs={entry.name: entry.id for entry in entries}, work=work
+    )
+    if outcome.stage is not None:
+        show(context, outcome.stage.record["metrics"])
+    return outcome
+
+
+def list_entries(context: Context) -> list[Entry]:
+    """Original, each model stage, trained small model, and full + recovered, as far as they exist."""
+    full = original(context)
+    workspace = context.workspace
+    parameters = full.checkpoint.parameters
+    entries = [Entry(name="original", model=full.path, adapter=None, parameters=parameters, id=full.id)]
+    names = {"prune": "pruned", "quantize": "quantized"}
+    for stage in workspace.stages:
+        metrics = stage.record["metrics"]
+        last = entries[-1]
+        if stage.verb in names:
+            parameters = metrics["after"]["parameters"]
+            entries.append(
+                Entry(name=names[stage.verb], model=stage.path, adapter=None, parameters=parameters, id=stage.id)
+            )
+        elif stage.verb == "train":
+            small = workspace.model_before("train")
+            entries.append(
+                Entry(
+                    name="small + adapter",
+                    model=small.path if small is not None else full.path,
+                    adapter=stage.path,
+                    parameters=last.parameters,
+                    id=stage.id,
+                )
+            )
+        elif stage.verb == "recover":
+            entries.append(
+                Entry(
+                    name="full + recovered",
+                    model=full.path,
+                    adapter=stage.path,
+                    parameters=full.checkpoint.parameters,
+                    id=stage.id,
+                )
+            )
+    return entries
+
+
+def measure(
+    context: Context, entry: Entry, windows: Windows, held_out: Windows, device: str, dtype: Any
+) -> dict[str, Any]:
+    """Everything about one row, as JSON values."""
+    with PeakMemory(device) as peak:
+        network: PreTrainedModel = load_model(entry.model, dtype=dtype, device=device)
+        if entry.adapter is not None:
+            network = load_adapter(network, entry.adapter).eval()
+        with context.reporter.bar(f"eval {entry.name}") as progress:
+            result = perplexity(network, windows, batch_size=4, progress=progress)
+        loss = mean_loss(network, held_out, batch_size=4).mean_nll
+        speed = throughput(network, windows.ids[:1])
+    size = file_bytes(entry.model) + (file_bytes(entry.adapter) if entry.adapter is not None else 0)
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": entry.name,
+        "parameters": entry.parameters,
+        "bytes": size,
+        "bits_per_weight": 8 * size / entry.parameters,
+        "perplexity": result.value,
+        "standard_error": result.standard_error,
+        "held_out_loss": loss,
+        "tokens_per_second": speed.prefill_tokens_per_second,
+        "decode_tokens_per_second": speed.decode_tokens_per_second,
+        "peak_memory_bytes": peak.device_bytes or peak.host_bytes,
+        "protocol": dict(result.protocol),
+    }
+
+
+def show(context: Context, metrics: Mapping[str, Any]) -> None:
+    """Print the table and its protocol."""
+    context.reporter.table(
+        "eval",
+        ("model", "parameters", "bytes", "bits/param", "perplexity", "held-out loss", "tokens/s", "decode/s", "peak"),
+        [
+            (
+                row["name"],
+                human_count(row["parameters"]),
+                human_bytes(row["bytes"]),
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['perplexity']:.2f}",
+                f"{row['held_out_loss']:.4f}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['decode_tokens_per_second']:.1f}",
+                human_bytes(row["peak_memory_bytes"]),
+            )
+            for row in metrics["rows"]
+        ],
+    )
+    context.reporter.out.print(f"perplexity: {metrics['protocol_line']}", markup=False)

@@ -1,0 +1,129 @@
+"""Which model a verb works on: the chain's last artifact, or the model it is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, UsageError
+from compress.model.architecture import Architecture
+from compress.model.checkpoint import Checkpoint
+from compress.model.load import EMBEDDED, architecture, preferred_dtype, resolve
+from compress.pipelines.settings import Common
+from compress.pipelines.stage import Context
+
+HUB_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""The public name of an embedded model, for adapters that must name their base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInput:
+    """A model on disk as the input of a stage."""
+
+    name: str
+    path: Path
+    id: str
+    checkpoint: Checkpoint
+    architecture: Architecture
+
+
+def original(context: Context) -> ModelInput:
+    """The model the chain starts from; decided by the first verb of the chain.
+
+    Raises:
+        UsageError: ``--model`` names another model than the chain's own.
+        CompressError: The chain's model is gone or has changed since.
+    """
+    common, workspace = context.common, context.workspace
+    known = workspace.model
+    if known is not None and common.model in (None, known["name"]):
+        path = Path(known["path"])
+        if not path.is_dir():
+            path = _resolve(context, known["name"])
+        found = _opened(known["name"], path)
+        if found.id != known["fingerprint"]:
+            raise CompressError(
+                f"The model {known['name']} has changed since this chain began.",
+                "Start another chain with --run DIR.",
+            )
+        return found
+    name = common.model or EMBEDDED
+    found = _opened(name, _resolve(context, name))
+    if not common.dry_run:
+        workspace.set_model({"name": name, "path": str(found.path.resolve()), "fingerprint": found.id})
+    elif known is not None and known["fingerprint"] != found.id:
+        raise UsageError(
+            f"The chain in {workspace.root} starts from {known['name']}, not from {name}.",
+            "Start another chain with --run DIR.",
+        )
+    return found
+
+
+def current(context: Context, verb: str) -> ModelInput:
+    """The model that ``verb`` works on: the last model stage before it, else the original."""
+    start = original(context)
+    stage = context.workspace.model_before(verb)
+    if stage is None:
+        return start
+    checkpoint = Checkpoint(stage.path)
+    return ModelInput(
+        name=stage.path.name,
+        path=stage.path,
+        id=stage.id,
+        checkpoint=checkpoint,
+        architecture=architecture(checkpoint),
+    )
+
+
+def open_model(context: Context, name: str) -> ModelInput:
+    """Any model by name, folder or GGUF file."""
+    return _opened(name, _resolve(context, name))
+
+
+def base_name(context: Context) -> str:
+    """The public name of the chain's original model."""
+    known = context.workspace.model
+    name = str(known["name"]) if known is not None else context.common.model or EMBEDDED
+    return HUB_NAME.get(name, name)
+
+
+def _resolve(context: Context, name: str) -> Path:
+    with context.reporter.bar(f"model {name}") as progress:
+        return resolve(name, progress=progress)
+
+
+def _opened(name: str, path: Path) -> ModelInput:
+    checkpoint = Checkpoint(path)
+    return ModelInput(
+        name=name,
+        path=path,
+        id=checkpoint.fingerprint(),
+        checkpoint=checkpoint,
+        architecture=architecture(checkpoint),
+    )
+
+
+def device_and_dtype(common: Common) -> tuple[str, Any]:
+    """The torch device and compute dtype to use; ``auto`` picks CUDA where there is one.
+
+    Raises:
+        UsageError: The device is not there or the dtype has no such name.
+    """
+    import torch
+
+    if common.threads is not None:
+        if common.threads < 1:
+            raise UsageError(f"--threads {common.threads} is not a number of threads.", "Give 1 or more.")
+        torch.set_num_threads(common.threads)
+    device = common.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device here.", "Use --device cpu.")
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if common.dtype == "auto":
+        return device, preferred_dtype(device)
+    if common.dtype not in names:
+        raise UsageError(f"There is no dtype {common.dtype!r}.", f"Choose auto, {', '.join(names)}.")
+    return device, names[common.dtype]

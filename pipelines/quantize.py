@@ -1,0 +1,139 @@
+"""``compress quantize``: every decoder matrix as quantized + low-rank, bits and ranks chosen under one budget."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.data.sources import default_source
+from compress.errors import UsageError
+from compress.model.checkpoint import Checkpoint, require_dense
+from compress.model.load import load_model
+from compress.pipelines.allocate import allocate, build_tables, check_solver, limit_in_bits, matrices_of
+from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
+from compress.pipelines.measure import known_perplexity, validation_perplexity, validation_windows
+from compress.pipelines.model_input import current, device_and_dtype
+from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.settings import QuantizeSettings
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.workspace import write_json
+from compress.solvers.budget import parse_budget
+
+
+def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
+    """Quantize the chain's current model; see ``compress quantize --help``.
+
+    Raises:
+        UsageError: A budget that is not understood or lies above the model's own size; an unknown solver,
+            menu or rank.
+        CompressError: The budget lies below the smallest size the menu can reach, or the model is quantized already.
+    """
+    budget = parse_budget(settings.budget)
+    fixed_rank = parse_rank(settings.rank)
+    check_solver(settings.solver)
+    if settings.budget_includes not in ("factors", "none"):
+        raise UsageError(
+            f"--budget-includes {settings.budget_includes!r} is not understood.", "Give factors or none."
+        )
+    model = current(context, "quantize")
+    require_dense(model.checkpoint)
+    matrices = matrices_of(model)
+    limit = limit_in_bits(budget, model, matrices, settings, fixed_rank)
+    device, dtype = device_and_dtype(context.common)
+    source = context.common.data or default_source()
+    config = settings_dict(settings) | {
+        "data": source,
+        "seed": context.common.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        tables = build_tables(context, model, matrices, settings, fixed_rank, folder / "tables")
+        allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank)
+        write_json(folder / "allocation.json", allocation.to_dict())
+        records = decompose_layers(context, model, allocation, settings, folder / "layers")
+        write_checkpoint(model, allocation, folder / "layers", folder)
+        shutil.rmtree(folder / "layers")
+        shutil.rmtree(folder / "tables")
+        network = load_model(folder, dtype="float32", device=device)
+        record_logits(network, check_ids(model.architecture.vocab, context.common.seed), folder)
+        validation = validation_windows(context, model.path, source)
+        before = known_perplexity(context, model, validation, dtype, device)
+        after = validation_perplexity(context, network.to(dtype), validation, "the quantized model")
+        del network
+        small = Checkpoint(folder)
+        numel = sum(matrix.numel for matrix in matrices)
+        dense = sum(model.checkpoint.nbytes(matrix.tensor) for matrix in matrices)
+        return {
+            "before": {
+                "parameters": model.checkpoint.parameters,
+                "bytes": model.checkpoint.bytes,
+                "bits_per_weight": 8 * dense / numel,
+                **before,
+            },
+            "after": {
+                "parameters": model.checkpoint.parameters,
+                "bytes": small.bytes,
+                "bits_per_weight": allocation.bits_per_weight,
+                **after,
+            },
+            "stored_bits_per_weight": allocation.bits_per_weight,
+            "file_bits_per_parameter": 8 * small.bytes / model.checkpoint.parameters,
+            "budget": {"text": budget.text, "kind": budget.kind, "value": budget.value},
+            "allocation": dict(allocation.certificate),
+            "plain_rounding": allocation.plain,
+            "squared_error": sum(record["squared_error"] for record in records),
+            "matrices": records,
+            "reopened_relative_error": check_reopens(folder, needs_compress=True),
+        }
+
+    outcome = run_stage(context, "quantize", config=config, inputs={"model": model.id}, work=work)
+    if outcome.fresh and outcome.stage is not None:
+        show(context, outcome.stage.record["metrics"])
+    return outcome
+
+
+def parse_rank(text: str) -> int | None:
+    """``auto`` (None: the solver chooses) or a fixed rank.
+
+    Raises:
+        UsageError: Neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"--rank {text!r} is not understood.", "Give auto or a number such as 16.")
+    return int(text)
+
+
+def show(context: Context, metrics: Mapping[str, Any]) -> None:
+    """Print the before and after table."""
+    before, after = metrics["before"], metrics["after"]
+    certificate = metrics["allocation"]
+    context.reporter.table(
+        "quantize",
+        ("", "before", "after"),
+        [
+            ("parameters", human_count(before["parameters"]), human_count(after["parameters"])),
+            ("weight bytes", human_bytes(before["bytes"]), human_bytes(after["bytes"])),
+            (
+                "stored bits per linear weight",
+                f"{before['bits_per_weight']:.3f}",
+                f"{after['bits_per_weight']:.3f}",
+            ),
+            (
+                "file bits per parameter",
+                f"{8 * before['bytes'] / before['parameters']:.3f}",
+                f"{metrics['file_bits_per_parameter']:.3f}",
+            ),
+            ("perplexity (validation)", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"),
+        ],
+    )
+    context.reporter.out.print(f"perplexity: {after['protocol_line']}", markup=False)
+    context.reporter.out.print(
+        f"allocation: {certificate['solver']}, gap {certificate['gap']:.1e}, {certificate['seconds']:.1f} s",
+        markup=False,
+    )

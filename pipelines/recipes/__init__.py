@@ -1,0 +1,1 @@
+"""Recipes: whole chains as data."""

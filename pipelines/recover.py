@@ -1,0 +1,122 @@
+"""``compress recover``: the adapter trained on the small model, put back onto the full one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from compress.adapters.merge import merge_adapter
+from compress.adapters.recover import recover_adapter
+from compress.errors import CompressError, UsageError
+from compress.model.checkpoint import require_dense
+from compress.model.load import load_model
+from compress.pipelines.model_input import ModelInput, base_name, open_model, original
+from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reporter import human_count
+from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.train import train
+from compress.structure import FILE_NAME, StructureMap, full_layer, structure_map
+
+
+def recover(context: Context, settings: RecoverSettings) -> Outcome:
+    """Recover the chain's adapter; see ``compress recover --help``. Trains one first when there is none.
+
+    Raises:
+        UsageError: The chain has no small model yet.
+        CompressError: ``--onto`` names another model than the one the small model was cut from.
+    """
+    workspace = context.workspace
+    if workspace.find("prune") is None and workspace.find("quantize") is None:
+        raise UsageError(
+            f"The chain in {workspace.root} has no small model to train on.",
+            "Run compress prune, compress quantize or both first.",
+        )
+    full = original(context) if settings.onto is None else open_model(context, settings.onto)
+    require_dense(full.checkpoint)
+    structure = chain_structure(context, full)
+    trained = workspace.find("train")
+    if trained is None:
+        context.reporter.say("recover: the chain has no trained adapter yet; training one first.")
+        trained = train(context, resolve(TrainSettings, {}, context.common.effort or "quick")).stage
+    if trained is None:
+        context.reporter.say("recover: would follow with the adapter that training makes.")
+        return Outcome(stage=None, fresh=False)
+    adapter = trained.path
+    name = base_name(context) if settings.onto is None else settings.onto
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        with context.reporter.bar("recover") as progress:
+            recovered = recover_adapter(
+                adapter,
+                structure,
+                full.architecture,
+                full.checkpoint,
+                folder,
+                full_name=name,
+                compress_rank=settings.compress_rank,
+                progress=progress,
+            )
+        network = PeftModel.from_pretrained(load_model(full.path, dtype="float32"), folder).eval()
+        record_logits(network, check_ids(full.architecture.vocab, context.common.seed), folder)
+        del network
+        metrics: dict[str, Any] = {"reopened_relative_error": check_reopens(folder, base=full.path)}
+        if settings.merge:
+            with context.reporter.bar("merge") as progress:
+                merge_adapter(full.checkpoint, folder, folder / "merged", progress=progress)
+            metrics["merged"] = "merged"
+        return metrics | {
+            "onto": name,
+            "adapter": adapter.name,
+            "modules": recovered.modules,
+            "rank": recovered.max_rank,
+            "differences": recovered.differences,
+            "adapter_parameters": recovered.parameters,
+            "delta_norm": recovered.delta_norm,
+            "truncation_error": recovered.truncation_overall,
+        }
+
+    outcome = run_stage(
+        context,
+        "recover",
+        config=settings_dict(settings),
+        inputs={"adapter": trained.id, "full": full.id},
+        work=work,
+    )
+    if outcome.fresh and outcome.stage is not None:
+        metrics = outcome.stage.record["metrics"]
+        context.reporter.table(
+            "recover",
+            ("", "value"),
+            [
+                ("full model", name),
+                ("adapter parameters", human_count(metrics["adapter_parameters"])),
+                ("relative truncation error", f"{metrics['truncation_error']:.1e}"),
+            ],
+        )
+    return outcome
+
+
+def chain_structure(context: Context, full: ModelInput) -> StructureMap:
+    """Which indices of the full model the chain's small model kept; everything, when nothing was pruned.
+
+    Raises:
+        CompressError: The small model was cut from another model than ``full``.
+    """
+    pruned = context.workspace.find("prune")
+    if pruned is None:
+        return structure_map(
+            full.architecture,
+            [full_layer(full.architecture)] * full.architecture.layers,
+            base_fingerprint=full.id,
+        )
+    structure = StructureMap.load(pruned.path / FILE_NAME)
+    if structure.base_fingerprint != full.id:
+        raise CompressError(
+            f"The small model was not cut from {full.name}: its weights have another fingerprint.",
+            "Give the model that was pruned with --onto, byte for byte.",
+        )
+    return structure

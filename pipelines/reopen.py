@@ -1,0 +1,99 @@
+"""Proof that a written model opens: a fresh process loads it and must give the recorded logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from compress.errors import CompressError
+
+RECORD = "logits.safetensors"
+TOLERANCE = 1e-4
+
+SCRIPT = """
+import json, sys
+import torch
+{imports}
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+logging.disable_progress_bar()
+from safetensors.torch import load_file
+model = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32, local_files_only=True).eval()
+{adapter}
+record = load_file({record!r})
+with torch.inference_mode():
+    logits = model(record["input_ids"], use_cache=False).logits[:, -1].float()
+worst = (logits - record["logits"]).abs().max() / record["logits"].abs().max()
+print(json.dumps({{"relative_error": float(worst)}}))
+"""
+
+
+def record_logits(model: PreTrainedModel, ids_BS: torch.Tensor, folder: Path) -> None:
+    """Record the logits of the last position in fp32, with the tokens that made them.
+
+    Args:
+        model: In fp32, in eval mode.
+        ids_BS: Token ids, int64 [batch, sequence].
+        folder: Where ``logits.safetensors`` goes.
+    """
+    with torch.inference_mode():
+        logits_BV = model(ids_BS.to(model.device), use_cache=False).logits[:, -1].float().cpu()
+    save_file({"input_ids": ids_BS.contiguous(), "logits": logits_BV.contiguous()}, folder / RECORD)
+
+
+def check_ids(vocab: int, seed: int) -> torch.Tensor:
+    """Tokens for the check: two random sequences of 16, from an explicit seed."""
+    return torch.randint(0, vocab, (2, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: bool = False) -> float:
+    """Load ``folder`` in a fresh Python process and compare with its recorded logits.
+
+    Args:
+        folder: A model, or an adapter when ``base`` is given.
+        base: The model that the adapter is for.
+        needs_compress: The model is an LQ checkpoint, which opens after ``import compress``; everything
+            else must open with stock libraries alone.
+
+    Returns:
+        Largest absolute difference over the largest absolute recorded logit.
+
+    Raises:
+        CompressError: It does not open, or gives other logits.
+    """
+    script = SCRIPT.format(
+        imports="import compress" if needs_compress else "",
+        base=str(base or folder),
+        adapter=(
+            f"from peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {str(folder)!r}).eval()"
+            if base is not None
+            else ""
+        ),
+        record=str(folder / RECORD),
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CompressError(
+            f"The written artifact does not open in a fresh process ({last}).",
+            "Please report this with the command you ran.",
+        )
+    error = float(json.loads(done.stdout.strip().splitlines()[-1])["relative_error"])
+    if not error <= TOLERANCE:
+        raise CompressError(
+            f"The written artifact gives other logits in a fresh process (relative error {error:.1e}).",
+            "Please report this with the command you ran.",
+        )
+    return error
+
+
+def recorded_logits(folder: Path) -> dict[str, torch.Tensor]:
+    """What ``record_logits`` wrote."""
+    found: dict[str, torch.Tensor] = load_file(folder / RECORD)
+    return found

@@ -1,0 +1,130 @@
+"""The life of one stage: find it done, go on with it, or make it; then record what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UsageError
+from compress.pipelines.reporter import Reporter
+from compress.pipelines.settings import Common
+from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace, differences, stage_id
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What every verb works with."""
+
+    common: Common
+    workspace: Workspace
+    reporter: Reporter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a verb came to: the stage (None on a dry run) and whether it was made just now."""
+
+    stage: Stage | None
+    fresh: bool
+
+
+def run_stage(
+    context: Context,
+    verb: str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    work: Callable[[Path], Mapping[str, Any]],
+) -> Outcome:
+    """Make the stage ``verb``, unless it is there already.
+
+    Args:
+        context: Common options, workspace and reporter.
+        verb: Name of the stage.
+        config: Every setting that decides the result; JSON values.
+        inputs: Identity of each input by name.
+        work: Writes the artifact into the folder it is given (which may hold the files of an interrupted
+            run of the same request) and returns the metrics.
+
+    Raises:
+        UsageError: The stage exists with other settings and ``--redo`` was not given.
+    """
+    workspace, reporter = context.workspace, context.reporter
+    wanted = stage_id(verb, config, inputs)
+    done = workspace.find(verb)
+    if done is not None and done.id == wanted and not context.common.redo:
+        reporter.say(f"{verb}: already done in {done.path} with these settings; nothing to do.")
+        return Outcome(stage=done, fresh=False)
+    if done is not None and not context.common.redo and verb not in MEASUREMENTS:
+        changed = differences(done.record["config"], config) or "its input changed"
+        raise UsageError(
+            f"{done.path} was made with other settings ({changed}).",
+            "Give --redo to replace it and drop the stages after it, or start another chain with --run DIR.",
+        )
+    if context.common.dry_run:
+        reporter.table(
+            f"{verb} would run with", ("setting", "value"), [(k, str(v)) for k, v in sorted(config.items())]
+        )
+        return Outcome(stage=done, fresh=False)
+    if done is not None and verb not in MEASUREMENTS:
+        dropped = workspace.drop_from(verb)
+        reporter.say(f"{verb}: --redo dropped {', '.join(dropped)}.")
+    partial = workspace.open_partial(verb, config, inputs, redo=context.common.redo)
+    if any(p.name != "partial.json" for p in partial.iterdir()):
+        reporter.say(f"{verb}: going on with the interrupted run in {partial.name}.")
+    started = time.monotonic()
+    from compress.evaluate.memory import PeakMemory
+
+    with PeakMemory() as peak:
+        metrics = work(partial)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "id": wanted,
+        "verb": verb,
+        "config": dict(config),
+        "inputs": dict(inputs),
+        "seed": context.common.seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "host": host(),
+        "command": ["compress", *sys.argv[1:]],
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_memory_bytes": peak.device_bytes or peak.host_bytes,
+        "metrics": dict(metrics),
+    }
+    stage = workspace.complete(partial, record)
+    reporter.say(f"{verb}: {stage.path} in {record['seconds']:.0f} s, peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB.")
+    return Outcome(stage=stage, fresh=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries a result depends on."""
+    found = {"python": platform.python_version(), "compress": importlib.metadata.version("compress-llm")}
+    return found | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def host() -> dict[str, Any]:
+    """The machine, without names that identify it."""
+    import torch
+
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def settings_dict(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as JSON values."""
+    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}

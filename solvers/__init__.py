@@ -1,0 +1,1 @@
+"""Pure optimisation with numpy and scipy; knows nothing of models."""

@@ -1,0 +1,23 @@
+"""What every test needs: the data folder, no network, few threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+if "COMPRESS_DATA" not in os.environ and _DATA.is_dir():
+    os.environ["COMPRESS_DATA"] = str(_DATA)
+
+import hypothesis  # noqa: E402
+import torch  # noqa: E402  (the hub reads HF_HUB_OFFLINE when it is imported)
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# No deadlines: on a busy machine they fail without a fault. `make test-all` asks for the long profile.
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))

@@ -1,0 +1,106 @@
+"""The whole chain, verb by verb, on a tiny model of every declared architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import compress  # noqa: F401  (registers the LQ format)
+from compress.errors import UsageError
+from compress.pipelines.dispatch import run_verb
+from compress.pipelines.settings import Common
+from compress.structure import StructureMap
+from tests.tiny import DENSE, tiny_checkpoint
+
+TRAINING = {"steps": 4, "micro_batch": 2, "accumulation": 1, "sequence": 32, "lr": 1e-3, "rank": 4, "alpha": 8}
+
+
+def run(verb: str, common: Common, **given: Any) -> dict[str, Any]:
+    return run_verb(verb, common, given, quiet=True)
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model(ids, use_cache=False).logits[:, -1].float()
+    return result
+
+
+def assert_recorded(model: Any, folder: Path) -> None:
+    record = load_file(folder / "logits.safetensors")
+    torch.testing.assert_close(logits(model, record["input_ids"]), record["logits"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_chain(kind: str, tmp_path: Path, text_file: Path) -> None:
+    full = tiny_checkpoint(kind, tmp_path / "full")
+    common = Common(
+        run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", threads=1, effort="quick"
+    )
+    pruned = run("prune", common, ratio=0.4, **TRAINING)
+    quantized = run("quantize", common, budget="4.5bit")
+    trained = run("train", common, **TRAINING)
+    recovered = run("recover", common)
+    evaluated = run("eval", common, sequence=32, windows=4)
+    page = Path(run("report", common)["report"])
+
+    assert [p.name for p in sorted((tmp_path / "run").iterdir()) if p.is_dir()] == [
+        "01-prune", "02-quantize", "03-train", "04-recover", "05-eval",
+    ]  # fmt: skip
+    assert_recorded(AutoModelForCausalLM.from_pretrained(pruned["path"], dtype=torch.float32), Path(pruned["path"]))
+    assert_recorded(
+        AutoModelForCausalLM.from_pretrained(quantized["path"], dtype=torch.float32), Path(quantized["path"])
+    )
+    whole = AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32)
+    plain = logits(whole, load_file(Path(recovered["path"]) / "logits.safetensors")["input_ids"])
+    adapted = PeftModel.from_pretrained(whole, recovered["path"]).eval()
+    assert_recorded(adapted, Path(recovered["path"]))
+    assert not torch.allclose(plain, load_file(Path(recovered["path"]) / "logits.safetensors")["logits"])
+
+    structure = StructureMap.load(Path(pruned["path"]) / "structure.safetensors")
+    assert structure.uniform is not None
+    assert not structure.is_identity
+    metrics = quantized["metrics"]
+    assert metrics["stored_bits_per_weight"] <= 4.5
+    assert metrics["after"]["bytes"] < metrics["before"]["bytes"]
+    assert trained["metrics"]["tokens"] > 0
+    names = [row["name"] for row in evaluated["metrics"]["rows"]]
+    assert names == ["original", "pruned", "quantized", "small + adapter", "full + recovered"]
+    assert "<html" in page.read_text(encoding="utf-8")
+
+    again = run("quantize", common, budget="4.5bit")
+    assert again["created"] == quantized["created"]
+    with pytest.raises(UsageError, match="budget: 4.5bit -> 5bit"):
+        run("quantize", common, budget="5bit")
+
+
+def test_recover_trains_first_and_merges(tmp_path: Path, text_file: Path) -> None:
+    full = tiny_checkpoint("llama_gqa", tmp_path / "full")
+    common = Common(run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick")
+    run("prune", common, ratio=0.4, **TRAINING)
+    recovered = run("recover", common, merge=True)
+    stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+    assert stages == ["01-prune", "02-train", "03-recover"]
+    folder = Path(recovered["path"])
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
+    assert_recorded(merged, folder)
+
+
+def test_lq_factors_are_not_added_twice(tmp_path: Path, text_file: Path) -> None:
+    full = tiny_checkpoint("llama_gqa", tmp_path / "full")
+    common = Common(run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick")
+    run("prune", common, ratio=0.4, **TRAINING)
+    run("quantize", common, budget="5bit", rank="4")
+    run("train", common, method="lq", **(TRAINING | {"lr": 0.0}))
+    recovered = Path(run("recover", common)["path"])
+    ids = load_file(recovered / "logits.safetensors")["input_ids"]
+    whole = AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32)
+    plain = logits(whole, ids)
+    adapted = logits(PeftModel.from_pretrained(whole, recovered).eval(), ids)
+    torch.testing.assert_close(adapted, plain, rtol=1e-3, atol=1e-3)

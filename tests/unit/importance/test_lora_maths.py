@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.importance.base import GroupScores, LayerScores
+from compress.importance.lora import Element, gradient_estimate, lora_group_sums, moving_average
+from compress.importance.reduce import row_chunks, segments
+from tests.unit.prune.common import FUSED, SPECS, architecture
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 10_000))
+
+
+def problem(out: int, inner: int, rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A linear with LoRA in a non-linear loss: factors, their gradients, and the true gradient of W."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    scaling = 0.1 + 3 * torch.rand((), generator=generator, dtype=torch.float64)
+    base, a, b = normal(out, inner), normal(rank, inner).requires_grad_(), normal(out, rank).requires_grad_()
+    merged = base + scaling * b @ a
+    merged.retain_grad()
+    loss = torch.tanh(normal(5, inner) @ merged.T).sub(normal(5, out)).square().sum()
+    loss.backward()
+    grads = (merged.grad, a.grad, b.grad)
+    assert all(grad is not None for grad in grads)
+    return {
+        "base": base,
+        "a": a.detach(),
+        "b": b.detach(),
+        "s": scaling,
+        "merged": merged.detach(),
+        **dict(zip(("true", "grad_a", "grad_b"), [g for g in grads if g is not None], strict=True)),
+    }
+
+
+@given(sizes)
+@settings(max_examples=60, deadline=None)
+def test_estimate_against_autograd_and_an_explicit_step(size: tuple[int, int, int, int]) -> None:
+    p = problem(*size)
+    a, b, true, s = p["a"], p["b"], p["true"], p["s"]
+    linear = gradient_estimate(a, b, p["grad_a"], p["grad_b"], first_order=True)
+    torch.testing.assert_close(linear, s * (true @ a.T @ a + b @ b.T @ true), rtol=1e-9, atol=1e-9)
+    stepped = (b - p["grad_b"]) @ (a - p["grad_a"])
+    full = gradient_estimate(a, b, p["grad_a"], p["grad_b"])
+    torch.testing.assert_close(full, b @ a - stepped, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        full, s * (true @ a.T @ a + b @ b.T @ true) - s**2 * true @ a.T @ b.T @ true, rtol=1e-9, atol=1e-9
+    )
+
+
+@given(
+    sizes,
+    st.integers(1, 100),
+    st.sampled_from(["rows", "columns"]),
+    st.sampled_from(["square", "abs"]),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_chunked_sums_equal_the_dense_formula(
+    size: tuple[int, int, int, int],
+    chunk: int,
+    over: Literal["rows", "columns"],
+    element: Element,
+    first_order: bool,
+) -> None:
+    p = problem(*size)
+    estimate = p["grad_b"] @ p["a"] + p["b"] @ p["grad_a"]
+    if not first_order:
+        estimate = estimate - p["grad_b"] @ p["grad_a"]
+    product = estimate * p["merged"]
+    dense = product**2 if element == "square" else product.abs()
+    sums = lora_group_sums(
+        p["base"],
+        p["a"],
+        p["b"],
+        p["grad_a"],
+        p["grad_b"],
+        scaling=float(p["s"]),
+        over=over,
+        element=element,
+        first_order=first_order,
+        chunk_elements=chunk,
+    )
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, dense.sum(dim=1 if over == "rows" else 0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_weights_are_computed_in_float32(dtype: torch.dtype) -> None:
+    p = problem(6, 8, 2, 3)
+    factors = [p[name].to(torch.bfloat16) for name in ("a", "b", "grad_a", "grad_b")]
+    weight = p["base"].to(dtype)
+    sums = lora_group_sums(weight, *factors, scaling=0.5, over="rows", chunk_elements=16)
+    wide = [factor.double() for factor in factors]
+    expected = lora_group_sums(weight.double(), *wide, scaling=0.5, over="rows")
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_one_chunk_of_rows_is_the_largest_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    addmm = torch.addmm
+
+    def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal largest
+        result = addmm(*args, **kwargs)
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "addmm", watch)
+    p = problem(9, 8, 2, 0)
+    lora_group_sums(
+        p["base"], p["a"], p["b"], p["grad_a"], p["grad_b"], scaling=1.0, over="columns", chunk_elements=24
+    )
+    assert largest == 24
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 300))
+def test_row_chunks_cover_all_rows_within_the_limit(rows: int, columns: int, limit: int) -> None:
+    chunks = list(row_chunks(rows, columns, limit))
+    assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))
+    assert all((c.stop - c.start) * columns <= max(limit, columns) for c in chunks)
+
+
+def test_segments_of_fused_linears_are_those_of_their_parts() -> None:
+    arch = architecture()
+    generator = torch.Generator().manual_seed(1)
+    by_role = {spec.role: spec for spec in (*SPECS, *FUSED)}
+    rows = {role: torch.rand(arch.linear_shape(by_role[role])[0], generator=generator) for role in "qkv"}
+    separate = [segments(arch, by_role[role], rows[role])[0] for role in "qkv"]  # type: ignore[index]
+    fused = segments(arch, by_role["qkv"], torch.cat([rows[role] for role in "qkv"]))
+    assert all(torch.equal(one, other) for one, other in zip(separate, fused, strict=True))
+    assert separate[0].tolist() == pytest.approx(rows["q"].view(4, 8).sum(1).tolist())
+    gate, up = torch.rand(24, generator=generator), torch.rand(24, generator=generator)
+    assert [part.tolist() for part in segments(arch, by_role["gate_up"], torch.cat([gate, up]))] == [
+        gate.tolist(),
+        up.tolist(),
+    ]
+
+
+def test_moving_average_starts_at_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = [
+        GroupScores(
+            layers=(
+                LayerScores(
+                    kv_groups=torch.rand(3, generator=generator, dtype=torch.float64),
+                    channels=torch.rand(5, generator=generator, dtype=torch.float64),
+                ),
+            )
+        )
+        for _ in range(4)
+    ]
+    average = None
+    for step in steps:
+        average = moving_average(average, step, 0.9)
+    assert average is not None
+    expected = sum(0.1 * 0.9 ** (3 - i) * step.layers[0].channels for i, step in enumerate(steps))
+    torch.testing.assert_close(average.layers[0].channels, expected)
