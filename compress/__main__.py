@@ -28,12 +28,16 @@ app = typer.Typer(
 COMMON = "Common options"
 TRAINING = "Training"
 Run = Annotated[
-    Path, typer.Option(help="Workspace folder; holds the chain of stages.", envvar="COMPRESS_RUN", rich_help_panel=COMMON)
+    Path,
+    typer.Option(
+        help="Workspace folder; holds the chain of stages.", envvar="COMPRESS_RUN", rich_help_panel=COMMON
+    ),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Model to start from: hub id, folder, GGUF file or smollm2-135m (the default).", rich_help_panel=COMMON
+        help="Model to start from: hub id, folder, GGUF file or smollm2-135m (the default).",
+        rich_help_panel=COMMON,
     ),
 ]
 Data = Annotated[
@@ -59,22 +63,33 @@ Effort = Annotated[
     ),
 ]
 Redo = Annotated[
-    bool, typer.Option("--redo", help="Replace this stage and drop the stages after it.", rich_help_panel=COMMON)
+    bool,
+    typer.Option("--redo", help="Replace this stage and drop the stages after it.", rich_help_panel=COMMON),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the settings that would be used and stop.", rich_help_panel=COMMON)
+    bool,
+    typer.Option("--dry-run", help="Show the settings that would be used and stop.", rich_help_panel=COMMON),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.", rich_help_panel=COMMON)
+    bool,
+    typer.Option(
+        "--json", help="Print the result as JSON on standard output, nothing else.", rich_help_panel=COMMON
+    ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)
+]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)]
 MicroBatch = Annotated[int | None, typer.Option(help="Windows per forward pass.", rich_help_panel=TRAINING)]
 Accumulation = Annotated[int | None, typer.Option(help="Forward passes per step.", rich_help_panel=TRAINING)]
 Sequence = Annotated[int | None, typer.Option(help="Tokens per window.", rich_help_panel=TRAINING)]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAINING)]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAINING)
+]
 Rank = Annotated[int | None, typer.Option(help="Adapter rank.", rich_help_panel=TRAINING)]
-Alpha = Annotated[int | None, typer.Option(help="Adapter alpha (scale = alpha / rank).", rich_help_panel=TRAINING)]
+Alpha = Annotated[
+    int | None, typer.Option(help="Adapter alpha (scale = alpha / rank).", rich_help_panel=TRAINING)
+]
 Dropout = Annotated[float | None, typer.Option(help="Adapter dropout.", rich_help_panel=TRAINING)]
 
 
@@ -174,7 +189,8 @@ def _execute(verb: str, values: dict[str, Any]) -> None:
         if debug:
             raise
         _complain(
-            f"Unexpected {type(error).__name__}: {error}.", "Run it again with --debug and report what that shows."
+            f"Unexpected {type(error).__name__}: {error}.",
+            "Run it again with --debug and report what that shows.",
         )
         raise typer.Exit(1) from None
     if as_json:
@@ -187,11 +203,14 @@ def _complain(cause: str, remedy: str) -> None:
 
 @_verb("prune", TRAINS, EVERYWHERE)
 def prune(
-    ratio: Annotated[float | None, typer.Option(help="Fraction of the decoder linear parameters to remove.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the decoder linear parameters to remove.")
+    ] = None,
     criterion: Annotated[str | None, typer.Option(help="Importance: lora, magnitude or random.")] = None,
     targets: Annotated[str | None, typer.Option(help="What may go: heads, mlp, or heads,mlp.")] = None,
     multiple: Annotated[
-        int | None, typer.Option(help="Channel counts are multiples of this (default 64, less on tiny models).")
+        int | None,
+        typer.Option(help="Channel counts are multiples of this (default 64, less on tiny models)."),
     ] = None,
 ) -> None:
     """Remove attention heads and MLP channels; writes a plain, smaller checkpoint."""
@@ -201,16 +220,24 @@ def prune(
 def quantize(
     budget: Annotated[
         str | None,
-        typer.Option(help="Stored bits per weight of the linears (2.75bit), or weight file size (90MB, 0.5GiB)."),
+        typer.Option(
+            help="Stored bits per weight of the linears (2.75bit), or weight file size (90MB, 0.5GiB)."
+        ),
     ] = None,
     budget_includes: Annotated[
         str | None,
         typer.Option(help="factors: the low-rank factors count; none: they do not (the paper's convention)."),
     ] = None,
-    rank: Annotated[str | None, typer.Option(help="Rank of the low-rank part: auto (per matrix) or a number.")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Rank of the low-rank part: auto (per matrix) or a number.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="highs, cbc, dynamic or lagrangian.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Most alternations of rounding and low-rank fit.")] = None,
-    menu: Annotated[str | None, typer.Option(help="Formats to choose from: quick, standard or paper.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Most alternations of rounding and low-rank fit.")
+    ] = None,
+    menu: Annotated[
+        str | None, typer.Option(help="Formats to choose from: quick, standard or paper.")
+    ] = None,
 ) -> None:
     """Store every decoder matrix as quantized + low-rank, bits and ranks chosen under one budget."""
 
@@ -218,7 +245,8 @@ def quantize(
 @_verb("train", TRAINS, EVERYWHERE)
 def train(
     method: Annotated[
-        str | None, typer.Option(help="lora: a fresh adapter; lq: start from the quantized model's own factors.")
+        str | None,
+        typer.Option(help="lora: a fresh adapter; lq: start from the quantized model's own factors."),
     ] = None,
 ) -> None:
     """Train a low-rank adapter on the chain's current (small) model."""
@@ -258,7 +286,9 @@ def report(
 
 @_verb("run", EVERYWHERE)
 def run_recipe(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships with compress.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of one that ships with compress.")
+    ],
 ) -> None:
     """Run a whole chain from a recipe."""
 

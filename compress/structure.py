@@ -98,9 +98,9 @@ class StructureMap:
     def save(self, path: Path) -> None:
         """Write ``layers.{i}.kv_groups`` and ``layers.{i}.channels``, the sizes as metadata."""
         tensors: dict[str, torch.Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            tensors[f"layers.{index}.kv_groups"] = layer.kv_groups.contiguous()
-            tensors[f"layers.{index}.channels"] = layer.channels.contiguous()
+        for index, layer in enumerate(self.layers):  # clones: layers may share a tensor, safetensors may not
+            tensors[f"layers.{index}.kv_groups"] = layer.kv_groups.clone()
+            tensors[f"layers.{index}.channels"] = layer.channels.clone()
         metadata = {
             "format": "compress-structure",
             "format_version": FORMAT_VERSION,

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from compress.errors import CompressError, UsageError
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
-from compress.quantize.config import FACTOR_8BIT, QuantConfig
-from compress.quantize.decompose import factor_bits
-from compress.quantize.error_table import RANKS, ErrorTable, error_table, menu, offered_ranks
 from compress.solvers.budget import Budget
 from compress.solvers.problem import Problem
 from compress.solvers.solve import SOLVERS, solve
+
+from compress.errors import CompressError, UsageError
+from compress.quantize.config import FACTOR_8BIT, QuantConfig
+from compress.quantize.decompose import factor_bits
+from compress.quantize.error_table import RANKS, ErrorTable, error_table, menu, offered_ranks
 
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
@@ -127,7 +127,11 @@ def ranks_for(shape: tuple[int, int], fixed: int | None) -> tuple[int, ...]:
 
 
 def limit_in_bits(
-    budget: Budget, model: ModelInput, matrices: Sequence[Matrix], settings: QuantizeSettings, fixed_rank: int | None
+    budget: Budget,
+    model: ModelInput,
+    matrices: Sequence[Matrix],
+    settings: QuantizeSettings,
+    fixed_rank: int | None,
 ) -> int:
     """The budget as stored bits of the quantized linears.
 
@@ -146,7 +150,8 @@ def limit_in_bits(
         too_much = budget.value >= model.checkpoint.bytes
     if too_much:
         raise UsageError(
-            f"The budget {budget.text} is not below what the model takes now ({own}).", "Give a smaller budget."
+            f"The budget {budget.text} is not below what the model takes now ({own}).",
+            "Give a smaller budget.",
         )
     smallest = 0
     for matrix in matrices:

@@ -31,7 +31,9 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
         from compress.pipelines.report import report
 
         with workspace.locked():
-            page = report(Context(common=common, workspace=workspace, reporter=reporter), output=given.get("output"))
+            page = report(
+                Context(common=common, workspace=workspace, reporter=reporter), output=given.get("output")
+            )
         return {"report": str(page)}
     quiet_libraries()
     recipe = None

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.measure import validation_windows
+from compress.pipelines.model_input import device_and_dtype, original
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.settings import EvalSettings
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from transformers import PreTrainedModel
 
 from compress.adapters.attach import load_adapter
@@ -16,13 +23,6 @@ from compress.evaluate.latency import throughput
 from compress.evaluate.memory import PeakMemory, file_bytes
 from compress.evaluate.perplexity import mean_loss, perplexity
 from compress.evaluate.protocol import protocol_line
-from compress.model.load import load_model, load_tokenizer
-from compress.pipelines.measure import validation_windows
-from compress.pipelines.model_input import device_and_dtype, original
-from compress.pipelines.reporter import human_bytes, human_count
-from compress.pipelines.settings import EvalSettings
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,9 @@ def list_entries(context: Context) -> list[Entry]:
         if stage.verb in names:
             parameters = metrics["after"]["parameters"]
             entries.append(
-                Entry(name=names[stage.verb], model=stage.path, adapter=None, parameters=parameters, id=stage.id)
+                Entry(
+                    name=names[stage.verb], model=stage.path, adapter=None, parameters=parameters, id=stage.id
+                )
             )
         elif stage.verb == "train":
             small = workspace.model_before("train")
@@ -128,7 +130,7 @@ def measure(
             network = load_adapter(network, entry.adapter).eval()
         with context.reporter.bar(f"eval {entry.name}") as progress:
             result = perplexity(network, windows, batch_size=4, progress=progress)
-        loss = mean_loss(network, held_out, batch_size=4).mean_nll
+        loss = mean_loss(network, held_out, batch_size=4)
         speed = throughput(network, windows.ids[:1])
     size = file_bytes(entry.model) + (file_bytes(entry.adapter) if entry.adapter is not None else 0)
     return {
@@ -151,7 +153,17 @@ def show(context: Context, metrics: Mapping[str, Any]) -> None:
     """Print the table and its protocol."""
     context.reporter.table(
         "eval",
-        ("model", "parameters", "bytes", "bits/param", "perplexity", "held-out loss", "tokens/s", "decode/s", "peak"),
+        (
+            "model",
+            "parameters",
+            "bytes",
+            "bits/param",
+            "perplexity",
+            "held-out loss",
+            "tokens/s",
+            "decode/s",
+            "peak",
+        ),
         [
             (
                 row["name"],

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from compress.model.checkpoint import CheckpointWriter, copy_side_files
 from compress.pipelines.allocate import Allocation, Choice
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from compress.model.checkpoint import copy_side_files
+from compress.model.writer import CheckpointWriter
 from compress.quantize.config import FACTOR_8BIT
 from compress.quantize.decompose import decompose
 
@@ -85,7 +86,7 @@ def write_checkpoint(model: ModelInput, allocation: Allocation, layers: Path, fo
     choices = {choice.matrix.tensor: choice for choice in allocation.choices}
     per_matrix = {
         c.matrix.module: MatrixRecord(
-            config=c.config, rank=c.rank, factor_config=FACTOR_8BIT if c.rank else None
+            shape=c.matrix.shape, config=c.config, rank=c.rank, factor_config=FACTOR_8BIT if c.rank else None
         )
         for c in allocation.choices
     }

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.settings import TrainingSettings
+from compress.pipelines.stage import Context
 from transformers import PreTrainedModel
 
 from compress.data.sources import load_text
 from compress.data.windows import Windows, token_windows
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
-from compress.model.load import load_model, load_tokenizer
-from compress.pipelines.model_input import ModelInput
-from compress.pipelines.settings import TrainingSettings
-from compress.pipelines.stage import Context
 
 WINDOWS = {"quick": 8, "standard": 32, "paper": 64}
 LENGTH = 512
@@ -33,7 +33,9 @@ def training_windows(context: Context, model: ModelInput, source: str, settings:
     return token_windows(text, tokenizer, length=settings.sequence, count=count, seed=context.common.seed)
 
 
-def validation_windows(context: Context, tokenizer_path: Path, source: str, *, length: int = LENGTH) -> Windows:
+def validation_windows(
+    context: Context, tokenizer_path: Path, source: str, *, length: int = LENGTH
+) -> Windows:
     """The first windows of the source's validation split."""
     effort = context.common.effort or "quick"
     tokenizer = load_tokenizer(tokenizer_path)
@@ -41,7 +43,9 @@ def validation_windows(context: Context, tokenizer_path: Path, source: str, *, l
     return token_windows(text, tokenizer, length=length, count=WINDOWS[effort])
 
 
-def validation_perplexity(context: Context, network: PreTrainedModel, windows: Windows, label: str) -> dict[str, Any]:
+def validation_perplexity(
+    context: Context, network: PreTrainedModel, windows: Windows, label: str
+) -> dict[str, Any]:
     """Perplexity of ``network`` as JSON values with its protocol."""
     with context.reporter.bar(f"perplexity of {label}") as progress:
         result = perplexity(network, windows, batch_size=4, progress=progress)
@@ -61,7 +65,9 @@ def known_perplexity(
         after = stage.record["metrics"].get("after", {})
         if stage.id == model.id and after.get("protocol") == expected_protocol(windows, dtype, device):
             return {key: after[key] for key in ("perplexity", "standard_error", "protocol", "protocol_line")}
-    return validation_perplexity(context, load_model(model.path, dtype=dtype, device=device), windows, "its input")
+    return validation_perplexity(
+        context, load_model(model.path, dtype=dtype, device=device), windows, "its input"
+    )
 
 
 def expected_protocol(windows: Windows, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, UsageError
-from compress.model.architecture import Architecture
-from compress.model.checkpoint import Checkpoint
-from compress.model.load import EMBEDDED, architecture, preferred_dtype, resolve
+from compress.model.load import EMBEDDED, preferred_dtype, resolve
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
+
+from compress.errors import CompressError, UsageError
+from compress.model.architecture import Architecture
+from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 
 HUB_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """The public name of an embedded model, for adapters that must name their base."""
@@ -72,7 +73,7 @@ def current(context: Context, verb: str) -> ModelInput:
         path=stage.path,
         id=stage.id,
         checkpoint=checkpoint,
-        architecture=architecture(checkpoint),
+        architecture=checkpoint_architecture(checkpoint),
     )
 
 
@@ -100,7 +101,7 @@ def _opened(name: str, path: Path) -> ModelInput:
         path=path,
         id=checkpoint.fingerprint(),
         checkpoint=checkpoint,
-        architecture=architecture(checkpoint),
+        architecture=checkpoint_architecture(checkpoint),
     )
 
 

@@ -7,6 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.model.load import load_model
+from compress.pipelines.measure import training_windows, validation_perplexity, validation_windows
+from compress.pipelines.model_input import ModelInput, current, device_and_dtype
+from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.settings import PruneSettings
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.training import fit_config, training_metrics
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,14 +27,6 @@ from compress.importance import CRITERIA
 from compress.importance.base import GroupScores, create_criterion
 from compress.model.architecture import resized_config
 from compress.model.checkpoint import Checkpoint, require_dense
-from compress.model.load import load_model
-from compress.pipelines.measure import training_windows, validation_perplexity, validation_windows
-from compress.pipelines.model_input import ModelInput, current, device_and_dtype
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
-from compress.pipelines.reporter import human_bytes, human_count
-from compress.pipelines.settings import PruneSettings
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.training import fit_config, training_metrics
 from compress.prune.controller import PruneController
 from compress.prune.schedule import PruningSchedule
 from compress.prune.select import ShapePlan, choose_shape
@@ -44,7 +44,9 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     """
     targets = parse_targets(settings.targets)
     if not 0 < settings.ratio < 1:
-        raise UsageError(f"--ratio {settings.ratio} is not between 0 and 1.", "Give the fraction to remove, such as 0.5.")
+        raise UsageError(
+            f"--ratio {settings.ratio} is not between 0 and 1.", "Give the fraction to remove, such as 0.5."
+        )
     criterion = CRITERIA.get(settings.criterion)
     if criterion.requires_training and settings.steps < 1:
         raise UsageError(
@@ -52,7 +54,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             "Give --steps 1 or more, or another criterion.",
         )
     model = current(context, "prune")
-    require_dense(model.checkpoint)
+    require_dense(model.checkpoint, allow_lq=False)
     multiple = settings.multiple or default_multiple(model.architecture.channels)
     shape = shape_for(model, settings.ratio, targets, multiple)
     device, dtype = device_and_dtype(context.common)
@@ -128,7 +130,9 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 def default_multiple(channels: int) -> int:
     """Channel counts are rounded to 64, to 128 on wide models, and to less on tiny ones."""
-    return 128 if channels >= 8192 else next(m for m in (64, 32, 16, 8, 4, 2, 1) if m == 1 or channels >= 8 * m)
+    return (
+        128 if channels >= 8192 else next(m for m in (64, 32, 16, 8, 4, 2, 1) if m == 1 or channels >= 8 * m)
+    )
 
 
 def shape_for(
@@ -178,7 +182,9 @@ def find_structure(
     )
     schedule = PruningSchedule(total_steps=max(1, settings.steps))
     measured: dict[str, Any] = {"losses": [], "tokens": 0, "train_seconds": 0.0}
-    with PruneController(adapted, arch, create_criterion(settings.criterion, arch, seed=seed), schedule, shape) as hook:
+    with PruneController(
+        adapted, arch, create_criterion(settings.criterion, arch, seed=seed), schedule, shape
+    ) as hook:
         if settings.steps > 0:
             with context.reporter.bar("score, mask and train") as progress:
                 result = fit(

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.data.sources import default_source
-from compress.errors import UsageError
-from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
 from compress.pipelines.allocate import allocate, build_tables, check_solver, limit_in_bits, matrices_of
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
@@ -21,6 +18,10 @@ from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.workspace import write_json
 from compress.solvers.budget import parse_budget
+
+from compress.data.sources import default_source
+from compress.errors import UsageError
+from compress.model.checkpoint import Checkpoint, require_dense
 
 
 def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
@@ -39,7 +40,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             f"--budget-includes {settings.budget_includes!r} is not understood.", "Give factors or none."
         )
     model = current(context, "quantize")
-    require_dense(model.checkpoint)
+    require_dense(model.checkpoint, allow_lq=False)
     matrices = matrices_of(model)
     limit = limit_in_bits(budget, model, matrices, settings, fixed_rank)
     device, dtype = device_and_dtype(context.common)

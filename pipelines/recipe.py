@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from compress.errors import UsageError
 from compress.pipelines.report import report
 from compress.pipelines.settings import VERBS, Common, check_name
 from compress.pipelines.stage import Context
+
+from compress.errors import UsageError
 
 FOLDER = Path(__file__).parent / "recipes"
 SHARED_KEYS = ("model", "data", "effort", "seed", "dtype", "device")
@@ -61,11 +61,15 @@ def read_recipe(name: str) -> Recipe:
 def _step(item: Any, name: str) -> tuple[str, Mapping[str, Any]]:
     verb, settings = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
     if verb not in {*VERBS, "report"}:
-        raise UsageError(f"{name} has a step that is no verb: {item!r}.", f"Use: {', '.join([*VERBS, 'report'])}.")
+        raise UsageError(
+            f"{name} has a step that is no verb: {item!r}.", f"Use: {', '.join([*VERBS, 'report'])}."
+        )
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UsageError(f"The settings of {verb} in {name} are no mapping.", "Write them as 'name: value' lines.")
+        raise UsageError(
+            f"The settings of {verb} in {name} are no mapping.", "Write them as 'name: value' lines."
+        )
     known = [] if verb == "report" else [field.name for field in dataclasses.fields(VERBS[verb])]
     for key in settings:
         check_name(str(key), known)

@@ -6,12 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from compress.adapters.merge import merge_adapter
-from compress.adapters.recover import recover_adapter
-from compress.errors import CompressError, UsageError
-from compress.model.checkpoint import require_dense
 from compress.model.load import load_model
 from compress.pipelines.model_input import ModelInput, base_name, open_model, original
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
@@ -19,6 +13,12 @@ from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.train import train
+from peft import PeftModel
+
+from compress.adapters.merge import merge_adapter
+from compress.adapters.recover import recover_adapter
+from compress.errors import CompressError, UsageError
+from compress.model.checkpoint import require_dense
 from compress.structure import FILE_NAME, StructureMap, full_layer, structure_map
 
 
@@ -36,7 +36,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             "Run compress prune, compress quantize or both first.",
         )
     full = original(context) if settings.onto is None else open_model(context, settings.onto)
-    require_dense(full.checkpoint)
+    require_dense(full.checkpoint, allow_lq=False)
     structure = chain_structure(context, full)
     trained = workspace.find("train")
     if trained is None:

@@ -77,7 +77,9 @@ def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: boo
         ),
         record=str(folder / RECORD),
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CompressError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compress.errors import UsageError
 from compress.pipelines.stage import Context
 from compress.report.page import write_report
+
+from compress.errors import UsageError
 
 
 def report(context: Context, *, output: Path | None = None) -> Path:
@@ -19,7 +20,9 @@ def report(context: Context, *, output: Path | None = None) -> Path:
     workspace = context.workspace
     stages = workspace.stages
     if not stages:
-        raise UsageError(f"There is nothing to report in {workspace.root}.", "Run a stage first: compress prune.")
+        raise UsageError(
+            f"There is nothing to report in {workspace.root}.", "Run a stage first: compress prune."
+        )
     path = output or workspace.root / "report.html"
     run = {
         "title": str(workspace.model["name"]) if workspace.model else "compress",

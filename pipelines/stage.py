@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compress.errors import UsageError
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace, differences, stage_id
+
+from compress.errors import UsageError
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy")
 
@@ -103,7 +104,9 @@ def run_stage(
         "metrics": dict(metrics),
     }
     stage = workspace.complete(partial, record)
-    reporter.say(f"{verb}: {stage.path} in {record['seconds']:.0f} s, peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB.")
+    reporter.say(
+        f"{verb}: {stage.path} in {record['seconds']:.0f} s, peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB."
+    )
     return Outcome(stage=stage, fresh=True)
 
 

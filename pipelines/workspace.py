@@ -53,7 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict) or int(value.get("format_version", 0)) > FORMAT_VERSION:
         raise CompressError(
-            f"{path} was written in a format this version does not know.", "Upgrade compress, or use another --run."
+            f"{path} was written in a format this version does not know.",
+            "Upgrade compress, or use another --run.",
         )
     return value
 
@@ -92,7 +93,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     keys = sorted({*old, *new})
     absent = "unset"
     return ", ".join(
-        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}" for key in keys if old.get(key) != new.get(key)
+        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+        for key in keys
+        if old.get(key) != new.get(key)
     )
 
 
@@ -189,7 +192,9 @@ class Workspace:
         """The unfinished folder of ``verb``, if a run of it was interrupted."""
         return next(iter(sorted(self.root.glob(f"[0-9][0-9]-{verb}.partial"))), None)
 
-    def open_partial(self, verb: str, config: Mapping[str, Any], inputs: Mapping[str, str], *, redo: bool) -> Path:
+    def open_partial(
+        self, verb: str, config: Mapping[str, Any], inputs: Mapping[str, str], *, redo: bool
+    ) -> Path:
         """The folder to work in: a fresh one, or the interrupted one of the very same request.
 
         Raises:

@@ -30,4 +30,6 @@ class Backend(Protocol):
 
     def __call__(
         self, items: Items, start: Ints, multiplier: float, *, time_limit: float, gap: float
-    ) -> Answer: ...
+    ) -> Answer:
+        """Return the best choice found and a bound."""
+        ...

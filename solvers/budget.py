@@ -22,7 +22,7 @@ class Budget:
     """A limit on stored size.
 
     Attributes:
-        kind: ``bits``: average stored bits per weight of the quantized linears; ``bytes``: the whole weight file.
+        kind: ``bits``: average stored bits per weight of the quantized linears; ``bytes``: whole weight file.
         value: Bits per weight, or bytes.
         text: What the user wrote.
     """
@@ -33,7 +33,9 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget; case and surrounding blanks do not matter. kB, MB, GB, TB are powers of 1000, KiB .. of 1024.
+    """Read a budget; case and surrounding blanks do not matter.
+
+    Units: bit or bits; kB, MB, GB, TB (powers of 1000); KiB, MiB, GiB, TiB (powers of 1024).
 
     Raises:
         UsageError: The text is not a number with a known unit, or the number is not above zero.

@@ -2,7 +2,8 @@
 
 After :func:`compress.solvers.lagrangian.narrow` few candidates are left, and partial choices that exceed the
 allowance, cannot meet the budget, or are dominated by another (Pisinger 1995) disappear as they arise. What
-survives settles the optimum *and* its ties: lowest cost, then smallest size, then lexicographically first choice.
+survives settles the optimum *and* its ties: lowest cost, then smallest size, then the lexicographically
+first choice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from compress.solvers.problem import Floats, Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Listing:
-    """Result of :func:`search`: the best positions met, and whether nothing was left out (then they are optimal)."""
+    """The best positions met, and whether nothing was left out (then they are optimal)."""
 
     positions: Ints | None
     complete: bool
@@ -40,8 +41,8 @@ class _States:
 def search(core: Items, relaxation: Relaxation, upper: float, *, work: int, beam: bool) -> Listing:
     """The first among the best choices that cost no more than ``upper``.
 
-    Costs are compared as integers: multiples of a power of two so small that 2**52 of them cover all costs of the
-    core. Equal costs stay equal whatever the order of summation.
+    Costs are compared as integers: multiples of a power of two so small that 2**52 of them cover all costs of
+    the core. Equal costs stay equal whatever the order of summation.
 
     Args:
         core: Narrowed items.
@@ -57,7 +58,7 @@ def search(core: Items, relaxation: Relaxation, upper: float, *, work: int, beam
     largest_rest = _suffix_sums([int(s.max()) for s in core.sizes])
     zero = np.zeros(1, dtype=np.int64)
     states = _States(zero, zero, np.zeros(1), zero)
-    trail: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16]]] = []
+    trail: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
     complete = True
     for i in range(len(core)):
         count = core.sizes[i].size
@@ -85,7 +86,7 @@ def search(core: Items, relaxation: Relaxation, upper: float, *, work: int, beam
             return Listing(positions=None, complete=False)
         states = grown.take(kept)
         states.rank = np.argsort(np.argsort(states.rank))
-        trail.append(((kept // count).astype(np.int32), (kept % count).astype(np.int16)))
+        trail.append(((kept // count).astype(np.int32), (kept % count).astype(np.int32)))
     positions = np.zeros(len(core), dtype=np.int64)
     state = int(np.argmin(states.cost))  # costs fall strictly as sizes rise: the minimum is unique
     for i in range(len(core) - 1, -1, -1):
@@ -101,7 +102,8 @@ def _undominated(states: _States) -> npt.NDArray[np.intp]:
     if not cost.size:
         return order
     before = np.concatenate(([np.iinfo(np.int64).max], np.minimum.accumulate(cost)[:-1]))
-    return order[cost < before]
+    kept: npt.NDArray[np.intp] = order[cost < before]
+    return kept
 
 
 def _integer_costs(core: Items) -> list[Ints]:

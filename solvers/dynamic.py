@@ -17,8 +17,9 @@ LEVELS = 20_000
 def solve_dynamic(items: Items, start: Ints, multiplier: float, *, time_limit: float, gap: float) -> Answer:
     """Smallest size for every level of summed cost; the lowest level that fits in the budget is the answer.
 
-    Exact to the grid: costs are rounded down to it, so the level is also a lower bound. The answer is dearer than
-    the optimum by at most one grid step per item. ``time_limit`` and ``gap`` do not apply: the work is fixed.
+    Exact to the grid: costs are rounded down to it, so the level is also a lower bound. The answer is dearer
+    than the optimum by at most one grid step per item. ``time_limit`` and ``gap`` do not apply: the work is
+    fixed.
     """
     cheapest = math.fsum(float(c.min()) for c in items.costs)
     step = (items.cost(start) - cheapest) / LEVELS
@@ -27,7 +28,7 @@ def solve_dynamic(items: Items, start: Ints, multiplier: float, *, time_limit: f
     unreachable = np.int64(items.budget + 1)
     smallest = np.full(LEVELS + 1, unreachable, dtype=np.int64)  # by level
     smallest[0] = 0
-    picks = np.zeros((len(items), LEVELS + 1), dtype=np.int16)
+    picks = np.zeros((len(items), LEVELS + 1), dtype=np.int32)
     weights = [np.floor(np.minimum((c - c.min()) / step, LEVELS + 1)).astype(np.int64) for c in items.costs]
     for i, size in enumerate(items.sizes):
         best = np.full_like(smallest, unreachable)

@@ -1,8 +1,9 @@
-"""Lagrangian relaxation: a lower bound in one sort, a good choice by greedy completion, and a smaller problem.
+"""Lagrangian relaxation: a lower bound in one sort, a good choice by greedy completion, a smaller problem.
 
-With a price ``multiplier`` per unit of size the items separate; the best price gives the optimum of the linear
-relaxation (Sinha and Zoltners 1979). A candidate's *reduced cost* is what choosing it adds to that bound, so a
-candidate whose reduced cost exceeds the distance between bound and best known choice is in no better choice.
+With a price ``multiplier`` per unit of size the items separate; the best price gives the optimum of the
+linear relaxation (Sinha and Zoltners 1979). A candidate's *reduced cost* is what choosing it adds to that
+bound, so a candidate whose reduced cost exceeds the distance between the bound and the best known choice is
+part of no better choice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from compress.solvers.problem import Floats, Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Relaxation:
-    """The relaxed optimum: price per unit of size, its bound, and candidate per item at or under the budget."""
+    """The relaxed optimum: price per unit of size, its bound, candidate per item (within the budget)."""
 
     multiplier: float
     lower_bound: float
@@ -26,7 +27,7 @@ class Relaxation:
 
 
 def relax(items: Items) -> Relaxation:
-    """Solve the linear relaxation exactly. The smallest choice must fit in the budget, the largest must not."""
+    """Solve the linear relaxation exactly; the smallest choice must fit in the budget."""
     slopes: list[float] = []
     owner: list[int] = []
     target: list[int] = []
@@ -61,7 +62,8 @@ def reduced_costs(items: Items, relaxation: Relaxation) -> list[Floats]:
 
 def allowance(items: Items, relaxation: Relaxation, cost: float) -> float:
     """How much reduced cost a choice no dearer than ``cost`` may have, with room for rounding."""
-    magnitude = abs(cost) + sum(float(np.abs(c).max()) for c in items.costs)
+    at = items.find(relaxation.chosen)
+    magnitude = abs(cost) + sum(abs(float(c[p])) for c, p in zip(items.costs, at, strict=True))
     return max(cost - relaxation.lower_bound, 0.0) * (1 + 1e-9) + 1e-13 * magnitude
 
 
@@ -78,13 +80,15 @@ def complete(items: Items, positions: Ints) -> Ints:
     place = np.concatenate([np.arange(c.size) for c in items.costs])
     cost = np.concatenate(items.costs)
     size = np.concatenate(items.sizes)
-    smallest_gain = 1e-14 * float(np.abs(cost).sum())
     start = np.concatenate(([0], np.cumsum([c.size for c in items.costs])[:-1]))
     while True:
         now = start + positions
         dearer = cost - cost[now][owner]
         larger = size - size[now][owner]
         slack = items.budget - int(size[now].sum())
+        smallest_gain = 1e-14 * float(
+            np.abs(cost[now]).sum()
+        )  # less is rounding, and could go round in circles
         if slack < 0:
             shrinking = np.flatnonzero(larger < 0)
             moves = [int(shrinking[np.argmin(dearer[shrinking] / -larger[shrinking])])]
@@ -128,7 +132,7 @@ def _hull(cost: Floats, size: Ints) -> tuple[list[int], list[float]]:
 def _best_moves(
     owner: npt.NDArray[np.intp], dearer: Floats, larger: Ints, slack: int, smallest_gain: float
 ) -> list[int]:
-    """The single change with the largest gain that fits, else the best exchange of two items, else nothing."""
+    """The single change that fits and gains most, else the best exchange of two items, else nothing."""
     gaining = np.flatnonzero(dearer < -smallest_gain)
     fitting = gaining[larger[gaining] <= slack]
     if fitting.size:

@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from compress.solvers.backend import Answer
 from compress.solvers.pareto import Items
 from compress.solvers.problem import Floats, Ints
+from compress.solvers.quiet import native_output_discarded
 
 FEASIBILITY_TOLERANCE = 1e-6
 """HiGHS and CBC accept a constraint missed by this much (of a row whose largest coefficient is 1)."""
@@ -56,24 +57,26 @@ def binary_program(items: Items) -> BinaryProgram:
 
 
 def solve_highs(items: Items, start: Ints, multiplier: float, *, time_limit: float, gap: float) -> Answer:
-    """Best choice HiGHS finds within ``time_limit`` seconds or a relative gap ``gap``; may overrun the budget by
-    the solver's tolerance, which the caller repairs.
+    """Best choice HiGHS finds within ``time_limit`` seconds or a relative gap ``gap``.
+
+    It may overrun the budget by the solver's tolerance, which the caller repairs.
     """
     program = binary_program(items)
     variables = program.cost.size
     one_each = csr_array(
         (np.ones(variables), (program.item, np.arange(variables))), shape=(len(items), variables)
     )
-    result = milp(
-        program.cost,
-        integrality=np.ones(variables),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(program.size[None, :], -np.inf, program.room),
-        ],
-        options={"time_limit": time_limit, "mip_rel_gap": gap},
-    )
+    with native_output_discarded():
+        result = milp(
+            program.cost,
+            integrality=np.ones(variables),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(program.size[None, :], -np.inf, program.room),
+            ],
+            options={"time_limit": time_limit, "mip_rel_gap": gap},
+        )
     bound = -np.inf
     if result.mip_dual_bound is not None:
         # The bound is that of a budget larger by the tolerance; its price turns it into one of ours.

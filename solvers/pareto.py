@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from compress.solvers.problem import Floats, Ints, Problem
 
@@ -50,7 +51,7 @@ class Items:
         pairs = zip(self.candidates, chosen, strict=True)
         return np.array([np.flatnonzero(have == want)[0] for have, want in pairs], dtype=np.int64)
 
-    def keep(self, masks: list[Floats]) -> Items:
+    def keep(self, masks: list[npt.NDArray[np.bool_]]) -> Items:
         """The same items with only the positions where the mask is true."""
         return Items(
             costs=tuple(a[m] for a, m in zip(self.costs, masks, strict=True)),
@@ -69,8 +70,8 @@ class Items:
 def undominated(costs: Floats, sizes: Ints) -> Ints:
     """Indices of the candidates worth choosing, by rising size and falling cost.
 
-    A candidate is dropped when another is no larger and no dearer and better in one of the two, or equal in both
-    and listed earlier. Whoever minimises (cost, size, choice) in this order loses nothing.
+    A candidate is dropped when another is no larger and no dearer and better in one of the two, or equal in
+    both and listed earlier. Whoever minimises (cost, size, choice) in this order loses nothing.
     """
     order = np.lexsort((np.arange(costs.size), costs, sizes))  # by size, then cost, then index
     sorted_costs = costs[order]
@@ -85,8 +86,8 @@ def reduce(problem: Problem) -> Items:
     members = sorted([*(tuple(sorted(group)) for group in problem.equal_groups), *alone])
     costs, sizes, candidates = [], [], []
     for group in members:
-        cost = np.sum([problem.costs[m] for m in group], axis=0, dtype=np.float64)
-        size = np.sum([problem.sizes[m] for m in group], axis=0, dtype=np.int64)
+        cost: Floats = np.stack([problem.costs[m] for m in group]).sum(axis=0, dtype=np.float64)
+        size: Ints = np.stack([problem.sizes[m] for m in group]).sum(axis=0, dtype=np.int64)
         kept = undominated(cost, size)
         costs.append(cost[kept])
         sizes.append(size[kept])

@@ -19,15 +19,15 @@ Status = Literal["optimal", "within_gap", "feasible"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
-    """A multiple-choice knapsack (LQ-LoRA, arXiv 2311.12023, §3.2): minimise the summed cost within the budget.
+    """A multiple-choice knapsack (LQ-LoRA, arXiv 2311.12023, §3.2): least summed cost within the budget.
 
     Attributes:
         names: One name per matrix, for messages.
         costs: Per matrix ``[C]``: cost of each candidate, any finite number.
         sizes: Per matrix ``[C]``: size of each candidate, integers of zero or more, in the budget's unit.
         budget: Largest allowed sum of the chosen sizes.
-        equal_groups: Matrices (by position) that must choose the same candidate index, such as q, k and v of a
-            runtime that fuses them.
+        equal_groups: Matrices (by position) that must choose the same candidate index, such as q, k and v
+            for a runtime that fuses them.
 
     Raises:
         ValueError: Lengths, dtypes or groups do not fit together.
@@ -45,7 +45,7 @@ class Problem:
             raise ValueError("names, costs and sizes must have one entry per matrix")
         for name, cost, size in zip(self.names, self.costs, self.sizes, strict=True):
             if cost.ndim != 1 or cost.shape != size.shape or cost.size == 0:
-                raise ValueError(f"{name}: costs and sizes must be equally long vectors with a candidate or more")
+                raise ValueError(f"{name}: costs and sizes must be equally long, non-empty vectors")
             if not np.issubdtype(size.dtype, np.integer) or size.min() < 0:
                 raise ValueError(f"{name}: sizes must be integers of zero or more")
             if not np.isfinite(cost).all():
@@ -84,7 +84,7 @@ class Solution:
         gap: ``(cost - lower_bound) / |cost|``; 0 when the choice is proved optimal.
         solver: Name of the solver asked for.
         seconds: Wall time.
-        status: ``optimal`` (proved: gap 0), ``within_gap`` (as good as asked) or ``feasible`` (the gap says how good).
+        status: ``optimal`` (proved: gap 0), ``within_gap`` (as good as asked), ``feasible`` (see the gap).
     """
 
     choices: tuple[int, ...]

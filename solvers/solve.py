@@ -23,8 +23,8 @@ SOLVERS: dict[str, str | None] = {
 }
 """Solver names and where their functions live; imported when asked for."""
 
-BEAM_WORK, PROOF_WORK = 5_000, 300_000
-"""Partial choices per item in the two last passes: a narrow one that improves the choice, then the exact one."""
+BEAM_WORK, PROOF_WORK = 20_000, 300_000
+"""Partial choices per item in the last passes: a narrow one that improves the choice, then the exact one."""
 
 
 def solve(
@@ -32,10 +32,10 @@ def solve(
 ) -> Solution:
     """Choose one candidate per matrix with the least summed cost within the budget.
 
-    ``highs``, ``cbc`` and ``dynamic`` end with an exact pass over what can still matter; unless that pass gives up
-    (a great many choices as good as the best) they agree on lowest cost, then smallest size, then lexicographically
-    first choice. ``lagrangian`` stops at the bound and the greedy choice. The same problem gives the same answer
-    each time, unless ``time_limit`` cuts a solver off and the exact pass gives up.
+    ``highs``, ``cbc`` and ``dynamic`` end with an exact pass over what can still matter; unless it gives up
+    (a great many choices as good as the best) they agree on lowest cost, then smallest size, then the
+    lexicographically first choice. ``lagrangian`` stops at the bound and the greedy choice. The same problem
+    gives the same answer each time, unless ``time_limit`` cuts a solver off and the exact pass gives up.
 
     Args:
         problem: Costs, sizes, budget.

@@ -15,7 +15,7 @@ if "COMPRESS_DATA" not in os.environ and _DATA.is_dir():
 import hypothesis  # noqa: E402
 import torch  # noqa: E402  (the hub reads HF_HUB_OFFLINE when it is imported)
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny tensors: two threads on a busy machine wait for each other, up to 100x slower
 
 # No deadlines: on a busy machine they fail without a fault. `make test-all` asks for the long profile.
 hypothesis.settings.register_profile("fast", deadline=None, max_examples=50)

@@ -58,7 +58,7 @@ class Scaling:
 
     @property
     def value(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        """Alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def with_rank(self, rank: int) -> Scaling:
@@ -146,9 +146,19 @@ class AdapterFile:
         return self._initial.get_tensor(names[0]), self._initial.get_tensor(names[1])
 
     @property
+    def initial_modules(self) -> tuple[str, ...]:
+        """Modules whose initial factors were kept."""
+        return tuple(m for m in self.modules if f"{PREFIX}{m}.lora_A.weight" in self._initial_names)
+
+    @property
     def has_initial_factors(self) -> bool:
         """Whether training started from non-zero factors that were kept."""
         return self._initial is not None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the adapted linears store their weights [in, out] (Conv1D); an lm_head never does."""
+        return bool(self.config.get("fan_in_fan_out"))
 
     def scaling(self, module: str) -> Scaling:
         """Rank and scaling of ``module``, with PEFT's per-module patterns applied."""
@@ -202,4 +212,6 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt")
     except SafetensorError as error:
-        raise CompressError(f"{path} is not a safetensors file ({error}).", "Save the adapter again.") from error
+        raise CompressError(
+            f"{path} is not a safetensors file ({error}).", "Save the adapter again."
+        ) from error

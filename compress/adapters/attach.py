@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from compress.adapters.adapter_file import INITIAL_FILE, PREFIX, Scaling, scaling_entries, write_adapter
+from compress.adapters.adapter_file import PREFIX, AdapterFile, Scaling, scaling_entries, write_adapter
 from compress.adapters.factors import factor_product
 from compress.errors import CompressError, UsageError
 from compress.importance.modules import lora_factors
@@ -37,8 +37,8 @@ def attach_lora(
         rank: r.
         alpha: The delta is ``alpha / r * B A``.
         dropout: On the adapters' inputs, in training.
-        targets: Linears to adapt, by role ("q"), name ("self_attn.q_proj") or last part of it ("q_proj"); "lm_head"
-            where it is not tied. None: every decoder linear.
+        targets: Linears to adapt, by role ("q"), name ("self_attn.q_proj") or last part of it ("q_proj");
+            "lm_head" where it is not tied. None: every decoder linear.
         seed: Of the initial A.
 
     Raises:
@@ -56,13 +56,14 @@ def attach_factors(
 ) -> tuple[PeftModel, dict[str, Tensor]]:
     """Move the factors of an LQ model into adapters (LQ-LoRA, arXiv 2311.12023 §3.1): only ``L1, L2`` train.
 
-    With the scale ``s = alpha / rank``: ``A0 = L2 / sqrt(s)``, ``B0 = L1 / sqrt(s)``, and the layer's own factors are
-    switched off, so that the model computes what it did before. A matrix of rank zero gets an ordinary LoRA of
-    ``rank`` (A random under ``seed``, B zero). No dropout: it would act on a part of the base.
+    With the scale ``s = alpha / rank``: ``A0 = L2 / sqrt(s)``, ``B0 = L1 / sqrt(s)``, and the layer's own
+    factors are switched off, so that the model computes what it did before. A matrix of rank zero gets an
+    ordinary LoRA of ``rank`` (A random under ``seed``, B zero). No dropout: it would act on a part of the
+    base.
 
     Returns:
-        The model, and the initial factors of every non-zero matrix, named as in the adapter file: give them to
-        ``save_adapter``, recovery needs them (METHODS §2.4).
+        The model, and the initial factors of every non-zero matrix, named as in the adapter file: give them
+        to ``save_adapter``, recovery needs them (METHODS §2.4).
 
     Raises:
         CompressError: ``model`` is not an LQ model.
@@ -112,11 +113,13 @@ def save_adapter(
 def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> PeftModel:
     """Put a saved adapter back on the model it was trained on.
 
-    An adapter with initial factors replaces the LQ model's own, so those are switched off; stock PEFT would add both.
+    The result is in eval mode. An adapter with initial factors replaces the LQ model's own, so those are
+    switched off; stock PEFT would add both.
     """
-    if (path / INITIAL_FILE).is_file():
-        switch_off_factors(model, (name for name, m in model.named_modules() if isinstance(m, LQLinear)))
-    return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    with AdapterFile(path) as file:
+        switch_off_factors(model, file.initial_modules)
+    peft_model: PeftModel = PeftModel.from_pretrained(model, str(path), is_trainable=trainable).eval()
+    return peft_model
 
 
 def lora_delta(peft_model: PeftModel, module_name: str) -> Tensor | None:
@@ -149,7 +152,9 @@ def _target_modules(arch: Architecture, targets: Sequence[str] | None) -> list[s
     unknown = [t for t in targets or () if t not in known and not (t == "lm_head" and not arch.tied)]
     if unknown:
         offered = ", ".join(spec.role for spec in arch.linears) + ("" if arch.tied else ", lm_head")
-        raise UsageError(f"This model has no adapter target {', '.join(unknown)}.", f"Choose among {offered}.")
+        raise UsageError(
+            f"This model has no adapter target {', '.join(unknown)}.", f"Choose among {offered}."
+        )
     names = [arch.module_name(layer, spec) for layer in range(arch.layers) for spec in dict.fromkeys(chosen)]
     return names + [arch.lm_head.removesuffix(".weight")] * ("lm_head" in (targets or ()))
 
@@ -164,10 +169,11 @@ def _attach(
         target_modules=_short_names(model, scalings),
         fan_in_fan_out=any(spec.transposed for spec in arch.linears),
         task_type="CAUSAL_LM",
-        base_model_name_or_path="",
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator; ours replaces the values
         peft_model = get_peft_model(model, config)
+    peft_model.peft_config["default"].base_model_name_or_path = ""  # PEFT took the folder the model came from
+    peft_model.train(model.training)  # new dropout layers start in training mode
     generator = torch.Generator().manual_seed(seed)
     for factor_a in _factors_a(peft_model, scalings):
         bound = 1 / math.sqrt(factor_a.shape[1])  # PEFT's own start: kaiming_uniform with a = sqrt(5)
@@ -184,7 +190,7 @@ def _factors_a(peft_model: PeftModel, names: Iterable[str]) -> Iterator[Tensor]:
 
 
 def _short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Target patterns for PEFT: last parts of the names where those hit no other module, else the full names."""
+    """Target names for PEFT: their last parts where those hit no other module, else in full."""
     wanted = set(names)
     last = {name.rpartition(".")[2] for name in wanted}
     hit = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}

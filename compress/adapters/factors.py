@@ -12,7 +12,7 @@ def factor_product(factor_a: Tensor, factor_b: Tensor, scaling: float) -> Tensor
 
 
 def scatter_rows(small: Tensor, kept: Tensor | None, size: int) -> Tensor:
-    """A zero tensor [size, ...] with the rows of ``small`` [n, ...] at ``kept`` [n]; ``small`` itself for None."""
+    """Rows of ``small`` [n, ...] at ``kept`` [n] of a zero tensor [size, ...]; ``small`` itself for None."""
     if kept is None:
         return small
     full = small.new_zeros((size, *small.shape[1:]))

@@ -69,8 +69,8 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Sum of the negative log-likelihoods (nats) of ``target_N`` under ``head(hidden_ND)``.
 
-    Never holds more than ``chunk`` rows of logits. The logits have the dtype of the computation, the softmax is
-    float32, as in Hugging Face's own loss.
+    Never holds more than ``chunk`` rows of logits. The logits have the dtype of the computation, the softmax
+    is float32, as in Hugging Face's own loss.
 
     Args:
         hidden_ND: Final hidden states, one row for each trained position.
@@ -115,8 +115,9 @@ def trained_tokens(labels_BS: Tensor) -> int:
 class TokenLoss(nn.Module):
     """``(ids, labels) -> summed loss`` around a Hugging Face causal model, with or without adapters.
 
-    The body runs once; the head runs on trained positions only and in chunks. Models whose logits are more than
-    ``softcap(head(body(ids)))`` are found by comparing both on a few tokens, and go through their own forward.
+    The body runs once; the head runs on trained positions only and in chunks. Models whose logits are more
+    than ``softcap(head(body(ids)))`` are found by comparing both on a few tokens, and go through their own
+    forward.
 
     Args:
         model: A causal language model (a ``PreTrainedModel`` or a ``PeftModel`` around one).

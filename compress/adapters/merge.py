@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import PREFIX, AdapterFile, owner
 from compress.adapters.factors import factor_product
 from compress.errors import CompressError
-from compress.model.architecture import architecture_of
-from compress.model.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
+from compress.model.architecture import Architecture
+from compress.model.checkpoint import (
+    Checkpoint,
+    checkpoint_architecture,
+    copy_side_files,
+    require_dense,
+)
+from compress.model.writer import CheckpointWriter
 from compress.progress import Progress
 
 
@@ -23,90 +28,79 @@ def merge_adapter(full: Checkpoint, adapter: Path, out: Path, *, progress: Progr
     Args:
         full: The model the adapter belongs to, not quantized.
         adapter: PEFT folder (LoRA on linears and embeddings, LoRA biases, whole trained tensors).
-        out: Folder to write.
+        out: Folder to write, without weights in it.
         progress: Called after each tensor.
 
     Raises:
-        CompressError: The adapter does not fit the model, is a DoRA, was not trained from zero, or adapts one side
-            of tied embeddings.
+        CompressError: The adapter does not fit the model, is a DoRA, holds a part of another base, or changes
+            one side of tied embeddings; or the model is quantized.
     """
+    require_dense(full, allow_lq=False)
+    arch = checkpoint_architecture(full)
     with AdapterFile(adapter) as file:
-        changes = _changes(full, file)
-        transposed = _transposed_names(full)
+        changes = _changes(full, arch, file)
         with CheckpointWriter(out, config=full.config) as writer:
             for index, name in enumerate(full.names):
                 weight = full.read(name)
                 if name in changes:
-                    weight = _merged(weight, name, file, changes[name], transposed=name in transposed)
+                    transposed = file.transposed and name not in (arch.lm_head, arch.embedding)
+                    weight = _merged(weight, file, changes[name], transposed=transposed)
                 writer.add(name, weight)
                 if progress is not None:
                     progress(index + 1, len(full.names), name)
-            writer.finish()
     copy_side_files(full.path, out)
     return out
 
 
-def _changes(full: Checkpoint, file: AdapterFile) -> dict[str, str]:
-    """Model tensor -> kind of change, with every tensor of the adapter accounted for."""
+def _changes(full: Checkpoint, arch: Architecture, file: AdapterFile) -> dict[str, str]:
+    """Model tensor -> the adapter tensor that changes it (B stands for A and B); leaves none out."""
     if file.has_initial_factors:
         raise CompressError(
-            f"The adapter {file.path} holds a part of the quantized base it was trained on.", "Recover it first."
+            f"The adapter {file.path} holds a part of the quantized base it was trained on.",
+            "Recover it first.",
         )
     if file.config.get("use_dora"):
         raise CompressError(f"The adapter {file.path} is a DoRA.", "Merge it with PEFT's merge_and_unload.")
-    tied = full.config.get("tie_word_embeddings", False)
     changes: dict[str, str] = {}
     for name in file.names:
         module, kind = owner(name)
-        target = f"{module}.bias" if kind in ("lora_B.bias", "bias") else f"{module}.weight"
+        target = f"{module}.bias" if kind.endswith("bias") else f"{module}.weight"
+        if arch.tied and target in (arch.embedding, arch.lm_head):
+            raise CompressError(
+                f"The adapter changes {module}, which shares its weight with another layer.",
+                "Use the adapter without merging it.",
+            )
         if target not in full.names:
             raise CompressError(
-                f"The adapter tensor {name} belongs to no tensor of the model.",
-                "Give the model named in the adapter's config"
-                + (", or untie its embeddings first." if tied else "."),
+                f"The adapter changes {target}, which the model has not got.",
+                "Give the model that adapter_config.json names as its base.",
             )
-        changes[target] = kind
-    embedding = next((n for n in changes if changes[n].startswith("lora_embedding")), None)
-    if tied and embedding is not None:
-        raise CompressError(
-            f"The adapter changes {embedding} but not the tied lm_head.", "Keep the adapter apart from the model."
-        )
+        if not kind.endswith(("lora_A.weight", "lora_embedding_A")):
+            changes[target] = name
     return changes
 
 
-def _merged(weight: Tensor, name: str, file: AdapterFile, kind: str, *, transposed: bool) -> Tensor:
-    module = name.rpartition(".")[0]
-    if kind in ("weight", "bias"):
-        stored = next(n for n in file.names if owner(n) == (module, kind))
-        change = file.read(stored).float()
-        base = torch.zeros_like(change)
-    elif kind == "lora_B.bias":
-        change = file.read(f"{PREFIX}{module}.{kind}").float() * file.scaling(module).value
-        base = weight.float()
-    else:
-        if kind.startswith("lora_embedding"):
-            factor_a = file.read(f"{PREFIX}{module}.lora_embedding_A")  # [r, vocab]
-            factor_b = file.read(f"{PREFIX}{module}.lora_embedding_B")  # [hidden, r]
-        else:
-            factor_a, factor_b = file.factors(module)
-        change = factor_product(factor_a, factor_b, file.scaling(module).value)
-        if transposed or kind.startswith("lora_embedding"):
-            change = change.T
-        base = weight.float()
-    if change.shape != weight.shape or not weight.is_floating_point():
+def _merged(weight: Tensor, file: AdapterFile, name: str, *, transposed: bool) -> Tensor:
+    """``weight`` changed by the adapter tensor ``name`` (and its partner)."""
+    module, kind = owner(name)
+    replaces = kind in ("weight", "bias")
+    change = file.read(name) if replaces else _change(file, module, kind)
+    if transposed and not replaces:
+        change = change.T
+    if change.shape != weight.shape:
         raise CompressError(
-            f"The adapter of {module} is made for {tuple(change.shape)}, the model stores {tuple(weight.shape)}.",
-            "Give the full, unquantized model the adapter was recovered for.",
+            f"The adapter of {module} is made for {tuple(change.shape)}, not for {tuple(weight.shape)}.",
+            "Give the full model the adapter was recovered for.",
         )
-    return (base + change).to(weight.dtype)
+    return (change if replaces else weight.float() + change).to(weight.dtype)
 
 
-def _transposed_names(full: Checkpoint) -> frozenset[str]:
-    """Weights stored [in, out]."""
-    arch = architecture_of(full.config, full.names)
-    return frozenset(
-        arch.tensor_name(layer, spec)
-        for layer in range(arch.layers)
-        for spec in arch.linears
-        if spec.transposed
-    )
+def _change(file: AdapterFile, module: str, kind: str) -> Tensor:
+    """The float32 summand of a weight or bias."""
+    scaling = file.scaling(module).value
+    if kind == "lora_B.bias":
+        return file.read(f"{PREFIX}{module}.{kind}").float() * scaling
+    if kind == "lora_embedding_B":  # A [r, vocab], B [hidden, r]
+        factor_a, factor_b = (file.read(f"{PREFIX}{module}.lora_embedding_{side}") for side in "AB")
+        return factor_product(factor_a, factor_b, scaling).T
+    return factor_product(*file.factors(module), scaling)

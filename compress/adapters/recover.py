@@ -40,8 +40,8 @@ class RecoveryReport:
         max_rank: Largest rank in the recovered adapter.
         parameters: Numbers stored in it.
         delta_norm: Frobenius norm of all deltas ``scaling * B A`` together.
-        truncation: Module -> relative error ``||D - D_r||_F / ||D||_F`` of the re-compressed delta D; empty without
-            re-compression.
+        truncation: Module -> relative error ``||D - D_r||_F / ||D||_F`` of the re-compressed delta D; empty
+            without re-compression.
         truncation_overall: The same over all modules together; 0 without re-compression.
     """
 
@@ -70,7 +70,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recovered:
-    """One module's recovered factors, and squared norms of ``scaling * B A`` before and lost by re-compression."""
+    """One module's tensors, and the squared norms of ``scaling * B A`` and of what re-compression lost."""
 
     tensors: dict[str, Tensor]
     scaling: Scaling
@@ -92,9 +92,9 @@ def recover_adapter(
 ) -> RecoveryReport:
     """Write to ``out`` the adapter for the full model that corresponds to one trained on the pruned model.
 
-    Rows of B of q, k, v, gate, up and columns of A of o, down are scattered into zeros at the kept indices; the other
-    factors are copied, and every dtype is kept. An adapter with kept initial factors becomes the difference
-    ``B A - B0 A0`` with rank r + r0, because the full base holds ``B0 A0`` already (METHODS §2.4).
+    Rows of B of q, k, v, gate, up and columns of A of o, down are scattered into zeros at the kept indices;
+    the other factors are copied, and every dtype is kept. An adapter with kept initial factors becomes the
+    difference ``B A - B0 A0`` with rank r + r0, because the full base holds ``B0 A0`` already (METHODS §2.4).
 
     Args:
         small_adapter: PEFT folder, with ``initial_factors.safetensors`` when it did not start from zero.
@@ -103,12 +103,13 @@ def recover_adapter(
         full: The full model; gives the shapes of adapted linears outside of the decoder layers.
         out: Folder to write.
         full_name: What ``adapter_config.json`` names as its base (never the pruned model).
-        compress_rank: Cut deltas of a larger rank back to this one, by QR of both factors and SVD of the core.
+        compress_rank: Cut deltas of a larger rank back to this one, by QR of both factors and SVD of the
+            core.
         progress: Called after each module.
 
     Raises:
-        CompressError: The adapter does not belong to the structure or the model, or is of a kind that cannot be
-            recovered; the message says why.
+        CompressError: The adapter does not belong to the structure or the model, or is of a kind that cannot
+            be recovered; the message says why.
         UsageError: ``compress_rank`` is not positive.
     """
     if compress_rank is not None and compress_rank < 1:
@@ -120,7 +121,7 @@ def recover_adapter(
         _check_kind(small, compress_rank)
         tensors = _copies(small, places)
         for module in small.modules:
-            place = places.get(module) or _outside(full, arch_full, module)
+            place = places.get(module) or _outside(full, arch_full, module, small.transposed)
             found[module] = _recover_module(small, module, place, compress_rank)
             tensors |= found[module].tensors
             if progress is not None:
@@ -149,7 +150,7 @@ def _recover_module(small: AdapterFile, module: str, place: _Place, compress_ran
     scaling = small.scaling(module)
     if not factor_a.shape[0] == factor_b.shape[1] == scaling.rank:
         raise CompressError(
-            f"The factors of {module} have rank {factor_a.shape[0]}, but the adapter's config says {scaling.rank}.",
+            f"The factors of {module} have rank {factor_a.shape[0]}, the config says {scaling.rank}.",
             "Save the adapter again.",
         )
     _check_fits(module, factor_b.shape[0], place.rows, place.shape[0], "rows")
@@ -193,15 +194,18 @@ def _places(arch: Architecture, structure: StructureMap) -> dict[str, _Place]:
     }
 
 
-def _outside(full: Checkpoint, arch: Architecture, module: str) -> _Place:
-    """The place of a linear outside of the decoder layers, such as lm_head; pruning leaves those whole."""
+def _outside(full: Checkpoint, arch: Architecture, module: str, transposed: bool) -> _Place:
+    """The place of a linear that pruning never touches, such as lm_head."""
     name = f"{module}.weight"
     if name == arch.lm_head and arch.tied:
         name = arch.embedding
     if name not in full.names:
-        raise CompressError(f"The full model has no linear {module}.", "Give the model the adapter belongs to.")
+        raise CompressError(
+            f"The full model has no linear {module}.", "Give the model the adapter belongs to."
+        )
     rows, columns = full.shape(name)
-    return _Place(shape=(rows, columns))
+    flip = transposed and name not in (arch.lm_head, arch.embedding)
+    return _Place(shape=(columns, rows) if flip else (rows, columns))
 
 
 def _check_fits(module: str, width: int, kept: Tensor | None, size: int, label: str) -> None:
@@ -217,12 +221,12 @@ def _check_kind(small: AdapterFile, compress_rank: int | None) -> None:
     start = small.config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_BASE_CHANGING) and not small.has_initial_factors:
         raise CompressError(
-            f"The adapter started from {start} factors, which hold a part of its base, and they were not kept.",
+            f"The adapter started from {start} factors, which hold a part of its base, and none were kept.",
             "Convert it with PEFT's path_initial_model_for_weight_conversion first.",
         )
     if small.config.get("use_dora") and (compress_rank is not None or small.has_initial_factors):
         raise CompressError(
-            "A DoRA adapter cannot be recovered with other factors than its own: its magnitudes belong to them.",
+            "The factors of a DoRA adapter cannot be changed: its magnitudes belong to them.",
             "Train a LoRA without DoRA.",
         )
 
@@ -246,7 +250,7 @@ def _copies(small: AdapterFile, places: Mapping[str, _Place]) -> dict[str, Tenso
 
 
 def _plain_start(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
-    """Config entries of factors that are an ordinary LoRA now; a special start would make PEFT change the base."""
+    """Config entries of what is an ordinary LoRA now; a special start would make PEFT change the base."""
     return {
         **scaling_entries(scalings),
         "init_lora_weights": True,

@@ -24,8 +24,8 @@ FORMAT_VERSION = 1
 class FitState:
     """Everything a run needs to go on as if it had never stopped.
 
-    Random numbers are no part of it: each step seeds its own generator, and the window order follows from seed
-    and step.
+    Random numbers are no part of it: each step seeds its own generator, and the window order follows from
+    seed and step.
 
     Attributes:
         step: Optimizer steps done.
@@ -45,7 +45,7 @@ class FitState:
 
 
 def save_state(state_dir: Path, state: FitState) -> None:
-    """Replace the state in ``state_dir`` (made if absent); a crash leaves the old one or the new one whole."""
+    """Replace the state in ``state_dir`` (made if absent); a crash leaves the old or the new one whole."""
     state_dir.mkdir(parents=True, exist_ok=True)
     header = {
         "format": "compress-fit-state",
@@ -70,8 +70,8 @@ def load_state(state_dir: Path, run: Mapping[str, Any]) -> FitState | None:
     """The state of an interrupted run, or None when there is none.
 
     Raises:
-        CompressError: The file is damaged, of another format version, or belongs to a different run; the message
-            names what differs.
+        CompressError: The file is damaged, of another format version, or belongs to a different run; the
+            message names what differs.
     """
     path = state_dir / STATE_FILE
     if not path.is_file():

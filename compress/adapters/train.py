@@ -9,62 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
+from compress.adapters.fit_config import FitConfig, learning_rate, window_order
 from compress.adapters.loss import TokenLoss, trained_tokens
 from compress.adapters.state import FitState, load_state, save_state
 from compress.data.windows import Windows
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError
+from compress.model.load import preferred_dtype
 from compress.progress import Progress
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitConfig:
-    """How to train.
-
-    Attributes:
-        steps: Optimizer steps.
-        micro_batch: Windows per forward pass.
-        accumulation: Forward passes per optimizer step; the loss is the mean over the step's trained tokens.
-        lr: Peak learning rate of AdamW.
-        schedule: After the linear warm-up: a half cosine to zero, or constant.
-        warmup_steps: Steps of linear warm-up.
-        max_grad_norm: Gradients are clipped to this global norm after the hooks; 0 turns clipping off.
-        weight_decay: AdamW's decoupled weight decay.
-        seed: Window order and dropout.
-        precision: Compute dtype. "auto": bfloat16 when the base has it or the device computes it natively, else
-            float32. Trained parameters keep their own dtype.
-        save_every: Steps between two saved states.
-    """
-
-    steps: int
-    micro_batch: int = 4
-    accumulation: int = 1
-    lr: float = 1e-4
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        for field, least in (("steps", 1), ("micro_batch", 1), ("accumulation", 1), ("save_every", 1)):
-            if getattr(self, field) < least:
-                raise UsageError(f"Training {field} is {getattr(self, field)}.", f"Give at least {least}.")
-        if not self.lr > 0:
-            raise UsageError(f"The learning rate is {self.lr}.", "Give a positive one.")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise UsageError(
-                f"The warm-up of {self.warmup_steps} steps does not fit in {self.steps} steps.",
-                "Give a number of warm-up steps between 0 and the number of steps.",
-            )
+__all__ = ["FitConfig", "FitResult", "StatefulHook", "StepHook", "fit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,29 +67,6 @@ class StatefulHook(StepHook, Protocol):
         """Take up a state that ``state_dict`` returned."""
 
 
-def learning_rate(config: FitConfig, step: int) -> float:
-    """The learning rate of optimizer step ``step`` (from 0)."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def window_order(count: int, seed: int, start: int, length: int) -> Tensor:
-    """Entries ``start .. start + length`` of an endless order of windows, int64 [length].
-
-    The order is one random permutation of ``count`` windows after another; it follows from ``seed`` alone, so a
-    resumed run needs no stored position.
-    """
-    epochs = range(start // count, (start + length - 1) // count + 1)
-    generator = torch.Generator()
-    orders = [torch.randperm(count, generator=generator.manual_seed(seed * 1_000_003 + e)) for e in epochs]
-    first = start - epochs[0] * count
-    return torch.cat(orders)[first : first + length]
-
-
 def fit(
     model: nn.Module,
     windows: Windows,
@@ -142,17 +79,17 @@ def fit(
 ) -> FitResult:
     """Train every parameter of ``model`` that asks for a gradient (the adapters; the base is frozen).
 
-    With ``state_dir`` the state is saved every ``config.save_every`` steps, at the end, and on Ctrl-C; the same call
-    then goes on from it and ends bit for bit where an uninterrupted run ends. The caller deletes the file when the
-    result is safe. The model is left in eval mode.
+    With ``state_dir`` the state is saved every ``config.save_every`` steps, at the end, and on Ctrl-C; the
+    same call then goes on from it and ends bit for bit where an uninterrupted run ends. The caller deletes
+    the file when the result is safe. The model is left in eval mode.
 
     Raises:
-        CompressError: There is nothing to train or to train on, the loss is not finite, the saved state belongs to a
-            different run, or several processes were launched.
+        CompressError: There is nothing to train or to train on, the loss is not finite, the saved state
+            belongs to a different run, or several processes were launched.
     """
     usable = (windows.labels[:, 1:] != -100).any(dim=1).nonzero().flatten()
-    for text, labels in (("training", windows.labels), ("validation", validation and validation.labels)):
-        if labels is not None and trained_tokens(labels) == 0:
+    for text, given in (("training", windows), ("validation", validation)):
+        if given is not None and trained_tokens(given.labels) == 0:
             raise CompressError(f"The {text} text has no token to predict.", "Give a longer text.")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -176,7 +113,9 @@ def fit(
             notes = {"before": before}
             save_state(
                 state_dir,
-                FitState(step=done, seconds=elapsed, losses=losses, tensors=tensors, run=identity, notes=notes),
+                FitState(
+                    step=done, seconds=elapsed, losses=losses, tensors=tensors, run=identity, notes=notes
+                ),
             )
 
     model.train()
@@ -189,7 +128,9 @@ def fit(
             save()
             raise
         if not math.isfinite(loss):
-            raise CompressError(f"The training loss of step {done + 1} is {loss}.", "Give a lower learning rate.")
+            raise CompressError(
+                f"The training loss of step {done + 1} is {loss}.", "Give a lower learning rate."
+            )
         for hook in hooks:
             hook.before_step(done)
         run.update(done)
@@ -221,8 +162,8 @@ class _Run:
         device = next(iter(trained.values())).device
         self.device = device
         self.bfloat16 = _use_bfloat16(model, config, device)
-        # The same arguments always: accelerate keeps them for the whole process. Autocast is ours (``_compute``),
-        # and the model stays where it is.
+        # The same arguments always, because accelerate keeps them for the whole process: autocast is ours
+        # (``_compute``), and the model stays where it is.
         self.accelerator = Accelerator(device_placement=False, mixed_precision="no")
         if self.accelerator.num_processes > 1:
             raise CompressError(
@@ -236,7 +177,7 @@ class _Run:
 
     @contextmanager
     def _compute(self) -> Iterator[None]:
-        """Bfloat16 where chosen. Without the second context PEFT would copy each input to float32 and back."""
+        """Bfloat16 where chosen; without the second context PEFT copies each input to float32 and back."""
         with (
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16),
             disable_input_dtype_casting(self.model, active=self.bfloat16),
@@ -323,9 +264,7 @@ def _use_bfloat16(model: nn.Module, config: FitConfig, device: torch.device) -> 
     frozen = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     if torch.bfloat16 in frozen:
         return True
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return preferred_dtype(device) == torch.bfloat16
 
 
 def _digest(*tensors: Tensor) -> str:

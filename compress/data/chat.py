@@ -13,9 +13,9 @@ IGNORE = -100
 """Label of a token that is neither scored nor trained on."""
 
 FALLBACK_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] | capitalize + ':\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 """Used when the tokenizer has no template of its own: ``User:``, the question, a blank line,
 ``Assistant:``, the answer and the end-of-text token."""

@@ -26,6 +26,11 @@ def split_of_sample(text: str) -> Split | None:
     return SPLITS[hashlib.sha256(opening.encode("utf-8", "replace")).digest()[0] % len(SPLITS)]
 
 
+def longest_document(tokens: int) -> int:
+    """Tokens after which a document is cut: 512, less when few tokens are wanted in all (but 64)."""
+    return min(512, max(64, tokens // 16))
+
+
 @torch.no_grad()
 def sample_documents(
     model: Any,
@@ -34,14 +39,13 @@ def sample_documents(
     split: Split,
     seed: int,
     tokens: int,
-    document_tokens: int = 512,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """Sample documents at temperature 1 from the beginning-of-text token until ``tokens`` are reached.
 
-    Openings are sampled first, those of other splits are dropped, and the rest is continued; within a
-    split the distribution stays the model's own. Nothing is cached on disk.
+    Openings are sampled first, those of other splits are dropped, and the rest is continued to EOS or to
+    `longest_document`; within a split the distribution stays the model's own. Nothing is cached on disk.
 
     Args:
         model: A causal language model; sampled in evaluation mode.
@@ -49,8 +53,7 @@ def sample_documents(
         split: The split to sample for.
         seed: Seed of the generator; each split draws its own stream from it.
         tokens: Stop once this many tokens are in finished documents.
-        document_tokens: Longest document; a document also ends at EOS.
-        batch_size: Documents sampled together.
+        batch_size: Openings sampled together.
         progress: Called with the tokens sampled so far.
 
     Raises:
@@ -67,6 +70,7 @@ def sample_documents(
     eos = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
     training = model.training
     model.eval()
+    longest = longest_document(tokens)
     documents: dict[str, None] = {}  # ordered, and a document sampled twice counts once
     done = barren = 0
     try:
@@ -76,8 +80,9 @@ def sample_documents(
             mine = [split_of_sample(_decode(tokenizer, row, eos)) == split for row in opened]
             gained = 0
             if any(mine):
-                kept = opened[torch.tensor(mine, device=device)]
-                full = _continue(model, kept, document_tokens - OPENING_TOKENS, eos, generator)
+                enough = max(4, -(-(tokens - done) // longest))
+                kept = opened[torch.tensor(mine, device=device)][:enough]
+                full = _continue(model, kept, longest - OPENING_TOKENS, eos, generator)
                 for row in full:
                     text = _decode(tokenizer, row, eos)
                     if split_of_sample(text) == split and text not in documents:

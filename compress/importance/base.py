@@ -71,15 +71,15 @@ class CriterionConfig:
         seed: Seed of whatever the criterion draws.
         normalize: Divide each linear's group vector by its L2 norm before adding the linears of a group,
             so that q, k, v, o (and gate, up, down) contribute on one scale.
-        chunk_elements: Largest number of weight elements looked at together: the memory of a score.
+        chunk_elements: Weight elements looked at together, which bounds the memory; None: by device.
     """
 
     seed: int = 0
     normalize: bool = True
-    chunk_elements: int = 1 << 20
+    chunk_elements: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_elements < 1:
+        if self.chunk_elements is not None and self.chunk_elements < 1:
             raise UsageError(f"chunk_elements is {self.chunk_elements}.", "Give at least 1.")
 
 

@@ -82,7 +82,7 @@ def lora_group_sums(
     over: Literal["rows", "columns"],
     element: Element = "square",
     first_order: bool = False,
-    chunk_elements: int = 1 << 20,
+    chunk_elements: int | None = None,
 ) -> torch.Tensor:
     """Importance of a linear's elements, summed over each row [O] or each column [I] (LoRAPrune §3.2).
 
@@ -100,7 +100,7 @@ def lora_group_sums(
         over: "rows": one sum for each output row; "columns": one for each input column.
         element: Square or absolute value.
         first_order: Leave out ``gB gA``.
-        chunk_elements: Elements of a chunk.
+        chunk_elements: Elements of a chunk; None: see :func:`row_chunks`.
     """
     dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
     a, b, grad_a, grad_b = (
@@ -108,7 +108,7 @@ def lora_group_sums(
     )
     rows, columns = weight_OI.shape
     sums = torch.zeros(rows if over == "rows" else columns, dtype=dtype, device=weight_OI.device)
-    for chunk in row_chunks(rows, columns, chunk_elements):
+    for chunk in row_chunks(weight_OI, chunk_elements):
         estimate = gradient_estimate(a, b[chunk], grad_a, grad_b[chunk], first_order=first_order)
         # addmm keeps W0 + s B A one temporary; the product then reuses the estimate's memory.
         estimate.mul_(torch.addmm(weight_OI[chunk].to(dtype), b[chunk], a, alpha=scaling))

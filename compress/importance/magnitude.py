@@ -68,7 +68,7 @@ class MagnitudeCriterion(Criterion):
         rows, columns = weight.shape
         over_rows = spec.role in ROW_ROLES
         sums = torch.zeros(rows if over_rows else columns, dtype=torch.float32, device=weight.device)
-        for chunk in row_chunks(rows, columns, self.config.chunk_elements):
+        for chunk in row_chunks(weight, self.config.chunk_elements):
             values = weight[chunk].float()
             if factors is not None:
                 values = torch.addmm(

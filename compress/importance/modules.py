@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +29,9 @@ class LoraFactors:
 
 def decoder_linear(model: nn.Module, arch: Architecture, layer: int, spec: LinearSpec) -> nn.Module:
     """The module of a decoder linear as the forward pass calls it: the PEFT layer where there is one."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    module: nn.Module = plain.get_submodule(arch.module_name(layer, spec))
-    return module
+    wrapped: Any = model
+    plain: nn.Module = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    return plain.get_submodule(arch.module_name(layer, spec))
 
 
 def base_weight(module: nn.Module, spec: LinearSpec) -> torch.Tensor:
@@ -46,9 +47,12 @@ def lora_factors(module: nn.Module, name: str) -> LoraFactors | None:
     Raises:
         CompressError: Several adapters are active, or the adapter is not a plain LoRA (DoRA).
     """
-    if not hasattr(module, "lora_A") or module.merged:
+    lora: Any = (
+        module  # a peft layer, known by its attributes: PEFT has one class for each kind of base layer
+    )
+    if not hasattr(module, "lora_A") or lora.merged:
         return None
-    adapters = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    adapters = [adapter for adapter in lora.active_adapters if adapter in lora.lora_A]
     if not adapters:
         return None
     if len(adapters) > 1:
@@ -57,10 +61,10 @@ def lora_factors(module: nn.Module, name: str) -> LoraFactors | None:
             "Activate one adapter before scoring.",
         )
     (adapter,) = adapters
-    if adapter in module.lora_variant:
+    if adapter in lora.lora_variant:
         raise CompressError(f"The adapter of {name} is not a plain LoRA.", "Attach a LoRA without DoRA.")
     return LoraFactors(
-        a=module.lora_A[adapter].weight,
-        b=module.lora_B[adapter].weight,
-        scaling=float(module.scaling[adapter]),
+        a=lora.lora_A[adapter].weight,
+        b=lora.lora_B[adapter].weight,
+        scaling=float(lora.scaling[adapter]),
     )

@@ -13,8 +13,15 @@ from compress.model.architecture import Architecture, LinearSpec
 from compress.structure import ATTENTION_ROLES
 
 
-def row_chunks(rows: int, columns: int, chunk_elements: int) -> Iterator[slice]:
-    """Slices of consecutive rows of at most ``chunk_elements`` elements each (at least one row)."""
+def row_chunks(weight_OI: torch.Tensor, chunk_elements: int | None = None) -> Iterator[slice]:
+    """Slices of consecutive rows of at most ``chunk_elements`` elements each (at least one row).
+
+    None: 1 MiB of float32 on a CPU, where a chunk that stays in the cache is several times faster, and
+    64 MiB elsewhere.
+    """
+    rows, columns = weight_OI.shape
+    if chunk_elements is None:
+        chunk_elements = 1 << 18 if weight_OI.device.type == "cpu" else 1 << 24
     step = max(1, chunk_elements // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))

@@ -10,8 +10,13 @@ from functools import cache
 
 import torch
 
+from compress.errors import UsageError
+
 _CHUNK = 1 << 18
 """Weights handled at a time: the temporaries of one chunk stay in a core's cache."""
+
+
+_MOST_CELLS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +67,22 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def _cell(x: torch.Tensor, cells: int) -> torch.Tensor:
-    # Rounding is monotone, so this is a monotone function of x even in float32: all that `round_to_grid` needs.
+    # Monotone in x even when rounded to float32, which is all that `round_to_grid` needs.
     return ((x + 1) * (cells / 2)).to(torch.int32)
 
 
 def make_grid(table: torch.Tensor) -> Grid:
-    """Index a sorted table of at most 256 float32 entries in [-1, 1] for :func:`round_to_grid`."""
+    """Index a sorted table of at most 256 float32 entries in [-1, 1] for :func:`round_to_grid`.
+
+    Raises:
+        UsageError: Two entries are equal or too close to be told apart.
+    """
     wide = table.double()
     midpoints = ((wide[1:] + wide[:-1]) / 2).float()
     cells = 64
     while _cell(midpoints, cells).unique().numel() < midpoints.numel():
+        if cells == _MOST_CELLS:
+            raise UsageError("Two entries of the look-up table are nearly equal.", "Merge them.")
         cells *= 2
     where = _cell(midpoints, cells).long()
     held = torch.zeros(cells + 1, dtype=torch.int64, device=table.device)
@@ -93,7 +104,7 @@ def round_to_grid(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     Returns:
         uint8, the shape of ``x``.
     """
-    flat = x.clamp(-1, 1).view(-1)
+    flat = x.clamp(-1, 1).reshape(-1)
     cell = _cell(flat, grid.cells)
     codes = grid.base.index_select(0, cell)
     codes += flat > grid.cut.index_select(0, cell)
@@ -126,9 +137,10 @@ def _digits(bits: int, device: torch.device) -> torch.Tensor:
     if bits == 3:  # 8 bits of the low plane (four codes) and 4 bits of the high plane
         index = torch.arange(4096, device=device)[:, None]
         at = torch.arange(4, device=device)
-        return ((index >> (2 * at)) & 3) | (((index >> (8 + at)) & 1) << 2)
+        low = (index >> (2 * at)) & 3
+        return low.bitwise_or(((index >> (8 + at)) & 1) << 2)
     index = torch.arange(256, device=device)[:, None]
-    return (index >> torch.arange(0, 8, bits, device=device)) & (2**bits - 1)
+    return (index >> torch.arange(0, 8, bits, device=device)).bitwise_and(2**bits - 1)
 
 
 def _indices(matrix: PackedMatrix, start: int, stop: int) -> torch.Tensor:
@@ -188,7 +200,7 @@ def matmul(x: torch.Tensor, matrix: PackedMatrix, factors: Factors | None) -> to
     Returns:
         [..., O] in the dtype of ``x``.
     """
-    y = torch.nn.functional.linear(x, dequantize(matrix, x.dtype))
+    y: torch.Tensor = torch.nn.functional.linear(x, dequantize(matrix, x.dtype))
     if factors is not None:
         left, right = factors
         y += torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)

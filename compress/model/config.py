@@ -46,7 +46,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
 
 
 def shallow_config(config: Any, layers: int) -> Any:
-    """A copy of a config object with at most ``layers`` decoder layers, per-layer lists shortened to match."""
+    """A copy of a config object with at most ``layers`` layers, per-layer lists shortened to match."""
     total = int(config.num_hidden_layers)
     small = copy.deepcopy(config)
     keep = min(layers, total)
@@ -66,7 +66,7 @@ def meta_model(config: Any) -> Any:
     plain = copy.deepcopy(config)
     vars(plain).pop("quantization_config", None)
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForCausalLM.from_config(plain)
     except ValueError as error:
         raise CompressError(
@@ -93,7 +93,7 @@ def refuse_quantized(config: Mapping[str, Any], *, allow_lq: bool = True) -> Non
     """Refuse a checkpoint whose weights are stored quantized (by another method than ours).
 
     Raises:
-        CompressError: ``quantization_config`` names a method other than "lq", or any method without ``allow_lq``.
+        CompressError: ``quantization_config`` names a method (other than "lq" with ``allow_lq``).
     """
     method = quantization_method(config)
     if method is None or (allow_lq and method == "lq"):
@@ -114,8 +114,8 @@ def refuse_experts(config: Any) -> None:
         experts = getattr(config, key, None)
         if isinstance(experts, int) and experts > 1:
             raise CompressError(
-                f"The model type {config.model_type!r} is a mixture of {experts} experts, and no rule for expert "
-                "weights and their router exists here.",
+                f"The model type {config.model_type!r} is a mixture of {experts} experts, and "
+                "rules for expert weights and their router are missing here.",
                 "Use a dense model.",
             )
     if getattr(config, "text_config", None) is not None:

@@ -198,7 +198,8 @@ def _check_reachable(
     arch: Architecture, ratio: float, shapes: Sequence[Shape], targets: Sequence[str]
 ) -> None:
     what = " and ".join(targets)
-    why = f" ({arch.heads_reason})" if "heads" in targets and arch.heads_reason else ""
+    reasons = {"heads": arch.heads_reason, "mlp": arch.channels_reason}
+    why = "".join(f" ({reasons[target]})" for target in targets if reasons[target])
     if not shapes:
         raise CompressError(
             f"Nothing of {what} can be pruned in this model{why}.",
@@ -263,7 +264,9 @@ def _reason(
         notes.append(f"a layer has {arch.kv_heads} whole KV groups of {group_share:.1%} each")
     if "mlp" not in targets:
         notes.append("channels were not asked for")
-    elif arch.prunable_channels:
+    elif not arch.prunable_channels:
+        notes.append(f"channels cannot be pruned ({arch.channels_reason})")
+    else:
         notes.append(f"channels come in multiples of {multiple}, {channel_share * multiple:.1%} each")
     if abs(best.achieved - ratio) < 5e-5:
         return f"Exactly {best.achieved:.1%} as requested: {kept}."

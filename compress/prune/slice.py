@@ -9,7 +9,7 @@ import torch
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, LinearSpec, resized_config
-from compress.model.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
+from compress.model.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, require_dense
 from compress.progress import Progress
 from compress.structure import FILE_NAME, LayerStructure, StructureMap, kept_columns, kept_rows
 
@@ -67,8 +67,10 @@ def slice_checkpoint(
         progress: Called after every tensor.
 
     Raises:
-        CompressError: The structure is of another model or differs in size between layers.
+        CompressError: The model is stored quantized, or the structure is of another model or differs in size
+            between layers.
     """
+    require_dense(source, allow_lq=False)
     structure.check_matches(arch)
     if structure.uniform is None:
         raise CompressError(

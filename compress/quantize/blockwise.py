@@ -35,7 +35,9 @@ class Scales:
         """The dequantized scales: offset + code * maximum / (2 ** b0 - 1), float32 [O * N]."""
         steps = self.maxima.float() / (2**config.scale_bits - 1)
         count = self.codes.numel()
-        return self.codes * steps.repeat_interleave(config.group_size)[:count] + self.offset
+        spread = steps.repeat_interleave(config.group_size)[:count]
+        above: torch.Tensor = self.codes * spread  # not addcmul, whose rounding depends on the device
+        return above + self.offset
 
 
 def compress_scales(absmax: torch.Tensor, config: QuantConfig) -> Scales:
@@ -65,7 +67,7 @@ def row_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     wide = weight.detach().float()
     if short:
         wide = torch.nn.functional.pad(wide, (0, short))
-    return wide.reshape(-1, block_size)
+    return wide.contiguous().view(-1, block_size)
 
 
 def _checked(weight: torch.Tensor) -> torch.Tensor:
@@ -155,8 +157,8 @@ class QuantizedTensor:
 def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTensor:
     """Quantize a matrix.
 
-    A block's weights are divided by its *dequantized* scale and rounded to the nearest table entry. Blocks never
-    cross rows. All arithmetic is float32.
+    A block's weights are divided by its *dequantized* scale and rounded to the nearest table entry. Blocks
+    never cross rows. All arithmetic is float32.
 
     Args:
         weight: [O, I], any floating type.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,10 @@ class Decomposition:
         bits = self.quantized.storage_bits
         for factor in (self.factor_out, self.factor_in):
             if factor is not None:
-                dense = isinstance(factor, torch.Tensor)
-                bits += factor.numel() * factor.itemsize * 8 if dense else factor.storage_bits
+                if isinstance(factor, torch.Tensor):
+                    bits += factor.numel() * factor.itemsize * 8
+                else:
+                    bits += factor.storage_bits
         return bits
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -113,9 +116,9 @@ def decompose(
 ) -> Decomposition:
     """Split a matrix into quantized weights and low-rank factors by alternating between the two.
 
-    Starts from the factors of W itself, then rounds what they leave and fits what the rounding leaves, until the error
-    rises or ``iterations`` are done; the best pair is kept. The factors are then stored, and Q is rounded once
-    more against the stored ones where that lowers the error.
+    Starts from the factors of W itself, then rounds what they leave and fits what the rounding leaves, until
+    the error rises or ``iterations`` are done; the best pair is kept. The factors are then stored, and Q is
+    rounded once more against the stored ones where that lowers the error.
 
     Args:
         weight: [O, I], any floating type; computed in float32.
@@ -136,7 +139,7 @@ def decompose(
     if rank == 0:
         return plain
     left, right = low_rank_factors(wide, rank, seed=seed)
-    best: tuple[float, QuantizedTensor, torch.Tensor, torch.Tensor] | None = None
+    best = (math.inf, plain.quantized, left, right)
     iterates: list[float] = []
     for step in range(1, iterations + 1):
         quantized = quantize_blockwise(wide - left @ right, config)
@@ -144,10 +147,9 @@ def decompose(
         iterates.append(squared_norm(rest - left @ right))
         left, right = low_rank_factors(rest, rank, seed=seed + step)
         iterates.append(squared_norm(rest - left @ right))
-        if best is not None and iterates[-1] >= best[0]:
+        if iterates[-1] >= best[0]:
             break
         best = (iterates[-1], quantized, left, right)
-    assert best is not None  # the first round always sets it
     _, quantized, left, right = best
     factor_out, factor_in = store_factor(left.T, factor_config), store_factor(right, factor_config)
     product = read_factor(factor_out).T @ read_factor(factor_in)

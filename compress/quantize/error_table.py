@@ -13,7 +13,7 @@ import torch
 
 from compress.errors import CompressError, UsageError
 from compress.kernels.reference import round_to_grid
-from compress.quantize.blockwise import Scales, compress_scales, quantize_dequantize, row_blocks
+from compress.quantize.blockwise import compress_scales, row_blocks
 from compress.quantize.config import FACTOR_8BIT, MENU, QuantConfig
 from compress.quantize.decompose import decompose, factor_bits, read_factor, squared_norm, store_factor
 from compress.quantize.lowrank import truncated_svd
@@ -25,7 +25,9 @@ RANKS = (0, 4, 8, 16, 32, 64)
 """Ranks offered to the allocation."""
 
 ESTIMATE = "rank 0 exact; rank r estimated from the singular values of W and one rounding of the rest"
-DECOMPOSED = "rank 0 exact; rank r from a decomposition of five iterations per width, scaled to each configuration"
+DECOMPOSED = (
+    "rank 0 exact; rank r from a decomposition of five iterations per width, scaled to each configuration"
+)
 EXACT_ITERATIONS = 5
 
 _CHUNK = 1 << 18
@@ -97,10 +99,10 @@ class ErrorTable:
 def menu(effort: Effort) -> tuple[QuantConfig, ...]:
     """The configurations worth asking about.
 
-    ``paper`` is the whole :data:`MENU`. ``standard`` keeps 16-bit second-level scales shared by 64 blocks: on trained
-    matrices the convex hull of size and error holds little else, and float32 or other group sizes move an entry by
-    less than 0.02 bits. ``quick`` keeps, of those, scale codes as wide as the weight codes, which is where that hull
-    lies: twelve configurations.
+    ``paper`` is the whole :data:`MENU`. ``standard`` keeps 16-bit second-level scales shared by 64 blocks: on
+    trained matrices the convex hull of size and error holds little else, and float32 or other group sizes
+    move an entry by less than 0.02 bits. ``quick`` keeps, of those, scale codes as wide as the weight codes,
+    which is where that hull lies: twelve configurations.
 
     Raises:
         UsageError: There is no such effort.
@@ -158,64 +160,78 @@ def _add_errors(
 
 @cache
 def _white_share(shape: tuple[int, int], rank: int) -> float:
-    """Share of the squared norm of white noise of this shape that its best rank-r approximation takes."""
-    return _white_spectrum(shape)[rank - 1]
+    """Share of white noise's squared norm that factors of this rank, found as in a decomposition, take."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    _, s, _ = truncated_svd(noise, rank, seed=0)
+    return squared_norm(s[None]) / squared_norm(noise)
 
 
-@cache
-def _white_spectrum(shape: tuple[int, int]) -> tuple[float, ...]:
-    generator = torch.Generator().manual_seed(0)
-    energy = torch.linalg.svdvals(torch.randn(shape, generator=generator)).double().square()
-    return tuple((energy.cumsum(0) / energy.sum()).tolist())
+def _probe_of(config: QuantConfig) -> tuple[int, int]:
+    """What the effect of a rank on rounding depends on: 2 bits or more, and the block size."""
+    return min(config.bits, 3), config.block_size
 
 
 def _estimated_ratios(
-    weight: torch.Tensor, ranks: Sequence[int], factor_config: QuantConfig | None, seed: int
-) -> Callable[[int, float], npt.NDArray[np.float64]]:
-    """Ratios of rank-r to rank-0 error as a function of (bits, rank-0 error), [R].
+    weight: torch.Tensor,
+    configs: Sequence[QuantConfig],
+    ranks: Sequence[int],
+    factor_config: QuantConfig | None,
+    seed: int,
+) -> Callable[[QuantConfig, float], npt.NDArray[np.float64]]:
+    """Ratios of rank-r to rank-0 error as a function of the configuration and its rank-0 error, [R].
 
     With L the rank-r part of W, rounding W - L in place of W lowers every block's scale: by a factor that hardly
-    depends on the block size and is measured at 2 and at 3 bits. The factors are then fitted once more, to what the
-    rounding left; that is close to white noise, of which they take at least the share they take of white noise. The
-    further rounds of a decomposition are not credited, which keeps the estimate above what it will find. Factors add
-    their own storage error, measured here, unless Q is rounded against them, which forgoes the second fit.
+    depends on anything but the block size and is measured at 2 and at 3 bits. The factors are then fitted once
+    more, to what the rounding left. A share of that, as large as the relative rounding error, lies along
+    W - L, where L took the leading directions already; the rest is close to white noise, of which the factors
+    take what they take of white noise. The further rounds of a decomposition are not credited, which keeps the
+    estimate above what it will find. Factors add their own storage error, measured here, unless Q is rounded
+    against them, which forgoes the second fit.
     """
-    top = max(ranks)
-    u, s, vh = truncated_svd(weight, top, seed=seed, power_iterations=1)
+    u, s, vh = truncated_svd(weight, max(ranks), seed=seed, power_iterations=1)
     root = s.sqrt()
     left, right = u * root, root[:, None] * vh
-    probes = {bits: QuantConfig(bits=bits) for bits in (2, 3)}
+    probes: dict[tuple[int, int], QuantConfig] = {}
+    for config in configs:
+        probes.setdefault(_probe_of(config), config)
     plain = rounding_errors(weight, list(probes.values()))
-    shrink = np.ones((2, len(ranks)))
+    shrink = np.ones((len(probes), len(ranks)))
     stored = np.zeros(len(ranks))
-    white = np.zeros(len(ranks))
+    refit = np.ones((len(probes), len(ranks)))
     for at, rank in enumerate(ranks):
         if rank == 0:
             continue
         product = left[:, :rank] @ right[:rank]
-        kept_out, kept_in = (
-            read_factor(store_factor(f[:rank], factor_config)) for f in (left.T, right)
-        )
+        kept_out, kept_in = (read_factor(store_factor(f[:rank], factor_config)) for f in (left.T, right))
         stored[at] = squared_norm(product - kept_out.T @ kept_in)
-        white[at] = _white_share((weight.shape[0], weight.shape[1]), rank)
-        after = rounding_errors(weight - product, list(probes.values()))
-        shrink[:, at] = np.divide(after, plain, out=np.ones(2), where=plain > 0)
+        rest = weight - product
+        after = rounding_errors(rest, list(probes.values()))
+        white = 1 - after / max(squared_norm(rest), float(after.max()), torch.finfo(rest.dtype).tiny)
+        refit[:, at] = 1 - white * _white_share((weight.shape[0], weight.shape[1]), rank)
+        shrink[:, at] = np.divide(after, plain, out=np.ones(len(probes)), where=plain > 0)
+    measured = dict(zip(probes, zip(shrink, refit, strict=True), strict=True))
 
-    def ratios(bits: int, error: float) -> npt.NDArray[np.float64]:
-        first = shrink[0 if bits == 2 else 1]
+    def ratios(config: QuantConfig, error: float) -> npt.NDArray[np.float64]:
         if error <= 0:
             return np.ones(len(ranks))
-        return np.minimum(np.minimum(first, first * (1 - white) + stored / error), 1.0)
+        first, again = measured[_probe_of(config)]
+        second = first * again + stored / error
+        lower: npt.NDArray[np.float64] = np.minimum(np.minimum(first, second), 1.0)
+        return lower
 
     return ratios
 
 
 def _decomposed_ratios(
-    weight: torch.Tensor, ranks: Sequence[int], factor_config: QuantConfig | None, seed: int, widths: set[int]
-) -> Callable[[int, float], npt.NDArray[np.float64]]:
+    weight: torch.Tensor,
+    configs: Sequence[QuantConfig],
+    ranks: Sequence[int],
+    factor_config: QuantConfig | None,
+    seed: int,
+) -> Callable[[QuantConfig, float], npt.NDArray[np.float64]]:
     """The same function from decompositions of every width and rank with blocks of 64."""
     table: dict[int, npt.NDArray[np.float64]] = {}
-    for bits in sorted(widths):
+    for bits in sorted({config.bits for config in configs}):
         config = QuantConfig(bits=bits)
         found = [
             decompose(
@@ -229,7 +245,8 @@ def _decomposed_ratios(
             for rank in ranks
         ]
         table[bits] = np.asarray(found) / found[0] if found[0] > 0 else np.ones(len(ranks))
-    return lambda bits, error: np.minimum(table[bits], 1.0)
+    floor = {bits: np.minimum(found, 1.0) for bits, found in table.items()}
+    return lambda config, error: floor[config.bits]
 
 
 def error_table(
@@ -243,8 +260,8 @@ def error_table(
 ) -> ErrorTable:
     """Errors and stored bits of every configuration and rank for one matrix.
 
-    Rank 0 is always exact. Higher ranks are estimated (``quick``, ``standard``: on the side of too much error, within
-    a third of it on trained matrices) or decomposed (``paper``).
+    Rank 0 is always exact. Higher ranks are estimated (``quick``, ``standard``: on the side of too much
+    error, within a third of it on trained matrices) or decomposed (``paper``).
 
     Args:
         weight: [O, I], any floating type.
@@ -268,13 +285,10 @@ def error_table(
     plain = rounding_errors(wide, configs)
     errors = np.repeat(plain[:, None], len(offered), axis=1)
     if len(offered) > 1:
-        ratios = (
-            _decomposed_ratios(wide, offered, factor_config, seed, {c.bits for c in configs})
-            if effort == "paper"
-            else _estimated_ratios(wide, offered, factor_config, seed)
-        )
+        measure = _decomposed_ratios if effort == "paper" else _estimated_ratios
+        ratios = measure(wide, configs, offered, factor_config, seed)
         for at, config in enumerate(configs):
-            errors[at] *= ratios(config.bits, float(plain[at]))
+            errors[at] *= ratios(config, float(plain[at]))
     sizes = np.asarray([c.storage_bits(shape) for c in configs], dtype=np.int64)
     extra = np.asarray([factor_bits(shape, rank, factor_config) for rank in offered], dtype=np.int64)
     return ErrorTable(

@@ -1,7 +1,7 @@
 """Packing of k-bit codes into bytes.
 
-Codes lie in planes of 1, 2, 4 or 8 bits, the first code in the lowest bits of the first byte. Three bits are a plane
-of the two low bits followed by a plane of the high bit, so that no code straddles a byte.
+Codes lie in planes of 1, 2, 4 or 8 bits, the first code in the lowest bits of the first byte. Three bits are
+a plane of the two low bits followed by a plane of the high bit, so that no code straddles a byte.
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ def test_logits_are_never_held_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == [8, 8, 4]
 
 
-@pytest.mark.parametrize("kind", ["llama_gqa", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["llama_gqa", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"]
+)
 def test_token_loss_equals_hugging_face(kind: str) -> None:
     model = tiny_model(kind)
     generator = torch.Generator().manual_seed(3)
@@ -99,6 +101,8 @@ def test_unusual_logits_take_the_models_own_path() -> None:
     model.forward = scaled
     ids = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     module = TokenLoss(model)
-    expected = F.cross_entropy(scaled(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    expected = F.cross_entropy(
+        scaled(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+    )
     assert module(ids, ids).item() == pytest.approx(expected.item(), rel=1e-6)
     assert module._separable is False

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,29 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from compress.adapters.attach import attach_lora
+from compress.adapters.fit_config import FitConfig, learning_rate, window_order
 from compress.adapters.state import STATE_FILE
-from compress.adapters.train import FitConfig, fit, learning_rate, window_order
+from compress.adapters.train import fit
 from compress.data.windows import Windows
 from compress.errors import CompressError, UsageError
+from compress.importance.base import create_criterion
+from compress.model.architecture import architecture_of
+from compress.prune.controller import PruneController
+from compress.prune.schedule import PruningSchedule
+from compress.prune.select import choose_shape
 from tests.tiny import tiny_model
 
 CONFIG = FitConfig(
-    steps=6, micro_batch=2, accumulation=2, lr=3e-3, warmup_steps=2, weight_decay=0.01, seed=5, precision="float32", save_every=2
+    steps=6,
+    micro_batch=2,
+    accumulation=2,
+    lr=3e-3,
+    warmup_steps=2,
+    weight_decay=0.01,
+    seed=5,
+    precision="float32",
+    save_every=2,
 )
 
 
@@ -36,7 +50,9 @@ def adapted(dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> Any:
     model = tiny_model("llama_gqa").to(dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "down_proj"])
+        config = LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "down_proj"]
+        )
         return get_peft_model(model, config)
 
 
@@ -206,6 +222,38 @@ def test_the_state_of_hooks_is_resumed(tmp_path: Path) -> None:
     assert torch.equal(resumed.count, whole.count)
 
 
+def test_a_pruning_run_is_resumed_with_its_scores_and_masks(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=8)
+
+    def run(state_dir: Path | None, stop_at: int | None) -> tuple[Any, dict[str, Tensor], tuple[float, ...]]:
+        plain = tiny_model("llama_gqa")
+        arch = architecture_of(plain.config.to_dict())
+        model = attach_lora(plain, arch, rank=2, seed=4)
+        controller = PruneController(
+            model,
+            arch,
+            create_criterion("lora", arch),
+            PruningSchedule(total_steps=8, every=1),
+            lambda scores: choose_shape(arch, 0.5, multiple=8, scores=scores),
+        )
+        with controller:
+            if stop_at is not None:
+                stopping_at(model, stop_at)
+                with pytest.raises(Stop):
+                    fit(model, windows(), config, hooks=[controller], state_dir=state_dir)
+                return None, {}, ()
+            result = fit(model, windows(), config, hooks=[controller], state_dir=state_dir)
+            return controller.structure(base_fingerprint=""), trained(model), result.losses
+
+    expected = run(None, None)
+    run(tmp_path, 2 + 9)
+    resumed = run(tmp_path, None)
+    assert resumed[0] == expected[0]
+    assert not expected[0].is_identity
+    assert_same(resumed[1], expected[1])
+    assert resumed[2] == expected[2]
+
+
 @pytest.mark.parametrize("change", ["lr", "data", "parameters"])
 def test_a_state_of_another_run_is_refused(change: str, tmp_path: Path) -> None:
     fit(adapted(), windows(), CONFIG, state_dir=tmp_path)
@@ -289,7 +337,7 @@ def test_learning_rate_schedules() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[7] == pytest.approx(0.5)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[4:]))
     assert rates[-1] > 0
     constant = replace(config, schedule="constant")
     assert [learning_rate(constant, step) for step in range(4, 10)] == [1.0] * 6
@@ -316,7 +364,15 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"micro_batch": 0}, {"accumulation": 0}, {"lr": 0.0}, {"warmup_steps": 7}, {"save_every": 0}]
+    "change",
+    [
+        {"steps": 0},
+        {"micro_batch": 0},
+        {"accumulation": 0},
+        {"lr": 0.0},
+        {"warmup_steps": 7},
+        {"save_every": 0},
+    ],
 )
 def test_impossible_settings_are_usage_errors(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

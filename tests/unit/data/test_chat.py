@@ -53,7 +53,8 @@ def test_fallback_without_a_template() -> None:
 def test_template_that_rewrites_history_labels_the_last_answer_only() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}think {% endif %}"
+        "{% for m in messages %}{{ m['role'] }}: "
+        "{% if m['role'] == 'assistant' and loop.last %}think {% endif %}"
         "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     whole, answers = _parts(*encode_conversation(TURNS, tokenizer), tokenizer)

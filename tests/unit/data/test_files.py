@@ -66,7 +66,9 @@ def test_instruction_rows(tmp_path: Path, write: Any, row: dict[str, Any], expec
 
 
 def test_messages_rows_keep_all_turns(tmp_path: Path) -> None:
-    turns = [{"role": r, "content": f"{r} says"} for r in ("system", "user", "assistant", "user", "assistant")]
+    turns = [
+        {"role": r, "content": f"{r} says"} for r in ("system", "user", "assistant", "user", "assistant")
+    ]
     for write, name in ((_write, "m.jsonl"), (_parquet, "m.parquet")):
         content = read_file(write(tmp_path / name, [{"messages": turns}]))
         assert [[m.role, m.content] for m in content.conversations[0]] == [
@@ -127,7 +129,7 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.csv", b"a,b", "unknown kind"),
     ("noise.jsonl", b'{"text": "a"}\n{oops', "Line 2 .* not JSON"),
     ("list.jsonl", b"[1]", "Row 1 .* is list"),
-    ("keys.jsonl", b'{"text": "a"}\n{"query": "b", "gold": 1}', r"Row 2 .* it has: gold, query"),
+    ("keys.jsonl", b'{"text": "a"}\n{"query": "b", "gold": 1}', r"Row 2 .*it has: gold, query"),
     ("number.jsonl", b'{"text": 3}', '"text" as int'),
     ("mixed.jsonl", b'{"text": "a"}\n{"question": "b", "answer": "c"}', "Row 2 .* mixes"),
     ("turns.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "without an answer"),

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compress.model.architecture import Architecture
 
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores, create_criterion
 from compress.importance.modules import base_weight, decoder_linear, lora_factors
+from compress.model.architecture import Architecture
 from tests.tiny import tiny_model
 from tests.unit.prune.common import backward, model_architecture, with_lora
 
@@ -296,8 +296,8 @@ def test_missing_adapters_gradients_and_options_are_named() -> None:
     for options in ({"norm": "l3"}, {"power": 2}, {"chunk_elements": 0}):
         with pytest.raises(UsageError):
             create_criterion("magnitude", arch, **options)
-    for options in ({"momentum": 1.0}, {"element": "cube"}):
+    for wrong in ({"momentum": 1.0}, {"element": "cube"}):
         with pytest.raises(UsageError):
-            create_criterion("lora", arch, **options)
+            create_criterion("lora", arch, **wrong)
     with pytest.raises(UsageError, match="lora, magnitude, random"):
         create_criterion("wisdom", arch)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compress.model.architecture import Architecture, LinearSpec, architecture_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from compress.importance.modules import decoder_linear
+from compress.model.architecture import Architecture, LinearSpec, architecture_of
 from compress.structure import LayerStructure
 
 SPECS = (
@@ -46,7 +46,7 @@ def architecture(**changes: Any) -> Architecture:
     return Architecture(**{**sizes, **changes})
 
 
-def model_architecture(model: nn.Module) -> Architecture:
+def model_architecture(model: Any) -> Architecture:
     return architecture_of(model.config.to_dict(), list(model.state_dict()))
 
 
@@ -82,7 +82,8 @@ def backward(model: Any, *, seed: int, vocab: int = 128) -> None:
 def delta_of(peft_model: Any, arch: Architecture, layer: int, spec: LinearSpec) -> torch.Tensor:
     module: Any = decoder_linear(peft_model, arch, layer, spec)
     product: torch.Tensor = module.lora_B["default"].weight @ module.lora_A["default"].weight
-    return (product * module.scaling["default"]).detach()
+    scaling: float = module.scaling["default"]
+    return product.detach() * scaling
 
 
 def random_layers(

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from compress.model.architecture import Architecture
 
 from compress.errors import CompressError
 from compress.importance.base import Criterion, GroupScores, LayerScores, create_criterion
+from compress.model.architecture import Architecture
 from compress.prune.controller import PruneController
 from compress.prune.schedule import PruningSchedule
 from compress.prune.select import ShapePlan, choose_shape, select
@@ -87,7 +87,8 @@ def test_training_that_ends_early_and_one_shot_reach_the_target() -> None:
 def test_the_model_runs_masked_while_training_and_whole_afterwards() -> None:
     model, arch, plan = setup()
     ids = torch.arange(4, 20)[None]
-    plain = model(ids).logits
+    with torch.no_grad():
+        plain = model(ids).logits
     peft_model = with_lora(model, arch, scale=0.0)
     criterion = create_criterion("lora", arch)
     with PruneController(peft_model, arch, criterion, PruningSchedule(total_steps=20), plan) as controller:
@@ -95,12 +96,14 @@ def test_the_model_runs_masked_while_training_and_whole_afterwards() -> None:
         for step in range(20):
             backward(peft_model, seed=step)
             controller.before_step(step)
-            losses.append(float((peft_model(ids).logits - plain).norm()))
+            with torch.no_grad():
+                losses.append(float((peft_model(ids).logits - plain).norm()))
         kept = controller.layers
         assert controller.skipped_steps == 0
     assert losses[0] == losses[1] == 0
     assert losses[-1] > losses[8] > 0
-    torch.testing.assert_close(peft_model(ids).logits, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(peft_model(ids).logits, plain)
     grads = model.model.layers[0].mlp.gate_proj.lora_B["default"].weight.grad.abs().sum(dim=1)
     gone = torch.ones(arch.channels, dtype=torch.bool)
     gone[kept[0].channels.long()] = False
@@ -141,19 +144,17 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(chosen_by_scores: bool) ->
 
         criterion = create_criterion("lora", arch)
         shape = choose if chosen_by_scores else plan
-        return peft_model, PruneController(
-            peft_model, arch, criterion, PruningSchedule(total_steps=16), shape
-        )
+        return peft_model, PruneController(peft_model, arch, criterion, PruningSchedule(total_steps=8), shape)
 
     whole_model, whole = build()
     first_model, first = build()
     second_model, second = build()
-    for step in range(16):
+    for step in range(8):
         backward(whole_model, seed=step)
         whole.before_step(step)
-        if step == 7:
+        if step == 4:
             second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
-        model, controller = (first_model, first) if step < 7 else (second_model, second)
+        model, controller = (first_model, first) if step < 4 else (second_model, second)
         backward(model, seed=step)
         controller.before_step(step)
         assert controller.layers == whole.layers

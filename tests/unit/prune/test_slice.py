@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from compress.model.architecture import Architecture, architecture_of
-from compress.model.checkpoint import Checkpoint
 from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError
+from compress.model.architecture import Architecture, architecture_of
+from compress.model.checkpoint import Checkpoint
 from compress.prune.mask import GroupMasks
 from compress.prune.slice import slice_checkpoint, slice_weight
 from compress.structure import LayerStructure, StructureMap, full_layer, kept_rows, structure_map
@@ -189,6 +189,25 @@ def test_structures_that_do_not_fit_write_nothing(tmp_path: Path) -> None:
         with pytest.raises(CompressError, match=match):
             slice_checkpoint(source, arch, structure, tmp_path / "small")
         assert not (tmp_path / "small").exists()
+    config = tmp_path / "full" / "config.json"
+    config.write_text(json.dumps(source.config | {"quantization_config": {"quant_method": "lq"}}))
+    structure = structure_map(arch, random_layers(arch, 2, 20), base_fingerprint="")
+    with pytest.raises(CompressError, match="already quantized"):
+        slice_checkpoint(Checkpoint(tmp_path / "full"), arch, structure, tmp_path / "small")
+
+
+def test_a_failure_leaves_no_model_behind(tmp_path: Path) -> None:
+    source = Checkpoint(tiny_checkpoint("llama_gqa", tmp_path / "full"))
+    arch = architecture_of(source.config, source.names)
+    structure = structure_map(arch, random_layers(arch, 2, 20), base_fingerprint="")
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        slice_checkpoint(source, arch, structure, tmp_path / "small", progress=stop)
+    assert list((tmp_path / "small").iterdir()) == []
 
 
 def test_config_of_the_small_model(tmp_path: Path) -> None:

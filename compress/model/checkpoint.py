@@ -1,0 +1,251 @@
+"""Hugging Face checkpoints on disk, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+
+from compress.errors import CompressError
+from compress.model.architecture import Architecture, architecture_of, expected_shapes
+from compress.model.config import quantization_method, refuse_quantized
+from compress.model.tensor_file import DTYPE_NAMES, TensorEntry, read_header
+from compress.model.writer import CheckpointWriter
+
+__all__ = [
+    "SIDE_FILES",
+    "Checkpoint",
+    "CheckpointWriter",
+    "checkpoint_architecture",
+    "copy_side_files",
+    "require_dense",
+]
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""Files beside the weights that belong to a model whatever its shape."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Checkpoint:
+    """A local Hugging Face folder of safetensors: config, tensor names, and each tensor on demand.
+
+    Opening reads headers only. Tied tensors appear once, as they are stored.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CompressError: It is no folder, has no config.json, no weights or only pickled ones, or its index or
+            headers are broken or lead outside the folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config: dict[str, Any] = _read_config(self.path)
+        self._entries = _read_entries(self.path)
+        self.names: tuple[str, ...] = tuple(self._entries)
+        self._fingerprint: str | None = None
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CompressError(
+                f"The checkpoint {self.path} has no tensor {name!r}.",
+                "Use a checkpoint of the model it should be.",
+            )
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape of a tensor."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor."""
+        return self._entry(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """The stored bytes of a tensor."""
+        return self._entry(name).nbytes
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored dtype, in memory of its own."""
+        return self._entry(name).read()
+
+    @property
+    def parameters(self) -> int:
+        """Stored elements of all tensors; for a quantized checkpoint these are packed codes, not weights."""
+        return sum(entry.nbytes // entry.dtype.itemsize for entry in self._entries.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over name, dtype, shape and content digest of every tensor, sorted by name; cached.
+
+        It does not depend on sharding, and reads every weight once.
+        """
+        if self._fingerprint is None:
+            total = hashlib.sha256()
+            for name in sorted(self._entries):
+                entry = self._entries[name]
+                content = hashlib.sha256()
+                for piece in entry.chunks():
+                    content.update(piece)
+                line = [name, DTYPE_NAMES[entry.dtype], list(entry.shape), content.hexdigest()]
+                total.update(json.dumps(line).encode() + b"\n")
+            self._fingerprint = total.hexdigest()
+        return self._fingerprint
+
+
+def checkpoint_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture of a checkpoint, its tensor names (and, unless quantized, shapes) checked against it.
+
+    Raises:
+        CompressError: See `architecture_of`; also when a stored shape contradicts the config.
+    """
+    arch = architecture_of(checkpoint.config, checkpoint.names)
+    if quantization_method(checkpoint.config) is None:
+        for name, shape in expected_shapes(arch).items():
+            found = checkpoint.shape(name)
+            if found != shape:
+                raise CompressError(
+                    f"The tensor {name!r} has the shape {found} where the config asks for {shape}.",
+                    "Use a checkpoint whose config.json belongs to its weights.",
+                )
+    return arch
+
+
+def require_dense(checkpoint: Checkpoint, *, allow_lq: bool = True) -> None:
+    """Refuse a checkpoint that is stored quantized (``allow_lq``: by another method than ours).
+
+    Raises:
+        CompressError: With the method's name.
+    """
+    refuse_quantized(checkpoint.config, allow_lq=allow_lq)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config, chat template and licence; never weights or config."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        for file in sorted(templates.glob("*.jinja")):
+            (target / templates.name).mkdir(exist_ok=True)
+            shutil.copyfile(file, target / templates.name / file.name)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CompressError(
+            f"There is no model folder {str(path)!r}.", "Give the folder that holds config.json."
+        )
+    file = path / "config.json"
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise CompressError(
+                f"The folder {path} is an adapter, not a model.", "Give the folder of its base model."
+            )
+        raise CompressError(
+            f"The folder {path} has no config.json.", "Give a folder written by save_pretrained."
+        )
+    config = _read_json(file)
+    if not isinstance(config, dict):
+        raise CompressError(
+            f"The file {file} is no JSON object.", "Restore the model's original config.json."
+        )
+    return config
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CompressError(f"The file {file} is no valid JSON.", "Download or restore it again.") from error
+
+
+def _read_entries(path: Path) -> dict[str, TensorEntry]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)[0]
+    if index.is_file():
+        return _read_index(path, index)
+    if any(file for pattern in _PICKLES for file in path.glob(pattern)):
+        raise CompressError(
+            f"The folder {path} holds pickled weights only, and pickles can run code, so none is ever read.",
+            "Get the model's safetensors files, or convert it where you trust it, with save_pretrained.",
+        )
+    if any(path.glob("*.gguf")):
+        raise CompressError(
+            f"The folder {path} holds GGUF files only.", "Give the path of the .gguf file itself."
+        )
+    raise CompressError(
+        f"The folder {path} has no model.safetensors.", "Give a folder with safetensors weights."
+    )
+
+
+def _read_index(path: Path, index: Path) -> dict[str, TensorEntry]:
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CompressError(f"The file {index} has no weight_map.", "Download it again.")
+    shards: dict[str, dict[str, TensorEntry]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not _inside(shard):
+            raise CompressError(
+                f"The file {index} points to {shard!r}, which is no safetensors file inside the folder.",
+                "Do not use this checkpoint, or get it from a source you trust.",
+            )
+        if not (path / shard).is_file():
+            raise CompressError(f"The weight file {path / shard} is missing.", "Download the model again.")
+        shards[shard] = read_header(path / shard)[0]
+    entries = {}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CompressError(
+                f"The file {path / shard} lacks the tensor {name!r}.", "Download the model again."
+            )
+        entries[name] = shards[shard][name]
+    return entries
+
+
+def _inside(shard: str) -> bool:
+    """Whether a shard name stays in its folder; by its parts, since hub snapshots are links to blobs."""
+    posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
+    return (
+        shard.endswith(".safetensors")
+        and not posix.is_absolute()
+        and not windows.is_absolute()
+        and not windows.drive
+        and ".." not in windows.parts
+    )

@@ -1,0 +1,157 @@
+"""LQLinear: a linear layer whose weight is stored as packed codes plus low-rank factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from compress.kernels.dispatch import backend
+from compress.kernels.reference import Factors, PackedMatrix
+from compress.quantize.blockwise import QuantizedTensor
+from compress.quantize.checkpoint import MatrixRecord, lq_tensors, record_of
+from compress.quantize.config import QuantConfig
+from compress.quantize.decompose import Decomposition, Factor, read_factor
+
+
+class LQLinear(nn.Linear):
+    """``y = x (Q + L1 L2)^T + b`` with Q, L1 and L2 frozen in the form they are stored in.
+
+    ``weight`` holds the packed codes as a flat uint8 parameter, so that software that does not know the
+    format meets a shape mismatch instead of numbers. Scales and factors are buffers that no cast of the
+    module changes: under ``.to(torch.bfloat16)`` the dequantized values stay the same. The compute type is
+    that of the input, or autocast's. Nothing dequantized is kept for the backward pass, which dequantizes
+    again.
+
+    Args:
+        record: Shape, configuration and rank.
+        bias: Whether there is a bias.
+        dtype: Of the bias; None is torch's default type.
+        device: Of all tensors.
+
+    Attributes:
+        record: As given.
+        use_factors: False leaves L1 L2 out, for training them as an adapter instead.
+    """
+
+    def __init__(
+        self,
+        record: MatrixRecord,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.record = record
+        self.out_features, self.in_features = record.shape
+        self.use_factors = True
+        for name, (shape, kind) in record.layout().items():
+            tensor = torch.empty(shape, dtype=kind, device=device)
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_decomposition(cls, decomposition: Decomposition, bias: torch.Tensor | None = None) -> LQLinear:
+        """A layer that holds a decomposition (and shares its tensors)."""
+        layer = cls(record_of(decomposition), bias=bias is not None, device="meta")
+        tensors = lq_tensors("", decomposition, None if bias is None else bias.detach())
+        layer.load_state_dict({name[1:]: tensor for name, tensor in tensors.items()}, assign=True)
+        return layer
+
+    def _stored(self, name: str, shape: tuple[int, int], config: QuantConfig) -> QuantizedTensor:
+        codes = self.weight.data if name == "weight" else self.get_buffer(f"{name}_codes")
+        return QuantizedTensor(
+            shape=shape,
+            config=config,
+            codes=codes,
+            scale_codes=self.get_buffer(f"{name}_scale_codes"),
+            scale_max=self.get_buffer(f"{name}_scale_max"),
+            offset=self.get_buffer(f"{name}_offset"),
+        )
+
+    def quantized(self) -> QuantizedTensor:
+        """Q, sharing this layer's tensors."""
+        return self._stored("weight", self.record.shape, self.record.config)
+
+    def _factor(self, name: str, size: int) -> Factor:
+        if self.record.factor_config is None:
+            return self.get_buffer(name)
+        return self._stored(name, (self.record.rank, size), self.record.factor_config)
+
+    def factors(self) -> Factors | None:
+        """(L1 [O, r], L2 [r, I]) in float32, whether in use or not; None for rank 0."""
+        if self.record.rank == 0:
+            return None
+        left = read_factor(self._factor("factor_out", self.out_features))
+        return left.T, read_factor(self._factor("factor_in", self.in_features))
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [O, I] the layer multiplies with, computed in float32, then cast."""
+        weight = self.quantized().dequantize()
+        factors = self.factors() if self.use_factors else None
+        return (weight if factors is None else weight + factors[0] @ factors[1]).to(dtype)
+
+    def operands(self, dtype: torch.dtype) -> tuple[PackedMatrix, Factors | None]:
+        """What the kernels multiply with: Q packed and the factors in use, of ``dtype``."""
+        factors = self.factors() if self.use_factors else None
+        cast = None if factors is None else (factors[0].to(dtype), factors[1].to(dtype))
+        return self.quantized().packed(), cast
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Multiply ``input`` [..., I]; the result is [..., O] in the compute type."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        y: torch.Tensor = _Product.apply(input, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def reset_parameters(self) -> None:
+        """Refuse: codes come from a checkpoint or a decomposition, never from a distribution."""
+        raise TypeError("An LQLinear cannot be initialized at random; load it or use from_decomposition.")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LQLinear:
+        # Moves must reach scales and factors, casts must not: a cast leaves integers alone, so show bytes.
+        types = {
+            name: b.dtype for name, b in self._buffers.items() if b is not None and b.is_floating_point()
+        }
+        for name in types:
+            self._buffers[name] = self.get_buffer(name).view(torch.uint8)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, kind in types.items():
+                self._buffers[name] = self.get_buffer(name).view(kind)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape, widths and rank."""
+        config = self.record.config
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return (
+            f"{shape}, bias={self.bias is not None}, bits={config.bits}, block_size={config.block_size}, "
+            f"rank={self.record.rank}"
+        )
+
+
+class _Product(torch.autograd.Function):
+    """The product with a layer's operands; only the layer itself is remembered for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: LQLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return backend().matmul(x, *layer.operands(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return backend().matmul_transposed(grad, *ctx.layer.operands(grad.dtype)), None

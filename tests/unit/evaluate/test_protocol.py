@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from compress.data.text import Message, chat_text, plain_text
+from compress.data.windows import token_windows
+from compress.evaluate.perplexity import perplexity
+from compress.evaluate.protocol import protocol_line
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def test_line_says_how_a_perplexity_was_measured() -> None:
+    text = plain_text("notes.txt", "test", ["some words"] * 20)
+    windows = token_windows(text, tiny_tokenizer(), length=16, count=4)
+    line = protocol_line(perplexity(tiny_model("llama_gqa"), windows, model_name="tiny").protocol)
+    assert line == (
+        f'tiny, notes.txt test, sha256 {text.sha256[:12]}, join "\\n\\n", no BOS, length 16, stride 16, '
+        "4 windows, 60 tokens scored, float32 on cpu"
+    )
+
+
+def test_line_of_training_windows() -> None:
+    talk = (Message(role="user", content="a"), Message(role="assistant", content="b"))
+    windows = token_windows(chat_text("chat", "train", [talk] * 3), tiny_tokenizer(), length=64, seed=7)
+    line = protocol_line(windows.protocol)
+    assert "BOS by template" in line
+    assert "packed conversations" in line
+    assert line.endswith(f"{windows.protocol['tokens']} tokens, seed 7")
+    assert "\n" not in line
+    assert protocol_line({}) == ""

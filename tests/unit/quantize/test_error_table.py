@@ -1,0 +1,135 @@
+"""The error table: exact at rank 0, never rosy above it, sizes to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from compress.errors import CompressError, UsageError
+from compress.quantize.blockwise import quantize_dequantize
+from compress.quantize.config import FACTOR_8BIT, MENU, QuantConfig
+from compress.quantize.decompose import decompose, factor_bits
+from compress.quantize.error_table import ErrorTable, error_table, menu, offered_ranks, rounding_errors
+from tests.unit.quantize.test_decompose import trained
+
+
+def test_menus_nest() -> None:
+    quick, standard, paper = (menu(effort) for effort in ("quick", "standard", "paper"))
+    assert paper == MENU
+    assert set(quick) < set(standard) < set(paper)
+    assert {c.bits for c in quick} == {2, 3, 4, 8}
+    assert (len(quick), len(standard)) == (12, 48)
+    with pytest.raises(UsageError, match="no effort 'fast'"):
+        menu("fast")  # type: ignore[arg-type]
+
+
+def test_ranks_stay_below_half_of_the_smaller_side() -> None:
+    assert offered_ranks((64, 576)) == (0, 4, 8, 16)
+    assert offered_ranks((6, 6), (4, 2)) == (0, 2)
+    assert offered_ranks((576, 576), (32, 8)) == (0, 8, 32)
+
+
+@pytest.mark.parametrize("shape", [(37, 53), (64, 128), (2, 5)])
+def test_rounding_errors_are_exact_for_the_whole_menu(shape: tuple[int, int]) -> None:
+    weight = trained(shape)
+    weight[0, : shape[1] // 2] = 0
+    expected = [(weight.double() - quantize_dequantize(weight, c)).square().sum().item() for c in MENU[::7]]
+    np.testing.assert_allclose(rounding_errors(weight, MENU[::7]), expected, rtol=1e-4)
+
+
+def test_sizes_are_those_of_the_decompositions() -> None:
+    weight = trained((48, 80))
+    table = error_table(weight, menu("quick"))
+    assert table.bits.dtype == np.int64
+    for at in (0, 7, 30, table.bits.size - 1):
+        config, rank = table.choice(at)
+        assert table.bits.ravel()[at] == decompose(weight, config, rank=rank, iterations=1).storage_bits
+    bare = error_table(weight, menu("quick"), factor_config=None)
+    assert bare.bits[0, 1] - bare.bits[0, 0] == factor_bits((48, 80), 4, None)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(96, 160), (64, 192), (200, 72)])
+def test_estimates_are_not_optimistic_and_not_far_off(shape: tuple[int, int], seed: int) -> None:
+    weight = trained(shape, seed)
+    table = error_table(weight, menu("quick"))
+    for c in (0, 2, 3, 5, 6, 8):  # 2, 3 and 4 bits with blocks of 16 and of 64
+        for r, rank in enumerate(table.ranks[1:], start=1):
+            found = decompose(weight, table.configs[c], rank=rank, iterations=5).error
+            assert 0.95 * found < table.errors[c, r] < 1.6 * found, (table.configs[c], rank)
+
+
+def test_factors_of_eight_bits_are_not_said_to_repair_eight_bit_codes() -> None:
+    weight = trained((96, 160))
+    table = error_table(weight, [QuantConfig(bits=8)])
+    for r, rank in enumerate(table.ranks):
+        found = decompose(weight, table.configs[0], rank=rank, iterations=5).error
+        assert 0.95 * found < table.errors[0, r] < 1.6 * found
+
+
+def test_the_paper_effort_decomposes() -> None:
+    weight = trained((48, 80))
+    configs = [QuantConfig(bits=2), QuantConfig(bits=3), QuantConfig(bits=3, block_size=16)]
+    table = error_table(weight, configs, (0, 4, 8), effort="paper")
+    for c in (0, 1):
+        for r, rank in enumerate(table.ranks):
+            found = decompose(weight, configs[c], rank=rank, iterations=5).error
+            assert table.errors[c, r] == pytest.approx(found, rel=1e-4)
+    ratio = table.errors / table.errors[:, :1]
+    np.testing.assert_allclose(ratio[2], ratio[1], rtol=1e-12)
+    assert table.method != error_table(weight, configs, (0, 4)).method
+
+
+def test_errors_fall_with_the_rank() -> None:
+    errors = error_table(trained(), menu("standard"), factor_config=None).errors
+    assert (np.diff(errors, axis=1) <= 0).all()
+
+
+def test_a_rank_is_not_said_to_pay_on_noise() -> None:
+    """On white noise the bits of a rank are better spent on codes: the table must not claim otherwise."""
+    weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
+    table = error_table(weight, menu("quick"))
+    order = np.argsort(table.bits[:, 0])
+    sizes, front = table.bits[order, 0], np.minimum.accumulate(np.log(table.errors[order, 0]))
+    compared = 0
+    for c, r in np.ndindex(*table.errors.shape):
+        if r and table.bits[c, r] <= sizes[-1]:
+            compared += 1
+            assert np.log(table.errors[c, r]) > np.interp(table.bits[c, r], sizes, front)
+    assert compared > 20
+
+
+@pytest.mark.parametrize("effort", ["quick", "paper"])
+def test_zero_matrices_have_no_error(effort: str) -> None:
+    table = error_table(torch.zeros(40, 64), [QuantConfig(bits=2)], effort=effort)  # type: ignore[arg-type]
+    assert not table.errors.any()
+
+
+def test_tables_survive_json_and_are_deterministic() -> None:
+    weight = trained((40, 50))
+    table, again = (error_table(weight, menu("quick"), seed=3) for _ in range(2))
+    read = ErrorTable.from_dict(json.loads(json.dumps(table.to_dict())))
+    for other in (again, read):
+        np.testing.assert_array_equal(other.errors, table.errors)
+        np.testing.assert_array_equal(other.bits, table.bits)
+        assert (other.configs, other.ranks, other.shape) == (table.configs, table.ranks, (40, 50))
+    with pytest.raises(CompressError, match="format version 9"):
+        ErrorTable.from_dict({**table.to_dict(), "format_version": 9})
+
+
+def test_an_empty_menu_is_refused() -> None:
+    with pytest.raises(UsageError, match="0 configurations"):
+        error_table(trained(), [])
+
+
+def test_factor_storage_is_part_of_the_estimate() -> None:
+    weight = trained((96, 160))
+    coarse = QuantConfig(bits=2, block_size=64)
+    errors = [
+        error_table(weight, [QuantConfig(bits=4, block_size=16)], factor_config=config).errors[0, -1]
+        for config in (None, FACTOR_8BIT, coarse)
+    ]
+    assert errors[0] < errors[1] < errors[2]
