@@ -25,6 +25,7 @@ from typing import Any
 from compress.benchmarks.plain_rounding import plain_rounding_perplexity
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
+
 from compress.quantize.config import QuantConfig
 
 NF3 = QuantConfig(bits=3)
@@ -83,9 +84,7 @@ def smoke(folder: Path, *, effort: str) -> dict[str, Any]:
             "plain": plain,
             "lq_bits": same_bits["metrics"]["stored_bits_per_weight"],
         },
-        "seconds": {
-            stage["verb"]: stage["seconds"] for stage in (pruned, quantized, recovered, evaluated)
-        },
+        "seconds": {stage["verb"]: stage["seconds"] for stage in (pruned, quantized, recovered, evaluated)},
         "versions": pruned["versions"],
         "host": pruned["host"],
     }
@@ -98,7 +97,9 @@ def check(name: str, value: float, bound: float) -> dict[str, Any]:
 
 def main() -> int:
     """Command line; the verdicts are printed last."""
-    parser = argparse.ArgumentParser(prog="python -m compress.benchmarks.smoke", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m compress.benchmarks.smoke", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--quick", action="store_true", help="the effort 'quick' even on a GPU")
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     parser.add_argument("--run", type=Path, help="keep the workspaces in this folder")
@@ -110,10 +111,14 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             result = smoke(Path(folder), effort=effort)
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+        arguments.out.write_text(
+            json.dumps(result, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+        )
     print(f"\nvalidation: {result['validation_protocol_line']}\ntest: {result['protocol_line']}\n")
     for item in result["checks"]:
-        print(f"{'ok  ' if item['passed'] else 'FAIL'} {item['name']}: {item['value']:.4f} < {item['bound']:.4f}")
+        print(
+            f"{'ok  ' if item['passed'] else 'FAIL'} {item['name']}: {item['value']:.4f} < {item['bound']:.4f}"
+        )
     failed = sum(not item["passed"] for item in result["checks"])
     print(f"{len(result['checks']) - failed} passed, {failed} failed")
     return 1 if failed else 0

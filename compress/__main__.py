@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: compress prune --ratio 0.5; compress quantize --budget 2.75bit; compress recover; compress eval",
+    epilog="Start with: compress prune --ratio 0.5, compress quantize --budget 2.75bit, compress recover, compress eval",
 )
 
 COMMON = "Common options"
@@ -212,6 +212,18 @@ def prune(
         int | None,
         typer.Option(help="Channel counts are multiples of this (default 64, less on tiny models)."),
     ] = None,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            help="refit: o and down are refitted to the full model; lora: the scoring adapter is folded in."
+        ),
+    ] = None,
+    refit_tokens: Annotated[int | None, typer.Option(help="Calibration tokens of the refit.")] = None,
+    repair_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of repair training after the cut.")
+    ] = None,
+    repair_lr: Annotated[float | None, typer.Option(help="Peak learning rate of repair training.")] = None,
+    repair_rank: Annotated[int | None, typer.Option(help="Adapter rank of repair training.")] = None,
 ) -> None:
     """Remove attention heads and MLP channels; writes a plain, smaller checkpoint."""
 

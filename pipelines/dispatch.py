@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.pipelines.reporter import Reporter
-from compress.pipelines.settings import VERBS, Common, resolve
+from compress.pipelines.settings import (
+    Common,
+    EvalSettings,
+    PruneSettings,
+    QuantizeSettings,
+    RecoverSettings,
+    TrainSettings,
+    resolve,
+)
 from compress.pipelines.stage import Context, Outcome
 from compress.pipelines.workspace import Workspace
 
@@ -54,26 +62,26 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
 
 def run_stage_verb(context: Context, verb: str, given: Mapping[str, Any]) -> Outcome:
     """Run one stage verb in an open, locked workspace."""
-    settings = resolve(VERBS[verb], given, context.common.effort or "quick")
+    effort = context.common.effort or "quick"
     if verb == "prune":
         from compress.pipelines.prune import prune
 
-        return prune(context, settings)
+        return prune(context, resolve(PruneSettings, given, effort))
     if verb == "quantize":
         from compress.pipelines.quantize import quantize
 
-        return quantize(context, settings)
+        return quantize(context, resolve(QuantizeSettings, given, effort))
     if verb == "train":
         from compress.pipelines.train import train
 
-        return train(context, settings)
+        return train(context, resolve(TrainSettings, given, effort))
     if verb == "recover":
         from compress.pipelines.recover import recover
 
-        return recover(context, settings)
+        return recover(context, resolve(RecoverSettings, given, effort))
     from compress.pipelines.evaluate import evaluate
 
-    return evaluate(context, settings)
+    return evaluate(context, resolve(EvalSettings, given, effort))
 
 
 def default_effort() -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.measure import validation_windows
 from compress.pipelines.model_input import device_and_dtype, original
 from compress.pipelines.reporter import human_bytes, human_count
@@ -23,6 +22,7 @@ from compress.evaluate.latency import throughput
 from compress.evaluate.memory import PeakMemory, file_bytes
 from compress.evaluate.perplexity import mean_loss, perplexity
 from compress.evaluate.protocol import protocol_line
+from compress.model.load import load_model, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

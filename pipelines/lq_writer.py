@@ -10,12 +10,13 @@ from compress.pipelines.allocate import Allocation, Choice
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
-from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
+from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors
 from compress.quantize.config import FACTOR_8BIT
 from compress.quantize.decompose import decompose
 
@@ -52,7 +53,8 @@ def layer_file(folder: Path, layer: int) -> Path:
 def _decompose_layer(
     model: ModelInput, choices: list[Choice], settings: QuantizeSettings, seed: int, path: Path
 ) -> None:
-    tensors, records = {}, []
+    tensors: dict[str, Tensor] = {}
+    records: list[dict[str, Any]] = []
     for choice in choices:
         result = decompose(
             model.checkpoint.read(choice.matrix.tensor),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import TrainingSettings
 from compress.pipelines.stage import Context
@@ -19,18 +18,31 @@ from compress.data.sources import load_text
 from compress.data.windows import Windows, token_windows
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
+from compress.model.load import load_model, load_tokenizer
 
 WINDOWS = {"quick": 8, "standard": 32, "paper": 64}
 LENGTH = 512
 
 
-def training_windows(context: Context, model: ModelInput, source: str, settings: TrainingSettings) -> Windows:
-    """The windows that training reads, drawn from the source's training split under the seed."""
-    tokenizer = load_tokenizer(model.path)
-    loaded = load_model(model.path) if source == "self" else None
+def training_windows(
+    context: Context, model: Path, source: str, settings: TrainingSettings, *, offset: int = 0
+) -> Windows:
+    """The windows that training reads, drawn from the source's training split.
+
+    Args:
+        context: Gives the seed.
+        model: Folder of the tokenizer (and, for the source ``self``, of the model that writes the text).
+        source: Text source.
+        settings: Give the number of windows and their length.
+        offset: Added to the seed of the draw, so that two trainings of one stage read different windows.
+    """
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model) if source == "self" else None
     text = load_text(source, "train", tokenizer=tokenizer, model=loaded, seed=context.common.seed)
     count = max(1, settings.steps * settings.micro_batch * settings.accumulation)
-    return token_windows(text, tokenizer, length=settings.sequence, count=count, seed=context.common.seed)
+    return token_windows(
+        text, tokenizer, length=settings.sequence, count=count, seed=context.common.seed + offset
+    )
 
 
 def validation_windows(

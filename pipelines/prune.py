@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.model.load import load_model
 from compress.pipelines.measure import training_windows, validation_perplexity, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
@@ -15,10 +15,12 @@ from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.training import fit_config, training_metrics
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.adapters.attach import attach_lora, lora_delta
+from compress.adapters.attach import attach_lora, lora_delta, save_adapter
+from compress.adapters.merge import merge_adapter
 from compress.adapters.train import fit
 from compress.data.sources import default_source
 from compress.data.windows import Windows
@@ -26,12 +28,18 @@ from compress.errors import CompressError, UsageError
 from compress.importance import CRITERIA
 from compress.importance.base import GroupScores, create_criterion
 from compress.model.architecture import resized_config
-from compress.model.checkpoint import Checkpoint, require_dense
+from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
+from compress.model.load import load_model
+from compress.prune.compensate import compensate
 from compress.prune.controller import PruneController
 from compress.prune.schedule import PruningSchedule
 from compress.prune.select import ShapePlan, choose_shape
 from compress.prune.slice import slice_checkpoint
+from compress.structure import FILE_NAME as STRUCTURE
 from compress.structure import StructureMap
+
+BATCH = 8
+"""Windows per forward pass of the refit."""
 
 
 def prune(context: Context, settings: PruneSettings) -> Outcome:
@@ -53,6 +61,8 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             f"The criterion {settings.criterion} scores while it trains and --steps is {settings.steps}.",
             "Give --steps 1 or more, or another criterion.",
         )
+    if settings.repair not in ("refit", "lora"):
+        raise UsageError(f"There is no repair {settings.repair!r}.", "Choose refit or lora.")
     model = current(context, "prune")
     require_dense(model.checkpoint, allow_lq=False)
     multiple = settings.multiple or default_multiple(model.architecture.channels)
@@ -67,20 +77,11 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     }
 
     def work(folder: Path) -> Mapping[str, Any]:
-        network = load_model(model.path, dtype=dtype, device=device)
+        measured = cut_and_repair(context, model, settings, shape, source, folder, device, dtype)
         validation = validation_windows(context, model.path, source)
-        before = validation_perplexity(context, network, validation, "the model")
-        windows = training_windows(context, model, source, settings)
-        structure, plan, deltas, training = find_structure(
-            context, model, settings, shape, windows, network, folder
+        before = validation_perplexity(
+            context, load_model(model.path, dtype=dtype, device=device), validation, "the model"
         )
-        context.reporter.say(f"prune: {plan.reason}")
-        with context.reporter.bar("cut") as progress:
-            slice_checkpoint(
-                model.checkpoint, model.architecture, structure, folder, deltas=deltas, progress=progress
-            )
-        del network, deltas
-        shutil.rmtree(folder / "training", ignore_errors=True)
         pruned = load_model(folder, dtype="float32", device=device)
         record_logits(pruned, check_ids(model.architecture.vocab, context.common.seed), folder)
         after = validation_perplexity(context, pruned.to(dtype), validation, "the pruned model")
@@ -89,25 +90,11 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         return {
             "before": size_metrics(model.checkpoint) | before,
             "after": size_metrics(small) | after,
-            "requested_ratio": plan.requested,
-            "achieved_ratio": plan.achieved,
             "removed_of_all_parameters": 1 - small.parameters / model.checkpoint.parameters,
             "removed_bytes": 1 - small.bytes / model.checkpoint.bytes,
-            "reason": plan.reason,
             "criterion": settings.criterion,
-            "shape": {"kv_heads": plan.kv_heads, "channels": plan.channels},
-            "original": {
-                "kv_heads": model.architecture.kv_heads,
-                "channels": model.architecture.channels,
-                "layers": model.architecture.layers,
-            },
-            "kept": {
-                "kv_groups": [layer.kv_groups.tolist() for layer in structure.layers],
-                "channels_kept_per_layer": [len(layer.channels) for layer in structure.layers],
-            },
             "reopened_relative_error": check_reopens(folder),
-            "data_protocol": dict(windows.protocol),
-            **training,
+            **measured,
         }
 
     outcome = run_stage(context, "prune", config=config, inputs={"model": model.id}, work=work)
@@ -162,6 +149,59 @@ def shape_for(
     return choose
 
 
+def cut_and_repair(
+    context: Context,
+    model: ModelInput,
+    settings: PruneSettings,
+    shape: Callable[[GroupScores], ShapePlan],
+    source: str,
+    folder: Path,
+    device: str,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Write the pruned model into ``folder``; its steps are kept in sub-folders until the last one is done.
+
+    Returns:
+        What was chosen and measured on the way, as JSON values.
+    """
+    cut = folder / "cut"
+    if not (cut / "measured.json").is_file():
+        shutil.rmtree(cut, ignore_errors=True)
+        network = load_model(model.path, dtype=dtype, device=device)
+        windows = training_windows(context, model.path, source, settings)
+        structure, plan, deltas, training = find_structure(
+            context, model, settings, shape, windows, network, folder / "scoring"
+        )
+        if settings.repair == "refit":
+            del deltas
+            deltas = refit_deltas(context, model, settings, structure, source, device, dtype)
+        with context.reporter.bar("cut") as progress:
+            slice_checkpoint(
+                model.checkpoint, model.architecture, structure, cut, deltas=deltas, progress=progress
+            )
+        del network, deltas
+        training["data_protocol"] = dict(windows.protocol)
+        write_json(
+            cut / "measured.json",
+            {"format_version": FORMAT_VERSION, **shape_metrics(plan, model, structure), **training},
+        )
+    measured = read_json(cut / "measured.json")
+    measured.pop("format_version")
+    context.reporter.say(f"prune: {measured['reason']}")
+    for leftover in folder.glob("model*.safetensors*"):
+        leftover.unlink()
+    if settings.repair_steps > 0:
+        measured["repair"] = repair(context, cut, settings, source, folder, device, dtype)
+    else:
+        for file in cut.iterdir():
+            shutil.copyfile(file, folder / file.name)
+        (folder / "measured.json").unlink()
+    shutil.copyfile(cut / STRUCTURE, folder / STRUCTURE)
+    for name in ("cut", "scoring", "repair"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return measured
+
+
 def find_structure(
     context: Context,
     model: ModelInput,
@@ -169,36 +209,121 @@ def find_structure(
     shape: Callable[[GroupScores], ShapePlan],
     windows: Windows,
     network: PreTrainedModel,
-    folder: Path,
+    state_dir: Path,
 ) -> tuple[StructureMap, ShapePlan, Callable[[str], Tensor | None], dict[str, Any]]:
     """Score, mask and train with one loop.
 
     Returns:
-        The kept indices, the shape they have, the deltas to fold into the weights, what training measured.
+        The kept indices, the shape they have, the adapter's deltas by module, what training measured.
     """
     arch, seed = model.architecture, context.common.seed
     adapted = attach_lora(
         network, arch, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed
     )
     schedule = PruningSchedule(total_steps=max(1, settings.steps))
+    criterion = create_criterion(settings.criterion, arch, seed=seed)
     measured: dict[str, Any] = {"losses": [], "tokens": 0, "train_seconds": 0.0}
-    with PruneController(
-        adapted, arch, create_criterion(settings.criterion, arch, seed=seed), schedule, shape
-    ) as hook:
+    with PruneController(adapted, arch, criterion, schedule, shape) as hook:
         if settings.steps > 0:
-            with context.reporter.bar("score, mask and train") as progress:
+            with context.reporter.bar("score and mask") as progress:
                 result = fit(
                     adapted,
                     windows,
                     fit_config(settings, seed),
                     hooks=[hook],
-                    state_dir=folder / "training",
+                    state_dir=state_dir,
                     progress=progress,
                 )
             measured = training_metrics(result)
         structure = hook.structure(base_fingerprint=model.id)
         measured["skipped_steps"] = hook.skipped_steps
         return structure, hook.plan, lambda name: lora_delta(adapted, name), measured
+
+
+def refit_deltas(
+    context: Context,
+    model: ModelInput,
+    settings: PruneSettings,
+    structure: StructureMap,
+    source: str,
+    device: str,
+    dtype: Any,
+) -> Callable[[str], Tensor | None]:
+    """What refitting o and down to the full model's activations adds to their weights, by module."""
+    tokens = replace(settings, steps=max(1, settings.refit_tokens // (settings.sequence * BATCH)))
+    windows = training_windows(
+        context, model.path, source, replace(tokens, micro_batch=BATCH, accumulation=1)
+    )
+    network = load_model(model.path, dtype=dtype, device=device)
+    with context.reporter.bar("refit o and down") as progress:
+        weights = compensate(
+            network,
+            model.architecture,
+            structure,
+            windows.ids,
+            batch=min(BATCH, len(windows)),
+            progress=progress,
+        )
+
+    def delta(name: str) -> Tensor | None:
+        if name not in weights:
+            return None
+        stored = model.checkpoint.read(f"{name}.weight").float()
+        return weights[name] - (stored.t() if stored.shape != weights[name].shape else stored)
+
+    return delta
+
+
+def repair(
+    context: Context,
+    cut: Path,
+    settings: PruneSettings,
+    source: str,
+    folder: Path,
+    device: str,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Train a LoRA on the small model and write the merged result into ``folder``."""
+    checkpoint = Checkpoint(cut)
+    arch, seed = checkpoint_architecture(checkpoint), context.common.seed
+    training = replace(
+        settings, steps=settings.repair_steps, lr=settings.repair_lr, rank=settings.repair_rank,
+        alpha=2 * settings.repair_rank, dropout=0.0,
+    )  # fmt: skip
+    windows = training_windows(context, cut, source, training, offset=1)
+    adapted = attach_lora(
+        load_model(cut, dtype=dtype, device=device),
+        arch,
+        rank=training.rank,
+        alpha=training.alpha,
+        dropout=training.dropout,
+        seed=seed + 1,
+    )
+    work = folder / "repair"
+    with context.reporter.bar("repair") as progress:
+        result = fit(adapted, windows, fit_config(training, seed), state_dir=work, progress=progress)
+    save_adapter(adapted, work / "adapter", base_name="cut")
+    merge_adapter(checkpoint, work / "adapter", folder)
+    return training_metrics(result)
+
+
+def shape_metrics(plan: ShapePlan, model: ModelInput, structure: StructureMap) -> dict[str, Any]:
+    """What was kept, as JSON values."""
+    return {
+        "requested_ratio": plan.requested,
+        "achieved_ratio": plan.achieved,
+        "reason": plan.reason,
+        "shape": {"kv_heads": plan.kv_heads, "channels": plan.channels},
+        "original": {
+            "kv_heads": model.architecture.kv_heads,
+            "channels": model.architecture.channels,
+            "layers": model.architecture.layers,
+        },
+        "kept": {
+            "kv_groups": [layer.kv_groups.tolist() for layer in structure.layers],
+            "channels_kept_per_layer": [len(layer.channels) for layer in structure.layers],
+        },
+    }
 
 
 def size_metrics(checkpoint: Checkpoint) -> dict[str, int]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.model.load import load_model
 from compress.pipelines.allocate import allocate, build_tables, check_solver, limit_in_bits, matrices_of
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
 from compress.pipelines.measure import known_perplexity, validation_perplexity, validation_windows
@@ -22,6 +21,7 @@ from compress.solvers.budget import parse_budget
 from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
+from compress.model.load import load_model
 
 
 def quantize(context: Context, settings: QuantizeSettings) -> Outcome:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.model.load import load_model
 from compress.pipelines.model_input import ModelInput, base_name, open_model, original
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_count
@@ -19,6 +18,7 @@ from compress.adapters.merge import merge_adapter
 from compress.adapters.recover import recover_adapter
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import require_dense
+from compress.model.load import load_model
 from compress.structure import FILE_NAME, StructureMap, full_layer, structure_map
 
 

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from compress.errors import UsageError
 
@@ -47,17 +47,49 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneSettings(TrainingSettings):
-    """Settings of ``prune``. The paper's own values are under the effort ``paper`` (METHODS: LoRAPrune §4)."""
+    """Settings of ``prune``: scoring while the masks close, then repair of what is left.
+
+    The effort ``paper`` has LoRAPrune's own values (arXiv 2305.18403 §4): the adapter that scored is folded in
+    and there is no other repair.
+    """
 
     ratio: float = 0.5
     criterion: str = "lora"
     targets: str = "heads,mlp"
     multiple: int | None = None
+    repair: Literal["refit", "lora"] = "refit"
+    refit_tokens: int = 8192
+    repair_steps: int = 0
+    repair_lr: float = 2e-3
+    repair_rank: int = 16
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 48, "micro_batch": 4, "accumulation": 1, "sequence": 128, "lr": 1e-3},
-        "standard": {"steps": 400, "micro_batch": 4, "accumulation": 4, "sequence": 512, "lr": 3e-4},
-        "paper": {"steps": 1600, "micro_batch": 2, "accumulation": 64, "sequence": 512, "lr": 1e-4},
+        "quick": {
+            "steps": 24,
+            "micro_batch": 4,
+            "accumulation": 1,
+            "sequence": 128,
+            "lr": 1e-3,
+            "repair_steps": 40,
+        },
+        "standard": {
+            "steps": 200,
+            "micro_batch": 4,
+            "accumulation": 4,
+            "sequence": 512,
+            "lr": 3e-4,
+            "refit_tokens": 131_072,
+            "repair_steps": 400,
+            "repair_lr": 5e-4,
+        },
+        "paper": {
+            "steps": 1600,
+            "micro_batch": 2,
+            "accumulation": 64,
+            "sequence": 512,
+            "lr": 1e-4,
+            "repair": "lora",
+        },
     }
 
 
@@ -70,7 +102,7 @@ class QuantizeSettings:
     rank: str = "auto"
     solver: str = "highs"
     iterations: int
-    menu: str
+    menu: Literal["quick", "standard", "paper"]
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"iterations": 5, "menu": "quick"},

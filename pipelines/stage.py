@@ -88,6 +88,7 @@ def run_stage(
 
     with PeakMemory() as peak:
         metrics = work(partial)
+    peak_bytes = peak.device_bytes or peak.host_bytes
     record = {
         "format_version": FORMAT_VERSION,
         "id": wanted,
@@ -100,12 +101,12 @@ def run_stage(
         "host": host(),
         "command": ["compress", *sys.argv[1:]],
         "seconds": round(time.monotonic() - started, 2),
-        "peak_memory_bytes": peak.device_bytes or peak.host_bytes,
+        "peak_memory_bytes": peak_bytes,
         "metrics": dict(metrics),
     }
     stage = workspace.complete(partial, record)
     reporter.say(
-        f"{verb}: {stage.path} in {record['seconds']:.0f} s, peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB."
+        f"{verb}: {stage.path} in {time.monotonic() - started:.0f} s, peak memory {peak_bytes / 1e9:.2f} GB."
     )
     return Outcome(stage=stage, fresh=True)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.model.load import load_model
 from compress.pipelines.measure import training_windows, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, record_logits
@@ -19,6 +18,7 @@ from compress.adapters.attach import attach_factors, attach_lora, load_adapter, 
 from compress.adapters.train import fit
 from compress.data.sources import default_source
 from compress.errors import UsageError
+from compress.model.load import load_model
 
 METHODS = ("lora", "lq")
 
@@ -49,7 +49,7 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
     }
 
     def work(folder: Path) -> Mapping[str, Any]:
-        windows = training_windows(context, model, source, settings)
+        windows = training_windows(context, model.path, source, settings)
         validation = validation_windows(context, model.path, source, length=settings.sequence)
         network = load_model(model.path, dtype=dtype, device=device)
         initial = None

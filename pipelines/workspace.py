@@ -142,7 +142,8 @@ class Workspace:
     @property
     def model(self) -> dict[str, Any] | None:
         """The chain's original model: ``name``, ``path`` and ``fingerprint``."""
-        return self._manifest["model"]
+        found: dict[str, Any] | None = self._manifest["model"]
+        return found
 
     def set_model(self, model: Mapping[str, Any]) -> None:
         """Name the chain's original model.

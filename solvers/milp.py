@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
-
 from compress.solvers.backend import Answer
 from compress.solvers.pareto import Items
 from compress.solvers.problem import Floats, Ints
 from compress.solvers.quiet import native_output_discarded
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 FEASIBILITY_TOLERANCE = 1e-6
-"""HiGHS and CBC accept a constraint missed by this much (of a row whose largest coefficient is 1)."""
+"""HiGHS and CBC accept a constraint missed by this much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,8 +43,9 @@ def binary_program(items: Items) -> BinaryProgram:
     """Conditioned coefficients of the program for ``items``, which has a candidate to spare somewhere."""
     cost = np.concatenate([c - c.min() for c in items.costs])
     size = np.concatenate([s - s.min() for s in items.sizes])
-    size_scale = float(max(int(size.max()), 1))
-    cost_scale = float(cost.max()) or 1.0
+    # Powers of two, so that whole numbers arrive exact.
+    size_scale = 2.0 ** math.frexp(float(size.max()))[1]
+    cost_scale = 2.0 ** math.frexp(float(cost.max()))[1]
     return BinaryProgram(
         cost=cost / cost_scale,
         size=size / size_scale,

@@ -8,12 +8,12 @@ import shutil
 
 import numpy as np
 import pulp
-
-from compress.errors import CompressError
 from compress.solvers.backend import Answer
 from compress.solvers.milp import binary_program
 from compress.solvers.pareto import Items
 from compress.solvers.problem import Ints
+
+from compress.errors import CompressError
 
 
 def solve_cbc(items: Items, start: Ints, multiplier: float, *, time_limit: float, gap: float) -> Answer:
@@ -31,7 +31,14 @@ def solve_cbc(items: Items, start: Ints, multiplier: float, *, time_limit: float
     model.addConstraint(
         pulp.LpAffineExpression(zip(choose, program.size.tolist(), strict=True)) <= program.room
     )
-    command = pulp.COIN_CMD(path=_executable(), msg=False, timeLimit=time_limit, gapRel=gap, threads=1)
+    command = pulp.COIN_CMD(
+        path=_executable(),
+        msg=False,
+        timeLimit=time_limit,
+        gapRel=gap,
+        threads=1,
+        options=["preprocess off"],  # CBC 2.10's loses optima of small knapsacks
+    )
     model.solve(command)
     values = np.array([variable.value() or 0.0 for variable in choose])
     found = model.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)

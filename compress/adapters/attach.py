@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,8 @@ def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> Pe
     """
     with AdapterFile(path) as file:
         switch_off_factors(model, file.initial_modules)
-    peft_model: PeftModel = PeftModel.from_pretrained(model, str(path), is_trainable=trainable).eval()
+    with _peft_notice_off():
+        peft_model: PeftModel = PeftModel.from_pretrained(model, str(path), is_trainable=trainable).eval()
     return peft_model
 
 
@@ -170,7 +173,10 @@ def _attach(
         fan_in_fan_out=any(spec.transposed for spec in arch.linears),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator; ours replaces the values
+    with (
+        _peft_notice_off(),
+        torch.random.fork_rng(devices=[]),
+    ):  # PEFT draws from the global generator; ours replaces the values
         peft_model = get_peft_model(model, config)
     peft_model.peft_config["default"].base_model_name_or_path = ""  # PEFT took the folder the model came from
     peft_model.train(model.training)  # new dropout layers start in training mode
@@ -181,6 +187,14 @@ def _attach(
         with torch.no_grad():
             factor_a.copy_(noise)
     return peft_model
+
+
+@contextmanager
+def _peft_notice_off() -> Iterator[None]:
+    """PEFT asks every model for an attribute that transformers has renamed; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def _factors_a(peft_model: PeftModel, names: Iterable[str]) -> Iterator[Tensor]:

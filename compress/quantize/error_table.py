@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,12 +11,10 @@ import numpy.typing as npt
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.kernels.reference import round_to_grid
-from compress.quantize.blockwise import compress_scales, row_blocks
 from compress.quantize.config import FACTOR_8BIT, MENU, QuantConfig
-from compress.quantize.decompose import decompose, factor_bits, read_factor, squared_norm, store_factor
-from compress.quantize.lowrank import truncated_svd
-from compress.quantize.normal_float import normal_float_grid
+from compress.quantize.decompose import factor_bits, squared_norm
+from compress.quantize.rank_ratios import decomposed_ratios, estimated_ratios
+from compress.quantize.rounding_errors import rounding_errors
 
 Effort = Literal["quick", "standard", "paper"]
 
@@ -28,9 +25,6 @@ ESTIMATE = "rank 0 exact; rank r estimated from the singular values of W and one
 DECOMPOSED = (
     "rank 0 exact; rank r from a decomposition of five iterations per width, scaled to each configuration"
 )
-EXACT_ITERATIONS = 5
-
-_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,135 +114,6 @@ def offered_ranks(shape: tuple[int, int], ranks: Sequence[int] = RANKS) -> tuple
     return tuple(sorted({0} | {r for r in ranks if 0 < r < min(shape) / 2}))
 
 
-def rounding_errors(weight: torch.Tensor, configs: Sequence[QuantConfig]) -> npt.NDArray[np.float64]:
-    """Exact squared rounding errors of a matrix for many configurations, float64 [C].
-
-    Blocks and scales are computed once for all configurations that share them.
-    """
-    by_scales: dict[int, dict[QuantConfig, list[int]]] = {}
-    for at, config in enumerate(configs):
-        shared = QuantConfig(**{**config.to_dict(), "bits": 2})
-        by_scales.setdefault(config.block_size, {}).setdefault(shared, []).append(at)
-    errors = np.zeros(len(configs))
-    for block_size, scalings in by_scales.items():
-        blocks = row_blocks(weight, block_size)
-        absmax = blocks.abs().amax(1)
-        for shared, members in scalings.items():
-            scales = compress_scales(absmax, shared).values(shared)
-            _add_errors(blocks, scales, [(at, configs[at].bits) for at in members], errors)
-    return errors
-
-
-def _add_errors(
-    blocks: torch.Tensor,
-    scales: torch.Tensor,
-    widths: list[tuple[int, int]],
-    errors: npt.NDArray[np.float64],
-) -> None:
-    divisors = torch.where(scales > 0, scales, torch.inf)[:, None]
-    step = max(1, _CHUNK // blocks.shape[1])
-    for start in range(0, blocks.shape[0], step):
-        part = blocks[start : start + step]
-        scaled = part / divisors[start : start + step]
-        for at, bits in widths:
-            grid = normal_float_grid(bits, blocks.device)
-            codes = round_to_grid(scaled, grid).view(-1).to(torch.int32)
-            values = grid.table.index_select(0, codes).view(part.shape)
-            values.mul_(scales[start : start + step, None]).sub_(part)
-            errors[at] += float(torch.linalg.vector_norm(values)) ** 2
-
-
-@cache
-def _white_share(shape: tuple[int, int], rank: int) -> float:
-    """Share of white noise's squared norm that factors of this rank, found as in a decomposition, take."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    _, s, _ = truncated_svd(noise, rank, seed=0)
-    return squared_norm(s[None]) / squared_norm(noise)
-
-
-def _probe_of(config: QuantConfig) -> tuple[int, int]:
-    """What the effect of a rank on rounding depends on: 2 bits or more, and the block size."""
-    return min(config.bits, 3), config.block_size
-
-
-def _estimated_ratios(
-    weight: torch.Tensor,
-    configs: Sequence[QuantConfig],
-    ranks: Sequence[int],
-    factor_config: QuantConfig | None,
-    seed: int,
-) -> Callable[[QuantConfig, float], npt.NDArray[np.float64]]:
-    """Ratios of rank-r to rank-0 error as a function of the configuration and its rank-0 error, [R].
-
-    With L the rank-r part of W, rounding W - L in place of W lowers every block's scale: by a factor that hardly
-    depends on anything but the block size and is measured at 2 and at 3 bits. The factors are then fitted once
-    more, to what the rounding left. A share of that, as large as the relative rounding error, lies along
-    W - L, where L took the leading directions already; the rest is close to white noise, of which the factors
-    take what they take of white noise. The further rounds of a decomposition are not credited, which keeps the
-    estimate above what it will find. Factors add their own storage error, measured here, unless Q is rounded
-    against them, which forgoes the second fit.
-    """
-    u, s, vh = truncated_svd(weight, max(ranks), seed=seed, power_iterations=1)
-    root = s.sqrt()
-    left, right = u * root, root[:, None] * vh
-    probes: dict[tuple[int, int], QuantConfig] = {}
-    for config in configs:
-        probes.setdefault(_probe_of(config), config)
-    plain = rounding_errors(weight, list(probes.values()))
-    shrink = np.ones((len(probes), len(ranks)))
-    stored = np.zeros(len(ranks))
-    refit = np.ones((len(probes), len(ranks)))
-    for at, rank in enumerate(ranks):
-        if rank == 0:
-            continue
-        product = left[:, :rank] @ right[:rank]
-        kept_out, kept_in = (read_factor(store_factor(f[:rank], factor_config)) for f in (left.T, right))
-        stored[at] = squared_norm(product - kept_out.T @ kept_in)
-        rest = weight - product
-        after = rounding_errors(rest, list(probes.values()))
-        white = 1 - after / max(squared_norm(rest), float(after.max()), torch.finfo(rest.dtype).tiny)
-        refit[:, at] = 1 - white * _white_share((weight.shape[0], weight.shape[1]), rank)
-        shrink[:, at] = np.divide(after, plain, out=np.ones(len(probes)), where=plain > 0)
-    measured = dict(zip(probes, zip(shrink, refit, strict=True), strict=True))
-
-    def ratios(config: QuantConfig, error: float) -> npt.NDArray[np.float64]:
-        if error <= 0:
-            return np.ones(len(ranks))
-        first, again = measured[_probe_of(config)]
-        second = first * again + stored / error
-        lower: npt.NDArray[np.float64] = np.minimum(np.minimum(first, second), 1.0)
-        return lower
-
-    return ratios
-
-
-def _decomposed_ratios(
-    weight: torch.Tensor,
-    configs: Sequence[QuantConfig],
-    ranks: Sequence[int],
-    factor_config: QuantConfig | None,
-    seed: int,
-) -> Callable[[QuantConfig, float], npt.NDArray[np.float64]]:
-    """The same function from decompositions of every width and rank with blocks of 64."""
-    table: dict[int, npt.NDArray[np.float64]] = {}
-    for bits in sorted({config.bits for config in configs}):
-        config = QuantConfig(bits=bits)
-        found = [
-            decompose(
-                weight,
-                config,
-                rank=rank,
-                factor_config=factor_config,
-                iterations=EXACT_ITERATIONS,
-                seed=seed,
-            ).error
-            for rank in ranks
-        ]
-        table[bits] = np.asarray(found) / found[0] if found[0] > 0 else np.ones(len(ranks))
-    floor = {bits: np.minimum(found, 1.0) for bits, found in table.items()}
-    return lambda config, error: floor[config.bits]
-
-
 def error_table(
     weight: torch.Tensor,
     configs: Sequence[QuantConfig],
@@ -261,7 +126,7 @@ def error_table(
     """Errors and stored bits of every configuration and rank for one matrix.
 
     Rank 0 is always exact. Higher ranks are estimated (``quick``, ``standard``: on the side of too much
-    error, within a third of it on trained matrices) or decomposed (``paper``).
+    error, 4 to 36 % above five iterations of decomposition on a trained model) or decomposed (``paper``).
 
     Args:
         weight: [O, I], any floating type.
@@ -285,7 +150,7 @@ def error_table(
     plain = rounding_errors(wide, configs)
     errors = np.repeat(plain[:, None], len(offered), axis=1)
     if len(offered) > 1:
-        measure = _decomposed_ratios if effort == "paper" else _estimated_ratios
+        measure = decomposed_ratios if effort == "paper" else estimated_ratios
         ratios = measure(wide, configs, offered, factor_config, seed)
         for at, config in enumerate(configs):
             errors[at] *= ratios(config, float(plain[at]))

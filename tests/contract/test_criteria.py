@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from compress.model.architecture import Architecture
 
 from compress.errors import CompressError
 from compress.importance import CRITERIA
 from compress.importance.base import Criterion, GroupScores, create_criterion
+from compress.model.architecture import Architecture
 from compress.prune.select import select
 from tests.tiny import tiny_model
 from tests.unit.prune.common import backward, model_architecture, with_lora

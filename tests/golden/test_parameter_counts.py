@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from compress.model.architecture import Architecture, architecture_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from compress.model.architecture import Architecture, architecture_of
 from compress.prune.counts import (
     kept_linear_parameters,
     published_kept,

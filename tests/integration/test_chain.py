@@ -8,18 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from compress.pipelines.dispatch import run_verb
+from compress.pipelines.settings import Common
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401  (registers the LQ format)
 from compress.errors import UsageError
-from compress.pipelines.dispatch import run_verb
-from compress.pipelines.settings import Common
 from compress.structure import StructureMap
 from tests.tiny import DENSE, tiny_checkpoint
 
-TRAINING = {"steps": 4, "micro_batch": 2, "accumulation": 1, "sequence": 32, "lr": 1e-3, "rank": 4, "alpha": 8}
+TRAINING = {
+    "steps": 4,
+    "micro_batch": 2,
+    "accumulation": 1,
+    "sequence": 32,
+    "lr": 1e-3,
+    "rank": 4,
+    "alpha": 8,
+}
 
 
 def run(verb: str, common: Common, **given: Any) -> dict[str, Any]:
@@ -53,7 +61,9 @@ def test_chain(kind: str, tmp_path: Path, text_file: Path) -> None:
     assert [p.name for p in sorted((tmp_path / "run").iterdir()) if p.is_dir()] == [
         "01-prune", "02-quantize", "03-train", "04-recover", "05-eval",
     ]  # fmt: skip
-    assert_recorded(AutoModelForCausalLM.from_pretrained(pruned["path"], dtype=torch.float32), Path(pruned["path"]))
+    assert_recorded(
+        AutoModelForCausalLM.from_pretrained(pruned["path"], dtype=torch.float32), Path(pruned["path"])
+    )
     assert_recorded(
         AutoModelForCausalLM.from_pretrained(quantized["path"], dtype=torch.float32), Path(quantized["path"])
     )
@@ -82,7 +92,9 @@ def test_chain(kind: str, tmp_path: Path, text_file: Path) -> None:
 
 def test_recover_trains_first_and_merges(tmp_path: Path, text_file: Path) -> None:
     full = tiny_checkpoint("llama_gqa", tmp_path / "full")
-    common = Common(run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick")
+    common = Common(
+        run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
+    )
     run("prune", common, ratio=0.4, **TRAINING)
     recovered = run("recover", common, merge=True)
     stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
@@ -94,7 +106,9 @@ def test_recover_trains_first_and_merges(tmp_path: Path, text_file: Path) -> Non
 
 def test_lq_factors_are_not_added_twice(tmp_path: Path, text_file: Path) -> None:
     full = tiny_checkpoint("llama_gqa", tmp_path / "full")
-    common = Common(run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick")
+    common = Common(
+        run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
+    )
     run("prune", common, ratio=0.4, **TRAINING)
     run("quantize", common, budget="5bit", rank="4")
     run("train", common, method="lq", **(TRAINING | {"lr": 0.0}))

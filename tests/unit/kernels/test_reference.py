@@ -20,7 +20,9 @@ def midpoints(table: torch.Tensor) -> torch.Tensor:
     return ((table.double()[1:] + table.double()[:-1]) / 2).float()
 
 
-def packed(bits: int, rows: int, columns: int, block_size: int, seed: int = 0) -> tuple[PackedMatrix, torch.Tensor]:
+def packed(
+    bits: int, rows: int, columns: int, block_size: int, seed: int = 0
+) -> tuple[PackedMatrix, torch.Tensor]:
     """A random packed matrix and its weights by the definition."""
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-columns // block_size)
@@ -74,7 +76,9 @@ def test_blocks_of_scale_zero_get_the_code_of_zero() -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize(("rows", "columns", "block_size"), [(5, 64, 16), (37, 53, 64), (3, 5, 8), (900, 330, 32)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "block_size"), [(5, 64, 16), (37, 53, 64), (3, 5, 8), (900, 330, 32)]
+)
 def test_dequantize_equals_the_definition(bits: int, rows: int, columns: int, block_size: int) -> None:
     matrix, weights = packed(bits, rows, columns, block_size)
     assert torch.equal(dequantize(matrix), weights)
@@ -96,7 +100,10 @@ def test_products_equal_dense_ones(bits: int) -> None:
             kernels.matmul(x, matrix, factors).double(), x.double() @ dense.T, rtol=1e-5, atol=1e-4
         )
         torch.testing.assert_close(
-            kernels.matmul_transposed(grad, matrix, factors).double(), grad.double() @ dense, rtol=1e-5, atol=1e-4
+            kernels.matmul_transposed(grad, matrix, factors).double(),
+            grad.double() @ dense,
+            rtol=1e-5,
+            atol=1e-4,
         )
 
 

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compress.pipelines.workspace import Workspace, differences, read_json, stage_id, write_json
 
 from compress.errors import CompressError, UsageError
-from compress.pipelines.workspace import Workspace, differences, read_json, stage_id, write_json
 
 MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
 
 
-def make(workspace: Workspace, verb: str, config: dict[str, Any], inputs: dict[str, str] | None = None) -> Path:
+def make(
+    workspace: Workspace, verb: str, config: dict[str, Any], inputs: dict[str, str] | None = None
+) -> Path:
     inputs = inputs or {"model": "f0"}
     partial = workspace.open_partial(verb, config, inputs, redo=False)
     (partial / "artifact").write_text(verb)

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from compress.model.architecture import Architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores, LayerScores
+from compress.model.architecture import Architecture
 from compress.prune.counts import kept_linear_parameters, unit_sizes
 from compress.prune.select import NEAR, choose_shape, estimated_damage, select
 from compress.structure import structure_map

@@ -40,7 +40,9 @@ def by_definition(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
         largest = (absmax[members] - offset).max().to(config.torch_scale_dtype).float()
         for at in members:
             row, start, stop = spans[at]
-            code = ((absmax[at] - offset) / (largest / levels)).round().clamp(max=levels) if largest > 0 else 0
+            code = (
+                ((absmax[at] - offset) / (largest / levels)).round().clamp(max=levels) if largest > 0 else 0
+            )
             scale = offset + code * (largest / levels)
             if scale > 0:
                 codes = torch.bucketize(weight[row, start:stop] / scale, midpoints)

@@ -32,7 +32,9 @@ def squared(matrix: torch.Tensor) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("factor_config", [FACTOR_8BIT, None])
 @pytest.mark.parametrize("rank", [0, 1, 12])
-def test_the_error_is_that_of_the_stored_form(bits: int, factor_config: QuantConfig | None, rank: int) -> None:
+def test_the_error_is_that_of_the_stored_form(
+    bits: int, factor_config: QuantConfig | None, rank: int
+) -> None:
     weight = trained()
     config = QuantConfig(bits=bits, block_size=32)
     result = decompose(weight, config, rank=rank, factor_config=factor_config, iterations=4)
@@ -89,7 +91,9 @@ def test_more_iterations_never_give_a_worse_result() -> None:
 def test_the_best_iterate_is_kept_when_the_error_rises() -> None:
     for seed in range(8):
         weight = trained((40, 48), seed)
-        result = decompose(weight, QuantConfig(bits=2, block_size=16), rank=16, factor_config=None, iterations=30)
+        result = decompose(
+            weight, QuantConfig(bits=2, block_size=16), rank=16, factor_config=None, iterations=30
+        )
         if result.iterates[-1] > min(result.iterates):
             break
     else:

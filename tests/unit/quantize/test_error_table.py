@@ -12,7 +12,8 @@ from compress.errors import CompressError, UsageError
 from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import FACTOR_8BIT, MENU, QuantConfig
 from compress.quantize.decompose import decompose, factor_bits
-from compress.quantize.error_table import ErrorTable, error_table, menu, offered_ranks, rounding_errors
+from compress.quantize.error_table import ErrorTable, error_table, menu, offered_ranks
+from compress.quantize.rounding_errors import rounding_errors
 from tests.unit.quantize.test_decompose import trained
 
 
@@ -59,7 +60,7 @@ def test_estimates_are_not_optimistic_and_not_far_off(shape: tuple[int, int], se
     for c in (0, 2, 3, 5, 6, 8):  # 2, 3 and 4 bits with blocks of 16 and of 64
         for r, rank in enumerate(table.ranks[1:], start=1):
             found = decompose(weight, table.configs[c], rank=rank, iterations=5).error
-            assert 0.95 * found < table.errors[c, r] < 1.6 * found, (table.configs[c], rank)
+            assert 0.93 * found < table.errors[c, r] < 1.5 * found, (table.configs[c], rank)
 
 
 def test_factors_of_eight_bits_are_not_said_to_repair_eight_bit_codes() -> None:
@@ -67,7 +68,7 @@ def test_factors_of_eight_bits_are_not_said_to_repair_eight_bit_codes() -> None:
     table = error_table(weight, [QuantConfig(bits=8)])
     for r, rank in enumerate(table.ranks):
         found = decompose(weight, table.configs[0], rank=rank, iterations=5).error
-        assert 0.95 * found < table.errors[0, r] < 1.6 * found
+        assert 0.93 * found < table.errors[0, r] < 1.5 * found
 
 
 def test_the_paper_effort_decomposes() -> None:
@@ -92,14 +93,13 @@ def test_a_rank_is_not_said_to_pay_on_noise() -> None:
     """On white noise the bits of a rank are better spent on codes: the table must not claim otherwise."""
     weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
     table = error_table(weight, menu("quick"))
-    order = np.argsort(table.bits[:, 0])
-    sizes, front = table.bits[order, 0], np.minimum.accumulate(np.log(table.errors[order, 0]))
-    compared = 0
-    for c, r in np.ndindex(*table.errors.shape):
-        if r and table.bits[c, r] <= sizes[-1]:
-            compared += 1
-            assert np.log(table.errors[c, r]) > np.interp(table.bits[c, r], sizes, front)
-    assert compared > 20
+    plain = [at for at, config in enumerate(table.configs) if config.block_size == 32]
+    # Mixtures of these lie on the lines between them.
+    sizes, logs = table.bits[plain, 0], np.log(table.errors[plain, 0])
+    ranked = [at for at in np.ndindex(*table.errors.shape) if at[1] and table.bits[at] <= sizes[-1]]
+    assert len(ranked) > 20
+    for at in ranked:
+        assert np.log(table.errors[at]) > np.interp(table.bits[at], sizes, logs)
 
 
 @pytest.mark.parametrize("effort", ["quick", "paper"])

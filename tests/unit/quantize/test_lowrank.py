@@ -14,7 +14,8 @@ def decaying(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
     size = min(shape)
     u, _ = torch.linalg.qr(torch.randn(shape[0], size, generator=generator))
     v, _ = torch.linalg.qr(torch.randn(shape[1], size, generator=generator))
-    return (u * torch.logspace(0, -3, size)) @ v.T
+    matrix: torch.Tensor = (u * torch.logspace(0, -3, size)) @ v.T
+    return matrix
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((90, 60), 5), ((60, 90), 8), ((30, 200), 29), ((12, 9), 9)])

@@ -6,9 +6,8 @@ import itertools
 from fractions import Fraction
 
 import numpy as np
-from hypothesis import strategies as st
-
 from compress.solvers.problem import Problem
+from hypothesis import strategies as st
 
 
 def problem(
@@ -62,14 +61,14 @@ def problems(draw: st.DrawFn, *, largest_cost: int = 12, whole: bool = True) -> 
 
 
 @st.composite
-def trade_offs(draw: st.DrawFn) -> Problem:
+def trade_offs(draw: st.DrawFn, *, units: tuple[int, ...] = (1, 7, 1_000_003)) -> Problem:
     """Like :func:`problems`, but larger is better and the budget lies between smallest and best."""
     counts = draw(st.lists(st.integers(2, 5), min_size=2, max_size=5))
     groups: tuple[tuple[int, ...], ...] = ()
     if len(counts) >= 3 and draw(st.booleans()):
         counts[2] = counts[0]
         groups = ((0, 2),)
-    unit = draw(st.sampled_from([1, 7, 1_000_003]))
+    unit = draw(st.sampled_from(units))
     sizes = [
         sorted(unit * s for s in draw(st.sets(st.integers(0, 12), min_size=n, max_size=n))) for n in counts
     ]

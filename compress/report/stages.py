@@ -1,0 +1,242 @@
+"""What each verb's record shows: one function a verb, and a generic one for verbs nobody declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from compress.report.allocation import allocation_figure, kind_table, matrix_table
+from compress.report.figure import figure, kept_map, line_chart
+from compress.report.html import Html, h, join
+from compress.report.table import facts, record_facts, table
+from compress.report.values import (
+    DASH,
+    Record,
+    at,
+    change,
+    count,
+    fixed,
+    general,
+    number,
+    numbers,
+    percent,
+    records,
+    seconds,
+    sequence,
+    size,
+    string,
+)
+
+
+def details(verb: str, metrics: Record) -> Html:
+    """Tables and figures of one stage."""
+    known = VERBS.get(verb)
+    return known(metrics) if known is not None else record_facts(metrics)
+
+
+def headline(verb: str, metrics: Record) -> str:
+    """One line: what the stage did."""
+    if verb == "prune":
+        removed = percent(at(metrics, "achieved_ratio"))
+        return f"{removed} of the decoder's linear parameters removed"
+    if verb == "quantize":
+        bits = stored_bits(at(metrics, "after"))
+        return f"{fixed(bits)} bits per linear weight"
+    if verb == "train":
+        before, after = at(metrics, "validation_loss_before"), at(metrics, "validation_loss_after")
+        return f"validation loss {fixed(before, 3)} → {fixed(after, 3)}"
+    if verb == "recover":
+        return f"adapter of {count(at(metrics, 'adapter_parameters'))} parameters for the full model"
+    if verb == "eval":
+        return f"{len(sequence(at(metrics, 'rows')))} models measured"
+    return ""
+
+
+def stored_bits(side: object) -> float | None:
+    """Bits per linear weight with all overhead, under either of its names."""
+    with_factors = number(at(side, "stored_bits_per_weight_with_factors"))
+    return with_factors if with_factors is not None else number(at(side, "bits_per_weight"))
+
+
+def before_after(metrics: Record) -> Html:
+    """Sizes and perplexity before and after a stage that made a model."""
+    sides = (at(metrics, "before"), at(metrics, "after"))
+    rows = [
+        ["Parameters", *(count(at(s, "parameters")) for s in sides)],
+        ["Decoder linear parameters", *(count(at(s, "decoder_parameters")) for s in sides)],
+        ["Weight bytes", *(size(at(s, "bytes")) for s in sides)],
+        ["File bits per parameter, everything counted", *(fixed(file_bits(s), 3) for s in sides)],
+        ["Bits per linear weight, scales and factors counted", *(fixed(stored_bits(s), 3) for s in sides)],
+    ]
+    protocols = [at(s, "protocol_line") for s in sides]
+    note = None
+    if any(number(at(s, "perplexity")) is not None for s in sides):
+        if protocols[0] == protocols[1]:
+            rows.append(["Perplexity", *(perplexity(s) for s in sides)])
+            note = f"Perplexity: {protocols[0]}." if protocols[0] else None
+        else:  # numbers with different protocols never share a line
+            for side, line, place in zip(sides, protocols, (0, 1), strict=True):
+                cells = [perplexity(side) if place == n else DASH for n in (0, 1)]
+                rows.append([f"Perplexity ({line or 'protocol not recorded'})", *cells])
+    shown = [row for row in rows if any(cell != DASH for cell in row[1:])]
+    return join(table(("", "Before", "After"), shown), h("p", note, class_="note") if note else None)
+
+
+def file_bits(side: object) -> float | None:
+    """8 x bytes / parameters."""
+    stored, parameters = number(at(side, "bytes")), number(at(side, "parameters"))
+    return 8 * stored / parameters if stored is not None and parameters else None
+
+
+def perplexity(row: object) -> str:
+    """Perplexity and its standard error (that of the mean loss, carried over)."""
+    value, error = number(at(row, "perplexity")), number(at(row, "standard_error"))
+    if value is None:
+        return DASH
+    return fixed(value) if error is None else f"{fixed(value)} ± {fixed(value * error)}"
+
+
+def _prune(metrics: Record) -> Html:
+    original, shape = at(metrics, "original"), at(metrics, "shape")
+
+    def of_original(name: str) -> str:
+        return f"{string(at(shape, name))} of {string(at(original, name))}"
+
+    return join(
+        h("p", string(at(metrics, "reason"))),
+        before_after(metrics),
+        facts(
+            [
+                ("requested ratio", percent(at(metrics, "requested_ratio"))),
+                ("achieved ratio", percent(at(metrics, "achieved_ratio"))),
+                ("criterion", string(at(metrics, "criterion"))),
+                ("KV groups a layer", of_original("kv_heads")),
+                ("channels a layer", of_original("channels")),
+            ]
+        ),
+        h(
+            "div",
+            _kept_figure(metrics),
+            _loss_figure(metrics, "Loss while scoring and masking"),
+            class_="figures",
+        ),
+    )
+
+
+def _kept_figure(metrics: Record) -> Html | None:
+    kept = [frozenset(int(n) for n in numbers(layer)) for layer in sequence(at(metrics, "kept", "kv_groups"))]
+    total, channels = number(at(metrics, "original", "kv_heads")), number(at(metrics, "original", "channels"))
+    widths = numbers(at(metrics, "kept", "channels_kept_per_layer"))
+    if not kept or not total or not channels or len(widths) != len(kept) or total > 512:
+        return None
+    shares = [min(max(width / channels, 0.0), 1.0) for width in widths]
+    groups = [len(layer) for layer in kept]
+    alt = (
+        f"Map of {len(kept)} layers: {_span(groups)} of {total:.0f} KV groups kept a layer, "
+        f"{_span([100 * s for s in shares])} percent of the MLP channels."
+    )
+    return figure(
+        kept_map(kept, int(total), shares, alt=alt),
+        "Kept (filled) and removed, layer by layer: KV groups by index, MLP channels by share.",
+    )
+
+
+def _loss_figure(metrics: Record, title: str) -> Html | None:
+    losses = numbers(at(metrics, "losses"))
+    if not losses:
+        return None
+    ends = (("before", "validation_loss_before"), ("after", "validation_loss_after"))
+    marks = [
+        (f"validation {name} {value:.3f}", value)
+        for name, key in ends
+        if (value := number(at(metrics, key))) is not None
+    ]
+    alt = f"{title}: {losses[0]:.3f} at step 1, {losses[-1]:.3f} at step {len(losses)}. " + "; ".join(
+        name for name, _ in marks
+    )
+    return figure(
+        line_chart(losses, marks=marks, alt=alt.strip(), x_title="step", y_title="loss"),
+        f"{title}: every step (thin) and its moving average (thick).",
+    )
+
+
+def _quantize(metrics: Record) -> Html:
+    solver = at(metrics, "allocation")
+    matrices = sequence(at(metrics, "matrices"))
+    return join(
+        before_after(metrics),
+        facts(
+            [
+                ("budget", string(at(metrics, "budget", "text"))),
+                ("solver", string(at(solver, "solver"))),
+                ("objective", general(at(solver, "objective"))),
+                ("proved lower bound", general(at(solver, "lower_bound"))),
+                ("gap", _gap(solver)),
+                ("solver time", seconds(at(solver, "seconds"))),
+                ("against plain rounding", _against_plain(metrics)),
+            ]
+        ),
+        h("div", allocation_figure(matrices), kind_table(matrices), class_="figures"),
+        matrix_table(matrices),
+    )
+
+
+def _gap(solver: object) -> str:
+    gap = number(at(solver, "gap"))
+    return "0, proved optimal" if gap == 0 else general(gap, 2)
+
+
+def _against_plain(metrics: Record) -> str:
+    """Squared error next to the best single plain configuration within the same limit."""
+    plain = number(at(metrics, "plain_rounding", "squared_error"))
+    ours = number(at(metrics, "squared_error"))
+    if ours is None:
+        ours = number(at(metrics, "allocation", "objective"))
+    if plain is None or ours is None or plain <= 0:
+        return DASH
+    return f"squared error {general(ours, 3)} instead of {general(plain, 3)} ({change(ours / plain)})"
+
+
+def _train(metrics: Record) -> Html:
+    return join(
+        facts(
+            [
+                ("validation loss before", fixed(at(metrics, "validation_loss_before"), 4)),
+                ("validation loss after", fixed(at(metrics, "validation_loss_after"), 4)),
+                ("trainable parameters", count(at(metrics, "trainable_parameters"))),
+                ("tokens", count(at(metrics, "tokens"))),
+                ("method", string(at(metrics, "method"))),
+            ]
+        ),
+        h("div", _loss_figure(metrics, "Training loss"), class_="figures"),
+    )
+
+
+def _recover(metrics: Record) -> Html:
+    return facts(
+        [
+            ("adapted modules", string(at(metrics, "modules"))),
+            ("rank", string(at(metrics, "rank"))),
+            ("adapter parameters", count(at(metrics, "adapter_parameters"))),
+            ("relative truncation error", general(at(metrics, "truncation_error"), 2)),
+            ("onto", string(at(metrics, "onto"))),
+        ]
+    )
+
+
+def _eval(metrics: Record) -> Html:
+    names = ", ".join(string(row.get("name")) for row in records(at(metrics, "rows"))) or DASH
+    return facts([("models", names), ("protocol", string(at(metrics, "protocol_line")))], long=True)
+
+
+def _span(values: list[int] | list[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+VERBS: dict[str, Callable[[Record], Html]] = {
+    "prune": _prune,
+    "quantize": _quantize,
+    "train": _train,
+    "recover": _recover,
+    "eval": _eval,
+}

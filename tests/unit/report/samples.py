@@ -1,0 +1,190 @@
+"""Records as the verbs write them, filled with plausible numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+KINDS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+PROTOCOL = (
+    'wikitext2 test, sha256 696cca6b65a1, join "\\n\\n", no BOS, length 512, 40 windows, float32 on cpu'
+)
+
+
+def sample_run(layers: int = 30, steps: int = 60) -> dict[str, Any]:
+    """A whole chain: prune, quantize, train, recover, eval."""
+    g = random.Random(0)
+    shared = {
+        "format_version": 1,
+        "seed": 0,
+        "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "compress": "0.1.0"},
+        "host": {"system": "Linux", "machine": "x86_64", "threads": 2, "device": "cpu"},
+    }
+
+    def stage(number: int, verb: str, command: list[str], took: float, **rest: Any) -> dict[str, Any]:
+        return {
+            **shared,
+            "verb": verb,
+            "id": f"{number:x}" * 64,
+            "command": ["compress", verb, *command],
+            "folder": f"{number:02d}-{verb}",
+            "inputs": {"model": f"{number + 8:x}" * 64},
+            "seconds": took,
+            "peak_memory_bytes": 1_900_000_000 + 1e8 * number,
+            **rest,
+        }
+
+    def losses(start: float, end: float) -> list[float]:
+        return [
+            round(end + (start - end) * math.exp(-4 * n / steps) + g.gauss(0, 0.08), 5) for n in range(steps)
+        ]
+
+    pruned = {"parameters": 81_402_048, "bytes": 162_804_096, "decoder_parameters": 53_084_160}
+    matrices = [
+        {
+            "name": f"model.layers.{layer}.{kind}_proj",
+            "bits": (bits := g.choice([2, 2, 3, 3, 3, 4])),
+            "block_size": g.choice([32, 64]),
+            "rank": (rank := g.choice([0, 0, 0, 4, 8])),
+            "bits_per_weight": bits + 0.128 + 0.02 * rank + g.random() * 0.2,
+            "relative_error": g.uniform(0.05, 0.3),
+        }
+        for layer in range(layers)
+        for kind in KINDS
+    ]
+    rows = [
+        ("original", 134_515_008, 269_060_552, 16.0, 29.19, 3.11, 812, 21.4),
+        ("pruned", 81_402_048, 162_804_096, 16.0, 61.84, 3.74, 1304, 33.0),
+        ("quantized", 81_402_048, 75_102_208, 7.38, 74.51, 3.93, 930, 24.2),
+        ("small + adapter", 81_402_048, 78_300_160, 7.7, 55.27, 3.52, 790, 19.9),
+        ("full + recovered", 134_515_008, 273_900_000, 16.29, 28.02, 2.98, 741, 18.8),
+    ]
+    return {
+        "title": "SmolLM2-135M-Instruct",
+        "created": "2026-05-04T12:00:00+00:00",
+        "stages": [
+            stage(
+                1,
+                "prune",
+                ["--ratio", "0.5"],
+                141.2,
+                config={"ratio": 0.5, "criterion": "lora", "steps": steps, "targets": "heads,mlp"},
+                metrics={
+                    "before": {
+                        "parameters": 134_515_008,
+                        "bytes": 269_030_016,
+                        "decoder_parameters": 106_168_320,
+                        "perplexity": 30.2,
+                        "standard_error": 0.02,
+                        "protocol_line": PROTOCOL,
+                    },
+                    "after": {
+                        **pruned,
+                        "perplexity": 61.8,
+                        "standard_error": 0.02,
+                        "protocol_line": PROTOCOL,
+                    },
+                    "requested_ratio": 0.5,
+                    "achieved_ratio": 0.4986,
+                    "reason": "Nearest to 50.0%: 2 of 3 KV groups and 704 of 1536 channels stay.",
+                    "criterion": "lora",
+                    "shape": {"kv_heads": 2, "channels": 704},
+                    "original": {"kv_heads": 3, "channels": 1536, "layers": layers},
+                    "losses": losses(3.4, 3.9),
+                    "kept": {
+                        "kv_groups": [sorted(g.sample(range(3), 2)) for _ in range(layers)],
+                        "channels_kept_per_layer": [704] * layers,
+                    },
+                },
+            ),
+            stage(
+                2,
+                "quantize",
+                ["--budget", "2.75bit"],
+                88.0,
+                config={"budget": "2.75bit", "rank": "auto", "solver": "highs"},
+                metrics={
+                    "before": {
+                        **pruned,
+                        "bits_per_weight": 16.0,
+                        "perplexity": 61.8,
+                        "protocol_line": PROTOCOL,
+                    },
+                    "after": {
+                        "parameters": 81_402_048,
+                        "bytes": 75_102_208,
+                        "bits_per_weight": 2.71,
+                        "stored_bits_per_weight_with_factors": 2.7499,
+                        "perplexity": 74.5,
+                        "protocol_line": PROTOCOL,
+                    },
+                    "budget": {"text": "2.75bit", "kind": "bits", "value": 2.75},
+                    "allocation": {
+                        "solver": "highs",
+                        "objective": 5132.1,
+                        "lower_bound": 5132.1,
+                        "gap": 0.0,
+                        "seconds": 0.41,
+                    },
+                    "plain_rounding": {"squared_error": 6021.4, "stored_bits": 145_000_000},
+                    "matrices": matrices,
+                },
+            ),
+            stage(
+                3,
+                "train",
+                ["--steps", str(steps)],
+                95.3,
+                config={"steps": steps, "method": "lora", "rank": 8},
+                metrics={
+                    "losses": losses(4.1, 3.5),
+                    "validation_loss_before": 3.93,
+                    "validation_loss_after": 3.52,
+                    "tokens": 122_880,
+                    "trainable_parameters": 1_597_440,
+                    "method": "lora",
+                },
+            ),
+            stage(
+                4,
+                "recover",
+                [],
+                12.0,
+                config={"merge": False},
+                metrics={
+                    "modules": 7 * layers,
+                    "rank": 8,
+                    "truncation_error": 0.0,
+                    "adapter_parameters": 2_442_240,
+                    "onto": "HuggingFaceTB/SmolLM2-135M-Instruct",
+                },
+            ),
+            stage(
+                5,
+                "eval",
+                [],
+                74.9,
+                config={"sequence": 512},
+                metrics={
+                    "rows": [
+                        {
+                            "name": name,
+                            "parameters": parameters,
+                            "bytes": stored,
+                            "bits_per_weight": bits,
+                            "perplexity": value,
+                            "standard_error": 0.0123,
+                            "held_out_loss": loss,
+                            "tokens_per_second": speed,
+                            "decode_tokens_per_second": decode,
+                            "peak_memory_bytes": 1_200_000_000,
+                        }
+                        for name, parameters, stored, bits, value, loss, speed, decode in rows
+                    ],
+                    "protocol": {"source": "wikitext2", "length": 512},
+                    "protocol_line": PROTOCOL,
+                },
+            ),
+        ],
+    }
