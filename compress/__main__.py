@@ -22,7 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: compress prune --ratio 0.5, compress quantize --budget 2.75bit, compress recover, compress eval",
+    epilog="Start with: compress prune --ratio 0.5, compress quantize --budget 2.75bit, compress recover, "
+    "compress eval",
 )
 
 COMMON = "Common options"
@@ -169,12 +170,11 @@ def _common(values: Mapping[str, Any]) -> Common:
 def _execute(verb: str, values: dict[str, Any]) -> None:
     """Run one verb; map every failure to one sentence of cause, one of remedy and an exit code."""
     as_json, debug = values.pop("json_"), values.pop("debug")
-    common = _common(values)
     given = {name: value for name, value in values.items() if name not in Common.__dataclass_fields__}
     try:
         from compress.pipelines.dispatch import run_verb
 
-        result = run_verb(verb, common, given, quiet=as_json)
+        result = run_verb(verb, _common(values), given, quiet=as_json)
     except CompressError as error:
         if debug:
             raise
@@ -189,7 +189,7 @@ def _execute(verb: str, values: dict[str, Any]) -> None:
         if debug:
             raise
         _complain(
-            f"Unexpected {type(error).__name__}: {error}.",
+            f"Unexpected {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}.",
             "Run it again with --debug and report what that shows.",
         )
         raise typer.Exit(1) from None
@@ -244,8 +244,16 @@ def quantize(
         str | None, typer.Option(help="Rank of the low-rank part: auto (per matrix) or a number.")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="highs, cbc, dynamic or lagrangian.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="hessian: least output error on calibration text; frobenius: least weight error."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Calibration tokens (objective hessian).")
+    ] = None,
     iterations: Annotated[
-        int | None, typer.Option(help="Most alternations of rounding and low-rank fit.")
+        int | None,
+        typer.Option(help="Most alternations of rounding and low-rank fit (objective frobenius)."),
     ] = None,
     menu: Annotated[
         str | None, typer.Option(help="Formats to choose from: quick, standard or paper.")

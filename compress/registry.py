@@ -63,6 +63,8 @@ class Registry(Generic[T]):
             UsageError: There is no such entry; the message lists the ones there are.
         """
         if name not in self.names():
-            raise UsageError(f"There is no {self.kind} {name!r}.", f"Choose one of: {', '.join(self.names())}.")
+            raise UsageError(
+                f"There is no {self.kind} {name!r}.", f"Choose one of: {', '.join(self.names())}."
+            )
         importlib.import_module(f"{self.package}.{name.replace('-', '_')}")
         return self._entries[name]

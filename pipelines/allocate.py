@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
@@ -16,11 +18,14 @@ from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from compress.solvers.budget import Budget
 from compress.solvers.problem import Problem
 from compress.solvers.solve import SOLVERS, solve
+from torch import Tensor
 
 from compress.errors import CompressError, UsageError
 from compress.quantize.config import FACTOR_8BIT, QuantConfig
 from compress.quantize.decompose import factor_bits
 from compress.quantize.error_table import RANKS, ErrorTable, error_table, menu, offered_ranks
+from compress.quantize.hessian import InputStatistics
+from compress.quantize.output_aware import output_error_table
 
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
@@ -34,6 +39,8 @@ class Matrix:
     module: str
     tensor: str
     shape: tuple[int, int]
+    transposed: bool = False
+    """Stored [in, out] (Conv1D) instead of [out, in]; ``shape`` is (out, in) either way."""
 
     @property
     def numel(self) -> int:
@@ -96,27 +103,25 @@ class Allocation:
 
 
 def matrices_of(model: ModelInput) -> list[Matrix]:
-    """The decoder linears of a model, layer by layer.
-
-    Raises:
-        CompressError: The model stores its linears transposed (Conv1D), for which there is no quantized module.
-    """
+    """The decoder linears of a model, layer by layer."""
     arch = model.architecture
-    if any(linear.transposed for linear in arch.linears):
-        raise CompressError(
-            f"The linears of this {arch.family} model are stored transposed; only ordinary linears can be quantized.",
-            "Quantize a model of a declared family (Llama, Mistral, Qwen, Gemma, Phi-3).",
-        )
     return [
         Matrix(
             layer=layer,
             module=arch.module_name(layer, linear),
             tensor=arch.tensor_name(layer, linear),
             shape=arch.linear_shape(linear),
+            transposed=linear.transposed,
         )
         for layer in range(arch.layers)
         for linear in arch.linears
     ]
+
+
+def read_matrix(model: ModelInput, matrix: Matrix) -> Tensor:
+    """The weight of a matrix as [out, in], however it is stored."""
+    weight = model.checkpoint.read(matrix.tensor)
+    return weight.t().contiguous() if matrix.transposed else weight
 
 
 def ranks_for(shape: tuple[int, int], fixed: int | None) -> tuple[int, ...]:
@@ -179,28 +184,52 @@ def build_tables(
     settings: QuantizeSettings,
     fixed_rank: int | None,
     folder: Path,
+    walk: HessianWalk | None,
 ) -> list[ErrorTable]:
-    """One error table per matrix; finished ones are read back from ``folder``."""
+    """One error table per matrix; finished ones are read back from ``folder``.
+
+    Args:
+        context: Seed and reporter.
+        model: The model.
+        matrices: Its matrices, layer by layer.
+        settings: The menu.
+        fixed_rank: The one rank to offer; None: all of them.
+        folder: Where finished tables lie.
+        walk: Input statistics of the model as it is; None for the objective ``frobenius``.
+    """
     folder.mkdir(exist_ok=True)
-    configs = menu(settings.menu)
-    tables = []
+    ranks = RANKS if fixed_rank is None else (fixed_rank,)
+    tables: list[ErrorTable] = []
     with context.reporter.bar("error tables") as progress:
-        for done, matrix in enumerate(matrices, start=1):
-            path = folder / f"{matrix.module}.json"
-            if path.is_file():
-                table = ErrorTable.from_dict(read_json(path))
-            else:
-                table = error_table(
-                    model.checkpoint.read(matrix.tensor),
-                    configs,
-                    RANKS if fixed_rank is None else (fixed_rank,),
-                    effort=settings.menu,
-                    seed=context.common.seed,
+        for layer, members in groupby(matrices, key=lambda matrix: matrix.layer):
+            group = list(members)
+            paths = {matrix.module: folder / f"{matrix.module}.json" for matrix in group}
+            missing = [matrix for matrix in group if not paths[matrix.module].is_file()]
+            statistics = walk.statistics(layer) if walk is not None and missing else {}
+            for matrix in missing:
+                table = _table(
+                    model, matrix, settings, ranks, context.common.seed, statistics.get(matrix.module)
                 )
-                write_json(path, table.to_dict())
-            tables.append(table)
-            progress(done, len(matrices), matrix.module)
+                write_json(paths[matrix.module], table.to_dict())
+            if walk is not None:
+                walk.advance(layer)
+            tables += [ErrorTable.from_dict(read_json(paths[matrix.module])) for matrix in group]
+            progress(len(tables), len(matrices), f"layer {layer}")
     return tables
+
+
+def _table(
+    model: ModelInput,
+    matrix: Matrix,
+    settings: QuantizeSettings,
+    ranks: Sequence[int],
+    seed: int,
+    statistics: InputStatistics | None,
+) -> ErrorTable:
+    weight, configs = read_matrix(model, matrix), menu(settings.menu)
+    if statistics is None:
+        return error_table(weight, configs, ranks, effort=settings.menu, seed=seed)
+    return output_error_table(weight, configs, statistics, ranks, seed=seed)
 
 
 def allocate(
@@ -211,7 +240,13 @@ def allocate(
     settings: QuantizeSettings,
     fixed_rank: int | None,
 ) -> Allocation:
-    """Solve for the choice with the least summed squared error within the limit."""
+    """Solve for the choice with the least summed cost within the limit.
+
+    The cost is the squared error of the weights (``frobenius``, LQ-LoRA's own), or the squared error of the outputs
+    as a share of the outputs (``hessian``), which has one meaning in every layer.
+    """
+    relative = settings.objective == "hessian"
+    costs = [t.errors.reshape(-1) / (t.weight_norm or 1.0 if relative else 1.0) for t in tables]
     candidates: list[list[int]] = []
     sizes = []
     for matrix, table in zip(matrices, tables, strict=True):
@@ -225,7 +260,7 @@ def allocate(
     solution = solve(
         Problem(
             names=tuple(matrix.module for matrix in matrices),
-            costs=tuple(t.errors.reshape(-1)[c] for t, c in zip(tables, candidates, strict=True)),
+            costs=tuple(cost[c] for cost, c in zip(costs, candidates, strict=True)),
             sizes=tuple(sizes),
             budget=limit_bits,
         ),
@@ -251,7 +286,7 @@ def allocate(
         includes=settings.budget_includes,
         limit_bits=limit_bits,
         certificate=solution.certificate(),
-        plain=plain_rounding(matrices, tables, limit_bits),
+        plain=None if relative else plain_rounding(matrices, tables, limit_bits),
     )
 
 

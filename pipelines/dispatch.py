@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
         given: The verb's own options; None means not given.
         quiet: Print nothing.
 
+    Returns:
+        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have.
+
     Raises:
         CompressError: Whatever the verb refuses, with cause and remedy.
     """
@@ -51,13 +55,12 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
         recipe = read_recipe(str(given["recipe"]))
         common = apply_shared(recipe, common)
     common = dataclasses.replace(common, effort=common.effort or default_effort())
+    prepare_torch(common)
     context = Context(common=common, workspace=workspace, reporter=reporter)
-    if recipe is not None:
-        with workspace.locked():
+    with contextlib.nullcontext() if common.dry_run else workspace.locked():
+        if recipe is not None:
             return run_recipe(context, recipe)
-    with workspace.locked():
-        outcome = run_stage_verb(context, verb, given)
-    return {} if outcome.stage is None else {"path": str(outcome.stage.path), **outcome.stage.record}
+        return dict(run_stage_verb(context, verb, given).summary())
 
 
 def run_stage_verb(context: Context, verb: str, given: Mapping[str, Any]) -> Outcome:
@@ -82,6 +85,20 @@ def run_stage_verb(context: Context, verb: str, given: Mapping[str, Any]) -> Out
     from compress.pipelines.evaluate import evaluate
 
     return evaluate(context, resolve(EvalSettings, given, effort))
+
+
+def prepare_torch(common: Common) -> None:
+    """Set the number of threads; refuse a device or dtype that is not there before anything is read.
+
+    Raises:
+        UsageError: See ``device_and_dtype``.
+    """
+    import torch
+    from compress.pipelines.model_input import device_and_dtype
+
+    if common.threads is not None:
+        torch.set_num_threads(common.threads)
+    device_and_dtype(common)
 
 
 def default_effort() -> str:

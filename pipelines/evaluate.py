@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.measure import validation_windows
-from compress.pipelines.model_input import device_and_dtype, original
+from compress.pipelines.measure import WINDOWS, check_length, validation_windows
+from compress.pipelines.model_input import ModelInput, device_and_dtype, original
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.text import read_text
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from transformers import PreTrainedModel
 
 from compress.adapters.attach import load_adapter
-from compress.data.sources import default_source, load_text
+from compress.data.sources import default_source
 from compress.data.windows import Windows, token_windows
 from compress.evaluate.latency import throughput
 from compress.evaluate.memory import PeakMemory, file_bytes
@@ -37,9 +38,14 @@ class Entry:
 
 
 def evaluate(context: Context, settings: EvalSettings) -> Outcome:
-    """Measure everything the chain has made; see ``compress eval --help``."""
+    """Measure everything the chain has made; see ``compress eval --help``.
+
+    Raises:
+        UsageError: ``--sequence`` is above the model's positions.
+    """
     full = original(context)
-    entries = list_entries(context)
+    check_length(full.path, settings.sequence)
+    entries = list_entries(context, full)
     device, dtype = device_and_dtype(context.common)
     source = context.common.data or default_source()
     trained = context.workspace.find("train")
@@ -47,13 +53,14 @@ def evaluate(context: Context, settings: EvalSettings) -> Outcome:
     config = settings_dict(settings) | {
         "data": source,
         "held_out": training_source,
+        "held_out_windows": WINDOWS[context.common.effort or "quick"],
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
     }
 
     def work(folder: Path) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(full.path)
-        text = load_text(source, "test", tokenizer=tokenizer, seed=context.common.seed)
+        text = read_text(context, source, "test", full.path)
         windows = token_windows(text, tokenizer, length=settings.sequence, count=settings.windows)
         held_out = validation_windows(context, full.path, training_source, length=settings.sequence)
         rows, protocol = [], {}
@@ -64,6 +71,8 @@ def evaluate(context: Context, settings: EvalSettings) -> Outcome:
             row = read_json(done)
             protocol = row.pop("protocol")
             rows.append(row)
+        for entry in entries:
+            (folder / f"{entry.id[:16]}.json").unlink()
         return {
             "rows": rows,
             "protocol": protocol,
@@ -79,9 +88,8 @@ def evaluate(context: Context, settings: EvalSettings) -> Outcome:
     return outcome
 
 
-def list_entries(context: Context) -> list[Entry]:
+def list_entries(context: Context, full: ModelInput) -> list[Entry]:
     """Original, each model stage, trained small model, and full + recovered, as far as they exist."""
-    full = original(context)
     workspace = context.workspace
     parameters = full.checkpoint.parameters
     entries = [Entry(name="original", model=full.path, adapter=None, parameters=parameters, id=full.id)]
@@ -151,19 +159,10 @@ def measure(
 
 def show(context: Context, metrics: Mapping[str, Any]) -> None:
     """Print the table and its protocol."""
+    rows = metrics["rows"]
     context.reporter.table(
-        "eval",
-        (
-            "model",
-            "parameters",
-            "bytes",
-            "bits/param",
-            "perplexity",
-            "held-out loss",
-            "tokens/s",
-            "decode/s",
-            "peak",
-        ),
+        "quality and size",
+        ("model", "parameters", "bytes", "bits/param", "perplexity", "held-out loss"),
         [
             (
                 row["name"],
@@ -172,11 +171,21 @@ def show(context: Context, metrics: Mapping[str, Any]) -> None:
                 f"{row['bits_per_weight']:.2f}",
                 f"{row['perplexity']:.2f}",
                 f"{row['held_out_loss']:.4f}",
+            )
+            for row in rows
+        ],
+    )
+    context.reporter.table(
+        "speed and memory",
+        ("model", "prefill tokens/s", "decode tokens/s", "peak memory"),
+        [
+            (
+                row["name"],
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['decode_tokens_per_second']:.1f}",
                 human_bytes(row["peak_memory_bytes"]),
             )
-            for row in metrics["rows"]
+            for row in rows
         ],
     )
     context.reporter.out.print(f"perplexity: {metrics['protocol_line']}", markup=False)

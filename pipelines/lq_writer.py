@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.allocate import Allocation, Choice
+from compress.pipelines.allocate import Allocation, Choice, read_matrix
+from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.model.checkpoint import copy_side_files
@@ -19,30 +22,71 @@ from compress.model.writer import CheckpointWriter
 from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors
 from compress.quantize.config import FACTOR_8BIT
 from compress.quantize.decompose import decompose
+from compress.quantize.hessian import InputStatistics
+from compress.quantize.linear import LQLinear
+from compress.quantize.output_aware import decompose_outputs
 
 
 def decompose_layers(
-    context: Context, model: ModelInput, allocation: Allocation, settings: QuantizeSettings, folder: Path
+    context: Context,
+    model: ModelInput,
+    allocation: Allocation,
+    settings: QuantizeSettings,
+    folder: Path,
+    walk: HessianWalk | None,
 ) -> list[dict[str, Any]]:
     """Decompose every matrix; one file per finished layer in ``folder``, read back when it is there.
+
+    Args:
+        context: Seed and reporter.
+        model: The model.
+        allocation: What each matrix is given.
+        settings: Iterations of the alternation (objective ``frobenius``).
+        folder: Where finished layers lie.
+        walk: Input statistics, in front of the first layer; each layer is then fed by the quantized ones before
+            it. None for the objective ``frobenius``.
 
     Returns:
         What became of each matrix, in the allocation's order.
     """
     folder.mkdir(exist_ok=True)
-    layers: dict[int, list[Choice]] = {}
-    for choice in allocation.choices:
-        layers.setdefault(choice.matrix.layer, []).append(choice)
+    layers = [list(group) for _, group in groupby(allocation.choices, key=lambda choice: choice.matrix.layer)]
     records: list[dict[str, Any]] = []
     with context.reporter.bar("decompose") as progress:
-        for done, (layer, choices) in enumerate(sorted(layers.items()), start=1):
+        for done, choices in enumerate(layers, start=1):
+            layer = choices[0].matrix.layer
             path = layer_file(folder, layer)
             if not path.is_file():
-                _decompose_layer(model, choices, settings, context.common.seed, path)
+                statistics = walk.statistics(layer) if walk is not None else {}
+                _decompose_layer(model, choices, settings, context.common.seed, path, statistics)
             with safe_open(path, framework="pt") as file:
                 records += json.loads(file.metadata()["matrices"])
+            if walk is not None:
+                walk.advance(layer, read_layer(path, choices))
             progress(done, len(layers), f"layer {layer}")
     return records
+
+
+def read_layer(path: Path, choices: list[Choice]) -> dict[str, Tensor]:
+    """The weights [out, in] that a finished layer's file stands for, factors included, by module name."""
+    stored = load_file(path)
+    weights = {}
+    for choice in choices:
+        prefix = f"{choice.matrix.module}."
+        linear = LQLinear(matrix_record(choice), bias=False)
+        linear.load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
+        weights[choice.matrix.module] = linear.dequantized_weight()
+    return weights
+
+
+def matrix_record(choice: Choice) -> MatrixRecord:
+    """How a matrix is stored."""
+    return MatrixRecord(
+        shape=choice.matrix.shape,
+        config=choice.config,
+        rank=choice.rank,
+        factor_config=FACTOR_8BIT if choice.rank else None,
+    )
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -51,18 +95,28 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 
 def _decompose_layer(
-    model: ModelInput, choices: list[Choice], settings: QuantizeSettings, seed: int, path: Path
+    model: ModelInput,
+    choices: list[Choice],
+    settings: QuantizeSettings,
+    seed: int,
+    path: Path,
+    statistics: Mapping[str, InputStatistics],
 ) -> None:
     tensors: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
     for choice in choices:
-        result = decompose(
-            model.checkpoint.read(choice.matrix.tensor),
-            choice.config,
-            rank=choice.rank,
-            iterations=settings.iterations,
-            seed=seed,
-        )
+        weight, output_error = read_matrix(model, choice.matrix), {}
+        if choice.matrix.module in statistics:
+            aware = decompose_outputs(
+                weight, choice.config, statistics[choice.matrix.module], rank=choice.rank, seed=seed
+            )
+            result = aware.decomposition
+            share = aware.output_error / aware.output_norm if aware.output_norm else 0.0
+            output_error = {"relative_output_error": share**0.5}
+        else:
+            result = decompose(
+                weight, choice.config, rank=choice.rank, iterations=settings.iterations, seed=seed
+            )
         tensors |= lq_tensors(choice.matrix.module, result)
         records.append(
             {
@@ -76,6 +130,7 @@ def _decompose_layer(
                 "bits_per_weight": result.storage_bits / choice.matrix.numel,
                 "squared_error": result.error,
                 "relative_error": (result.error / result.weight_norm) ** 0.5 if result.weight_norm else 0.0,
+                **output_error,
             }
         )
     temporary = path.with_suffix(".tmp")
@@ -86,12 +141,7 @@ def _decompose_layer(
 def write_checkpoint(model: ModelInput, allocation: Allocation, layers: Path, folder: Path) -> None:
     """Write the LQ checkpoint: quantized linears from ``layers``, everything else as it was."""
     choices = {choice.matrix.tensor: choice for choice in allocation.choices}
-    per_matrix = {
-        c.matrix.module: MatrixRecord(
-            shape=c.matrix.shape, config=c.config, rank=c.rank, factor_config=FACTOR_8BIT if c.rank else None
-        )
-        for c in allocation.choices
-    }
+    per_matrix = {choice.matrix.module: matrix_record(choice) for choice in allocation.choices}
     config = dict(model.checkpoint.config) | {"quantization_config": lq_config(per_matrix)}
     with CheckpointWriter(folder, config=config) as writer:
         for name in model.checkpoint.names:

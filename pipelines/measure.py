@@ -5,6 +5,7 @@ Stages look at validation text only; the test text is read by ``compress eval`` 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ import torch
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import TrainingSettings
 from compress.pipelines.stage import Context
+from compress.pipelines.text import read_text
 from transformers import PreTrainedModel
 
-from compress.data.sources import load_text
 from compress.data.windows import Windows, token_windows
+from compress.errors import UsageError
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
+from compress.model.checkpoint import Checkpoint
+from compress.model.config import build_config
 from compress.model.load import load_model, load_tokenizer
 
 WINDOWS = {"quick": 8, "standard": 32, "paper": 64}
 LENGTH = 512
+CALIBRATION_SEED = 1_000_003
 
 
 def training_windows(
@@ -31,28 +36,55 @@ def training_windows(
 
     Args:
         context: Gives the seed.
-        model: Folder of the tokenizer (and, for the source ``self``, of the model that writes the text).
+        model: Folder of the model that will read them.
         source: Text source.
         settings: Give the number of windows and their length.
         offset: Added to the seed of the draw, so that two trainings of one stage read different windows.
     """
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model) if source == "self" else None
-    text = load_text(source, "train", tokenizer=tokenizer, model=loaded, seed=context.common.seed)
+    text = read_text(context, source, "train", model)
     count = max(1, settings.steps * settings.micro_batch * settings.accumulation)
     return token_windows(
         text, tokenizer, length=settings.sequence, count=count, seed=context.common.seed + offset
     )
 
 
-def validation_windows(
-    context: Context, tokenizer_path: Path, source: str, *, length: int = LENGTH
-) -> Windows:
-    """The first windows of the source's validation split."""
+def calibration_windows(context: Context, model: Path, source: str, *, tokens: int) -> Windows:
+    """About ``tokens`` tokens of the training split, drawn under a seed that no training uses."""
+    tokenizer = load_tokenizer(model)
+    text = read_text(context, source, "train", model)
+    length = min(LENGTH, positions(model))
+    count = max(1, tokens // length)
+    return token_windows(
+        text, tokenizer, length=length, count=count, seed=context.common.seed + CALIBRATION_SEED
+    )
+
+
+def validation_windows(context: Context, model: Path, source: str, *, length: int = LENGTH) -> Windows:
+    """The first windows of the source's validation split, no longer than the model's positions."""
     effort = context.common.effort or "quick"
-    tokenizer = load_tokenizer(tokenizer_path)
-    text = load_text(source, "validation", tokenizer=tokenizer, seed=context.common.seed)
-    return token_windows(text, tokenizer, length=length, count=WINDOWS[effort])
+    tokenizer = load_tokenizer(model)
+    text = read_text(context, source, "validation", model)
+    return token_windows(text, tokenizer, length=min(length, positions(model)), count=WINDOWS[effort])
+
+
+def positions(model: Path) -> int:
+    """Most tokens that the model in a folder can read at once."""
+    config = build_config(Checkpoint(model).config)
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+
+
+def check_length(model: Path, length: int) -> None:
+    """Refuse windows that the model cannot read.
+
+    Raises:
+        UsageError: ``length`` is above the model's positions.
+    """
+    if length > positions(model):
+        raise UsageError(
+            f"Windows of {length} tokens are longer than the model's {positions(model)} positions.",
+            f"Give --sequence {positions(model)} or less.",
+        )
 
 
 def validation_perplexity(

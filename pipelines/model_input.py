@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
 
@@ -51,13 +53,7 @@ def original(context: Context) -> ModelInput:
         return found
     name = common.model or EMBEDDED
     found = _opened(name, _resolve(context, name))
-    if not common.dry_run:
-        workspace.set_model({"name": name, "path": str(found.path.resolve()), "fingerprint": found.id})
-    elif known is not None and known["fingerprint"] != found.id:
-        raise UsageError(
-            f"The chain in {workspace.root} starts from {known['name']}, not from {name}.",
-            "Start another chain with --run DIR.",
-        )
+    workspace.set_model({"name": name, "path": str(found.path.resolve()), "fingerprint": found.id})
     return found
 
 
@@ -111,20 +107,16 @@ def device_and_dtype(common: Common) -> tuple[str, Any]:
     Raises:
         UsageError: The device is not there or the dtype has no such name.
     """
-    import torch
-
-    if common.threads is not None:
-        if common.threads < 1:
-            raise UsageError(f"--threads {common.threads} is not a number of threads.", "Give 1 or more.")
-        torch.set_num_threads(common.threads)
     device = common.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("There is no CUDA device here.", "Use --device cpu.")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+        raise UsageError(f"There is no device {common.device!r}.", "Choose auto, cpu, cuda or cuda:N.")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"There is no CUDA device {common.device!r} here.", "Use --device cpu.")
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if common.dtype == "auto":
         return device, preferred_dtype(device)
     if common.dtype not in names:
-        raise UsageError(f"There is no dtype {common.dtype!r}.", f"Choose auto, {', '.join(names)}.")
+        raise UsageError(f"There is no dtype {common.dtype!r}.", f"Choose one of: auto, {', '.join(names)}.")
     return device, names[common.dtype]

@@ -8,7 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.measure import training_windows, validation_perplexity, validation_windows
+from compress.pipelines.measure import (
+    calibration_windows,
+    check_length,
+    training_windows,
+    validation_perplexity,
+    validation_windows,
+)
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
@@ -38,7 +44,7 @@ from compress.prune.slice import slice_checkpoint
 from compress.structure import FILE_NAME as STRUCTURE
 from compress.structure import StructureMap
 
-BATCH = 8
+BATCH = 4
 """Windows per forward pass of the refit."""
 
 
@@ -46,25 +52,20 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     """Prune the chain's current model; see ``compress prune --help``.
 
     Raises:
-        UsageError: A ratio outside (0, 1), an unknown criterion or target, a criterion that cannot do
-            without training steps.
+        UsageError: An unknown criterion or target, a criterion that cannot do
+            without training steps, windows longer than the model's positions.
         CompressError: The ratio cannot be reached with these targets, or the model cannot be pruned.
     """
     targets = parse_targets(settings.targets)
-    if not 0 < settings.ratio < 1:
-        raise UsageError(
-            f"--ratio {settings.ratio} is not between 0 and 1.", "Give the fraction to remove, such as 0.5."
-        )
     criterion = CRITERIA.get(settings.criterion)
     if criterion.requires_training and settings.steps < 1:
         raise UsageError(
             f"The criterion {settings.criterion} scores while it trains and --steps is {settings.steps}.",
             "Give --steps 1 or more, or another criterion.",
         )
-    if settings.repair not in ("refit", "lora"):
-        raise UsageError(f"There is no repair {settings.repair!r}.", "Choose refit or lora.")
     model = current(context, "prune")
     require_dense(model.checkpoint, allow_lq=False)
+    check_length(model.path, settings.sequence)
     multiple = settings.multiple or default_multiple(model.architecture.channels)
     shape = shape_for(model, settings.ratio, targets, multiple)
     device, dtype = device_and_dtype(context.common)
@@ -77,8 +78,8 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     }
 
     def work(folder: Path) -> Mapping[str, Any]:
-        measured = cut_and_repair(context, model, settings, shape, source, folder, device, dtype)
         validation = validation_windows(context, model.path, source)
+        measured = cut_and_repair(context, model, settings, shape, source, folder, device, dtype)
         before = validation_perplexity(
             context, load_model(model.path, dtype=dtype, device=device), validation, "the model"
         )
@@ -86,6 +87,9 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         record_logits(pruned, check_ids(model.architecture.vocab, context.common.seed), folder)
         after = validation_perplexity(context, pruned.to(dtype), validation, "the pruned model")
         del pruned
+        reopened = check_reopens(folder)
+        for name in ("cut", "scoring", "repair"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         small = Checkpoint(folder)
         return {
             "before": size_metrics(model.checkpoint) | before,
@@ -93,7 +97,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             "removed_of_all_parameters": 1 - small.parameters / model.checkpoint.parameters,
             "removed_bytes": 1 - small.bytes / model.checkpoint.bytes,
             "criterion": settings.criterion,
-            "reopened_relative_error": check_reopens(folder),
+            "reopened_relative_error": reopened,
             **measured,
         }
 
@@ -159,7 +163,7 @@ def cut_and_repair(
     device: str,
     dtype: Any,
 ) -> dict[str, Any]:
-    """Write the pruned model into ``folder``; its steps are kept in sub-folders until the last one is done.
+    """Write the pruned model into ``folder``; its steps are kept in sub-folders, which the caller removes.
 
     Returns:
         What was chosen and measured on the way, as JSON values.
@@ -197,8 +201,6 @@ def cut_and_repair(
             shutil.copyfile(file, folder / file.name)
         (folder / "measured.json").unlink()
     shutil.copyfile(cut / STRUCTURE, folder / STRUCTURE)
-    for name in ("cut", "scoring", "repair"):
-        shutil.rmtree(folder / name, ignore_errors=True)
     return measured
 
 
@@ -250,10 +252,7 @@ def refit_deltas(
     dtype: Any,
 ) -> Callable[[str], Tensor | None]:
     """What refitting o and down to the full model's activations adds to their weights, by module."""
-    tokens = replace(settings, steps=max(1, settings.refit_tokens // (settings.sequence * BATCH)))
-    windows = training_windows(
-        context, model.path, source, replace(tokens, micro_batch=BATCH, accumulation=1)
-    )
+    windows = calibration_windows(context, model.path, source, tokens=settings.refit_tokens)
     network = load_model(model.path, dtype=dtype, device=device)
     with context.reporter.bar("refit o and down") as progress:
         weights = compensate(
@@ -265,11 +264,14 @@ def refit_deltas(
             progress=progress,
         )
 
+    arch = model.architecture
+    transposed = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
+
     def delta(name: str) -> Tensor | None:
         if name not in weights:
             return None
         stored = model.checkpoint.read(f"{name}.weight").float()
-        return weights[name] - (stored.t() if stored.shape != weights[name].shape else stored)
+        return weights[name] - (stored.t() if name in transposed else stored)
 
     return delta
 

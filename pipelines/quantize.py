@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.allocate import allocate, build_tables, check_solver, limit_in_bits, matrices_of
+from compress.pipelines.allocate import (
+    Allocation,
+    allocate,
+    build_tables,
+    check_solver,
+    limit_in_bits,
+    matrices_of,
+)
+from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
 from compress.pipelines.measure import known_perplexity, validation_perplexity, validation_windows
 from compress.pipelines.model_input import current, device_and_dtype
@@ -15,7 +23,7 @@ from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.workspace import write_json
+from compress.pipelines.workspace import read_json, write_json
 from compress.solvers.budget import parse_budget
 
 from compress.data.sources import default_source
@@ -29,16 +37,12 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
 
     Raises:
         UsageError: A budget that is not understood or lies above the model's own size; an unknown solver,
-            menu or rank.
+            or rank.
         CompressError: The budget lies below the smallest size the menu can reach, or the model is quantized already.
     """
     budget = parse_budget(settings.budget)
     fixed_rank = parse_rank(settings.rank)
     check_solver(settings.solver)
-    if settings.budget_includes not in ("factors", "none"):
-        raise UsageError(
-            f"--budget-includes {settings.budget_includes!r} is not understood.", "Give factors or none."
-        )
     model = current(context, "quantize")
     require_dense(model.checkpoint, allow_lq=False)
     matrices = matrices_of(model)
@@ -52,19 +56,26 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
     }
 
     def work(folder: Path) -> Mapping[str, Any]:
-        tables = build_tables(context, model, matrices, settings, fixed_rank, folder / "tables")
+        validation = validation_windows(context, model.path, source)
+
+        def walk() -> HessianWalk | None:
+            if settings.objective == "frobenius":
+                return None
+            return HessianWalk(context, model, settings, source, device, dtype)
+
+        tables = build_tables(context, model, matrices, settings, fixed_rank, folder / "tables", walk())
         allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank)
-        write_json(folder / "allocation.json", allocation.to_dict())
-        records = decompose_layers(context, model, allocation, settings, folder / "layers")
+        record_allocation(allocation, folder)
+        records = decompose_layers(context, model, allocation, settings, folder / "layers", walk())
         write_checkpoint(model, allocation, folder / "layers", folder)
-        shutil.rmtree(folder / "layers")
-        shutil.rmtree(folder / "tables")
         network = load_model(folder, dtype="float32", device=device)
         record_logits(network, check_ids(model.architecture.vocab, context.common.seed), folder)
-        validation = validation_windows(context, model.path, source)
         before = known_perplexity(context, model, validation, dtype, device)
         after = validation_perplexity(context, network.to(dtype), validation, "the quantized model")
         del network
+        reopened = check_reopens(folder, needs_compress=True)
+        shutil.rmtree(folder / "layers")
+        shutil.rmtree(folder / "tables")
         small = Checkpoint(folder)
         numel = sum(matrix.numel for matrix in matrices)
         dense = sum(model.checkpoint.nbytes(matrix.tensor) for matrix in matrices)
@@ -88,13 +99,21 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "plain_rounding": allocation.plain,
             "squared_error": sum(record["squared_error"] for record in records),
             "matrices": records,
-            "reopened_relative_error": check_reopens(folder, needs_compress=True),
+            "reopened_relative_error": reopened,
         }
 
     outcome = run_stage(context, "quantize", config=config, inputs={"model": model.id}, work=work)
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
+
+
+def record_allocation(allocation: Allocation, folder: Path) -> None:
+    """Write ``allocation.json``; layers that an interrupted run made for other choices are dropped."""
+    path, content = folder / "allocation.json", allocation.to_dict()
+    if path.is_file() and read_json(path)["matrices"] != content["matrices"]:
+        shutil.rmtree(folder / "layers", ignore_errors=True)
+    write_json(path, content)
 
 
 def parse_rank(text: str) -> int | None:

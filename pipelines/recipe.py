@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from compress.pipelines.report import report
-from compress.pipelines.settings import VERBS, Common, check_name
-from compress.pipelines.stage import Context
+from compress.pipelines.settings import EFFORTS, VERBS, Common, as_type, check_name, resolve
+from compress.pipelines.stage import Context, settings_dict, show_plan
 
 from compress.errors import UsageError
 
@@ -39,7 +39,8 @@ def read_recipe(name: str) -> Recipe:
     ``device``) and ``steps``, a list whose items are a verb or a mapping from one verb to its settings.
 
     Raises:
-        UsageError: No such recipe, not a mapping, an unknown verb or an unknown setting.
+        UsageError: No such recipe, not a mapping, an unknown verb, a verb twice, an unknown setting, or a value
+            that the setting cannot have.
     """
     path = Path(name)
     if not path.is_file() and name in shipped():
@@ -48,19 +49,31 @@ def read_recipe(name: str) -> Recipe:
         raise UsageError(f"There is no recipe {name!r}.", f"Give a file, or one of: {', '.join(shipped())}.")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name} is not YAML ({' '.join(str(error).split())}).", "Mend the file.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not a text file in UTF-8.", "Give a YAML file.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark is not None else ""
+        raise UsageError(f"{name} is not YAML{where}.", "Mend that line.") from error
     if not isinstance(data, dict) or not isinstance(data.get("steps"), list) or not data["steps"]:
         raise UsageError(f"{name} has no list of steps.", "Write 'steps:' with one verb per item.")
     for key in data:
         check_name(str(key), [*SHARED_KEYS, "steps"])
     steps = [_step(item, name) for item in data["steps"]]
-    return Recipe(name=path.stem, shared={k: v for k, v in data.items() if k != "steps"}, steps=steps)
+    verbs = [verb for verb, _ in steps]
+    for verb in VERBS:
+        if verbs.count(verb) > 1:
+            raise UsageError(
+                f"{name} has the step {verb} twice.", "Keep one of them: a chain has one stage of each verb."
+            )
+    types = get_type_hints(Common)
+    shared = {k: as_type(k, v, types[k]) for k, v in data.items() if k != "steps" and v is not None}
+    return Recipe(name=path.stem, shared=shared, steps=steps)
 
 
 def _step(item: Any, name: str) -> tuple[str, Mapping[str, Any]]:
     verb, settings = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
-    if verb not in {*VERBS, "report"}:
+    if not isinstance(verb, str) or verb not in {*VERBS, "report"}:
         raise UsageError(
             f"{name} has a step that is no verb: {item!r}.", f"Use: {', '.join([*VERBS, 'report'])}."
         )
@@ -70,9 +83,11 @@ def _step(item: Any, name: str) -> tuple[str, Mapping[str, Any]]:
         raise UsageError(
             f"The settings of {verb} in {name} are no mapping.", "Write them as 'name: value' lines."
         )
-    known = [] if verb == "report" else [field.name for field in dataclasses.fields(VERBS[verb])]
-    for key in settings:
-        check_name(str(key), known)
+    if verb == "report":
+        for key in settings:
+            check_name(str(key), [])
+    else:
+        resolve(VERBS[verb], {str(key): value for key, value in settings.items()}, EFFORTS[0])
     return verb, settings
 
 
@@ -84,16 +99,33 @@ def apply_shared(recipe: Recipe, common: Common) -> Common:
 
 
 def run_recipe(context: Context, recipe: Recipe) -> dict[str, Any]:
-    """Run every step in order; finished steps with the same settings are skipped, as on the command line."""
+    """Run every step in order; finished steps with the same settings are skipped, as on the command line.
+
+    On a dry run, the first step that would run is checked against its input; those after it are only shown.
+    """
     from compress.pipelines.dispatch import run_stage_verb
 
-    results = []
+    results: list[Mapping[str, Any]] = []
+    planned = False
     for verb, settings in recipe.steps:
         context.reporter.say(f"[{recipe.name}] {verb}")
-        if verb == "report":
-            results.append({"verb": "report", "report": str(report(context))})
-            continue
-        outcome = run_stage_verb(context, verb, settings)
-        if outcome.stage is not None:
-            results.append({"path": str(outcome.stage.path), **outcome.stage.record})
+        if planned:
+            results.append(_plan(context, verb, settings))
+        elif verb == "report" and context.common.dry_run:
+            results.append({"verb": verb})
+        elif verb == "report":
+            results.append({"verb": verb, "report": str(report(context))})
+        else:
+            outcome = run_stage_verb(context, verb, settings)
+            planned = outcome.stage is None
+            results.append(outcome.summary())
     return {"recipe": recipe.name, "stages": results}
+
+
+def _plan(context: Context, verb: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a step would run with, as far as it can be said before its input is there."""
+    if verb == "report":
+        return {"verb": verb}
+    config = settings_dict(resolve(VERBS[verb], settings, context.common.effort or EFFORTS[0]))
+    show_plan(context.reporter, verb, config)
+    return {"verb": verb, "config": config}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.model_input import ModelInput, base_name, open_model, original
+from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, open_model, original
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
@@ -26,27 +26,33 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     """Recover the chain's adapter; see ``compress recover --help``. Trains one first when there is none.
 
     Raises:
-        UsageError: The chain has no small model yet.
+        UsageError: The chain has no small model yet, or its adapter was trained before there was one.
         CompressError: ``--onto`` names another model than the one the small model was cut from.
     """
     workspace = context.workspace
+    trained = workspace.find("train")
     if workspace.find("prune") is None and workspace.find("quantize") is None:
         raise UsageError(
             f"The chain in {workspace.root} has no small model to train on.",
             "Run compress prune, compress quantize or both first.",
         )
+    if trained is not None and workspace.model_before("train") is None:
+        raise UsageError(
+            f"The adapter in {trained.path} was trained before there was a small model.",
+            "Start another chain with --run DIR and train after prune or quantize.",
+        )
     full = original(context) if settings.onto is None else open_model(context, settings.onto)
     require_dense(full.checkpoint, allow_lq=False)
     structure = chain_structure(context, full)
-    trained = workspace.find("train")
     if trained is None:
         context.reporter.say("recover: the chain has no trained adapter yet; training one first.")
-        trained = train(context, resolve(TrainSettings, {}, context.common.effort or "quick")).stage
-    if trained is None:
-        context.reporter.say("recover: would follow with the adapter that training makes.")
-        return Outcome(stage=None, fresh=False)
+        training = train(context, resolve(TrainSettings, {}, context.common.effort or "quick"))
+        trained = training.stage
+        if trained is None:
+            context.reporter.say("recover: would follow with the adapter that training makes.")
+            return training
     adapter = trained.path
-    name = base_name(context) if settings.onto is None else settings.onto
+    name = base_name(context) if settings.onto is None else HUB_NAME.get(settings.onto, settings.onto)
 
     def work(folder: Path) -> Mapping[str, Any]:
         with context.reporter.bar("recover") as progress:

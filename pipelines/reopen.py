@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
@@ -77,11 +77,9 @@ def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: boo
         ),
         record=str(folder / RECORD),
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
-    )
+    done = run_fresh(script)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].rstrip(".")
         raise CompressError(
             f"The written artifact does not open in a fresh process ({last}).",
             "Please report this with the command you ran.",
@@ -95,7 +93,8 @@ def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: boo
     return error
 
 
-def recorded_logits(folder: Path) -> dict[str, torch.Tensor]:
-    """What ``record_logits`` wrote."""
-    found: dict[str, torch.Tensor] = load_file(folder / RECORD)
-    return found
+def run_fresh(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a new Python process, in which no file of the current folder can pose as a library."""
+    return subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+    )

@@ -6,16 +6,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from compress.pipelines.stage import Context
-from compress.report.page import write_report
 
 from compress.errors import UsageError
+from compress.report.page import write_report
 
 
 def report(context: Context, *, output: Path | None = None) -> Path:
     """Write the page and return its path.
 
     Raises:
-        UsageError: The chain has no stage yet.
+        UsageError: The chain has no stage yet, or ``output`` cannot be a file.
     """
     workspace = context.workspace
     stages = workspace.stages
@@ -24,6 +24,10 @@ def report(context: Context, *, output: Path | None = None) -> Path:
             f"There is nothing to report in {workspace.root}.", "Run a stage first: compress prune."
         )
     path = output or workspace.root / "report.html"
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(
+            f"The page cannot be written to {path}.", "Give --output a file in a folder that exists."
+        )
     run = {
         "title": str(workspace.model["name"]) if workspace.model else "compress",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

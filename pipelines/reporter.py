@@ -22,7 +22,7 @@ from compress.progress import Progress as ProgressCallback
 
 
 class Reporter:
-    """Lines and bars on standard error's terminal; results on standard output.
+    """Lines and bars on standard error, results on standard output.
 
     Args:
         quiet: Say nothing (``--json``): the caller prints the result as JSON.
@@ -39,7 +39,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[ProgressCallback]:
-        """A progress bar with the time left; plain start and end lines when this is no terminal."""
+        """A progress bar with the time left; when this is no terminal, one line with the seconds at the end."""
         if not self.console.is_terminal:
             started = time.monotonic()
             yield lambda done, total, text: None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from types import NoneType
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from compress.errors import UsageError
 
@@ -30,6 +32,13 @@ class Common:
     redo: bool = False
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        if self.effort is not None:
+            check_effort(self.effort)
+        _check_least(self, seed=0, threads=1)
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed {self.seed} is too large.", "Give less than 2^63.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSettings:
@@ -43,6 +52,12 @@ class TrainingSettings:
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2, rank=1, alpha=1)
+        _check_positive(self, "lr")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout {self.dropout} is not in [0, 1).", "Give a fraction such as 0.05.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +77,15 @@ class PruneSettings(TrainingSettings):
     repair_steps: int = 0
     repair_lr: float = 2e-3
     repair_rank: int = 16
+
+    def __post_init__(self) -> None:
+        TrainingSettings.__post_init__(self)
+        _check_least(self, multiple=1, refit_tokens=1, repair_steps=0, repair_rank=1)
+        _check_positive(self, "repair_lr")
+        if not 0 < self.ratio < 1:
+            raise UsageError(
+                f"--ratio {self.ratio} is not between 0 and 1.", "Give the fraction to remove, such as 0.5."
+            )
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {
@@ -95,33 +119,42 @@ class PruneSettings(TrainingSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeSettings:
-    """Settings of ``quantize``."""
+    """Settings of ``quantize``. The effort ``paper`` is LQ-LoRA's own, data-free objective (arXiv 2311.12023 §3)."""
 
     budget: str = "2.75bit"
-    budget_includes: str = "factors"
+    budget_includes: Literal["factors", "none"] = "factors"
     rank: str = "auto"
     solver: str = "highs"
+    objective: Literal["hessian", "frobenius"] = "hessian"
+    calibration_tokens: int
     iterations: int
     menu: Literal["quick", "standard", "paper"]
 
+    def __post_init__(self) -> None:
+        _check_least(self, iterations=1, calibration_tokens=1)
+
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"iterations": 5, "menu": "quick"},
-        "standard": {"iterations": 10, "menu": "standard"},
-        "paper": {"iterations": 100, "menu": "paper"},
+        "quick": {"calibration_tokens": 8192, "iterations": 5, "menu": "quick"},
+        "standard": {"calibration_tokens": 65_536, "iterations": 10, "menu": "standard"},
+        "paper": {"calibration_tokens": 65_536, "iterations": 100, "menu": "paper", "objective": "frobenius"},
     }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings(TrainingSettings):
-    """Settings of ``train`` (LoRAM §4 under the effort ``paper``)."""
+    """Settings of ``train``; under the effort ``paper`` those of LoRAM (arXiv 2502.13533) §4."""
 
-    method: str = "lora"
+    method: Literal["lora", "lq"] = "lora"
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"steps": 40, "micro_batch": 4, "accumulation": 1, "sequence": 128, "lr": 3e-4},
         "standard": {"steps": 400, "micro_batch": 4, "accumulation": 4, "sequence": 512, "lr": 3e-4},
         "paper": {"steps": 1600, "micro_batch": 2, "accumulation": 64, "sequence": 512, "lr": 3e-4},
     }
+
+    def __post_init__(self) -> None:
+        _check_least(self, steps=1)
+        TrainingSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +165,9 @@ class RecoverSettings:
     merge: bool = False
     compress_rank: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_least(self, compress_rank=1)
+
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 
 
@@ -141,6 +177,9 @@ class EvalSettings:
 
     sequence: int = 512
     windows: int
+
+    def __post_init__(self) -> None:
+        _check_least(self, sequence=2, windows=1)
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"windows": 20},
@@ -164,15 +203,26 @@ def resolve(kind: type[S], given: Mapping[str, Any], effort: str) -> S:
     """Settings of one verb: given values first, then the effort's, then the defaults.
 
     Raises:
-        UsageError: An unknown effort or an unknown setting; the nearest known name is suggested.
+        UsageError: An unknown effort; an unknown setting (the nearest known name is suggested); a value of
+            another type, outside its range or not among the choices.
     """
-    if effort not in EFFORTS:
-        raise UsageError(f"There is no effort {effort!r}.", f"Choose one of: {', '.join(EFFORTS)}.")
+    check_effort(effort)
+    types = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         check_name(name, known)
-    values = {**kind.EFFORT.get(effort, {}), **{k: v for k, v in given.items() if v is not None}}
-    return kind(**values)
+    chosen = {name: as_type(name, value, types[name]) for name, value in given.items() if value is not None}
+    return kind(**{**kind.EFFORT.get(effort, {}), **chosen})
+
+
+def check_effort(effort: str) -> None:
+    """Refuse an effort nobody knows.
+
+    Raises:
+        UsageError: ``effort`` is not in ``EFFORTS``.
+    """
+    if effort not in EFFORTS:
+        raise UsageError(f"There is no effort {effort!r}.", f"Choose one of: {', '.join(EFFORTS)}.")
 
 
 def check_name(name: str, known: list[str]) -> None:
@@ -183,5 +233,50 @@ def check_name(name: str, known: list[str]) -> None:
     """
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known settings: {', '.join(known)}."
-        raise UsageError(f"There is no setting {name!r} here.", hint)
+        listed = f"Known settings: {', '.join(known)}." if known else "It takes none."
+        raise UsageError(
+            f"There is no setting {name!r} here.", f"Did you mean {near[0]!r}?" if near else listed
+        )
+
+
+def as_type(name: str, value: Any, annotation: Any) -> Any:
+    """The value of a setting in the type it is declared with; a recipe may write ``1e-3`` or ``16`` as text.
+
+    Raises:
+        UsageError: It cannot be read as that type, or is not among the choices.
+    """
+    kind = next((k for k in get_args(annotation) if k is not NoneType), annotation)
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            choices = ", ".join(get_args(annotation))
+            raise UsageError(f"There is no {_spelled(name)} {value!r}.", f"Choose one of: {choices}.")
+        return value
+    if isinstance(value, bool) == (kind is bool) and isinstance(value, str | int | float):
+        if kind is bool or isinstance(value, kind):
+            return value
+        try:
+            result = kind(value)
+        except (ValueError, OverflowError):
+            result = None
+        if result is not None and (kind is not int or not isinstance(value, float) or result == value):
+            return result
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise UsageError(f"The setting {_spelled(name)} cannot be {value!r}.", f"Give {words[kind]}.")
+
+
+def _spelled(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_least(settings: Any, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise UsageError(f"--{_spelled(name)} {value} is too small.", f"Give {bound} or more.")
+
+
+def _check_positive(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 < value < math.inf:
+            raise UsageError(f"--{_spelled(name)} {value} is not above zero.", "Give a number such as 3e-4.")

@@ -33,10 +33,21 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a verb came to: the stage (None on a dry run) and whether it was made just now."""
+    """What a verb came to.
+
+    Attributes:
+        stage: The stage; None on a dry run that would make it.
+        fresh: Whether it was made just now.
+        plan: On such a dry run, the ``verb`` and the ``config`` it would have.
+    """
 
     stage: Stage | None
     fresh: bool
+    plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def summary(self) -> Mapping[str, Any]:
+        """JSON values: the stage's record and path, or the plan."""
+        return self.plan if self.stage is None else {"path": str(self.stage.path), **self.stage.record}
 
 
 def run_stage(
@@ -73,21 +84,22 @@ def run_stage(
             "Give --redo to replace it and drop the stages after it, or start another chain with --run DIR.",
         )
     if context.common.dry_run:
-        reporter.table(
-            f"{verb} would run with", ("setting", "value"), [(k, str(v)) for k, v in sorted(config.items())]
-        )
-        return Outcome(stage=done, fresh=False)
-    if done is not None and verb not in MEASUREMENTS:
-        dropped = workspace.drop_from(verb)
-        reporter.say(f"{verb}: --redo dropped {', '.join(dropped)}.")
+        show_plan(reporter, verb, config)
+        return Outcome(stage=None, fresh=False, plan={"verb": verb, "config": dict(config)})
     partial = workspace.open_partial(verb, config, inputs, redo=context.common.redo)
     if any(p.name != "partial.json" for p in partial.iterdir()):
         reporter.say(f"{verb}: going on with the interrupted run in {partial.name}.")
+    effort = context.common.effort
+    reporter.say(f"{verb}: effort {effort}; {', '.join(f'{k} {v}' for k, v in sorted(config.items()))}")
     started = time.monotonic()
     from compress.evaluate.memory import PeakMemory
 
-    with PeakMemory() as peak:
-        metrics = work(partial)
+    try:
+        with PeakMemory() as peak:
+            metrics = work(partial)
+    except BaseException:
+        workspace.abandon(partial)
+        raise
     peak_bytes = peak.device_bytes or peak.host_bytes
     record = {
         "format_version": FORMAT_VERSION,
@@ -95,6 +107,7 @@ def run_stage(
         "verb": verb,
         "config": dict(config),
         "inputs": dict(inputs),
+        "effort": effort,
         "seed": context.common.seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -104,11 +117,19 @@ def run_stage(
         "peak_memory_bytes": peak_bytes,
         "metrics": dict(metrics),
     }
+    if done is not None and verb not in MEASUREMENTS:
+        reporter.say(f"{verb}: --redo dropped {', '.join(workspace.drop_from(verb))}.")
     stage = workspace.complete(partial, record)
     reporter.say(
         f"{verb}: {stage.path} in {time.monotonic() - started:.0f} s, peak memory {peak_bytes / 1e9:.2f} GB."
     )
     return Outcome(stage=stage, fresh=True)
+
+
+def show_plan(reporter: Reporter, verb: str, config: Mapping[str, Any]) -> None:
+    """Print the settings that a verb would run with."""
+    rows = [(key, str(value)) for key, value in sorted(config.items())]
+    reporter.table(f"{verb} would run with", ("setting", "value"), rows)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.measure import training_windows, validation_windows
+from compress.pipelines.measure import check_length, training_windows, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
@@ -20,20 +20,16 @@ from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.model.load import load_model
 
-METHODS = ("lora", "lq")
-
 
 def train(context: Context, settings: TrainSettings) -> Outcome:
     """Train an adapter; see ``compress train --help``.
 
     Raises:
-        UsageError: An unknown method, no steps, or ``lq`` on a model that is not an LQ checkpoint.
+        UsageError: ``lq`` on a model that is not an LQ checkpoint, or windows
+            longer than the model's positions.
     """
-    if settings.method not in METHODS:
-        raise UsageError(f"There is no method {settings.method!r}.", f"Choose one of: {', '.join(METHODS)}.")
-    if settings.steps < 1:
-        raise UsageError(f"--steps {settings.steps} trains nothing.", "Give 1 or more.")
     model = current(context, "train")
+    check_length(model.path, settings.sequence)
     quantized = is_quantized(model)
     if settings.method == "lq" and not quantized:
         raise UsageError(
@@ -80,11 +76,11 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
                 validation=validation,
             )
         save_adapter(adapted, folder, base_name=model.name, initial=initial)
-        shutil.rmtree(folder / "training")
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         del adapted, network
         reopened = load_adapter(load_model(model.path, dtype="float32", device=device), folder)
         record_logits(reopened, check_ids(model.architecture.vocab, context.common.seed), folder)
+        shutil.rmtree(folder / "training")
         return training_metrics(result) | {
             "method": settings.method,
             "base": model.name,

@@ -127,17 +127,23 @@ class Workspace:
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".lock", timeout=0)
         try:
-            with lock:
-                if (self.root / "run.json").is_file():
-                    self._manifest = read_json(self.root / "run.json")
-                yield
+            lock.acquire()
         except Timeout as error:
             raise CompressError(
                 f"Another compress command is working in {self.root}.", "Wait for it, or use another --run."
             ) from error
+        try:
+            if (self.root / "run.json").is_file():
+                self._manifest = read_json(self.root / "run.json")
+            yield
         finally:
-            if {path.name for path in self.root.iterdir()} <= {".lock"}:
+            # While the lock is held: a command that waits for it must not lose its folder.
+            if not self._manifest["stages"] and {p.name for p in self.root.iterdir()} <= {
+                ".lock",
+                "run.json",
+            }:
                 shutil.rmtree(self.root)
+            lock.release()
 
     @property
     def model(self) -> dict[str, Any] | None:
@@ -146,7 +152,7 @@ class Workspace:
         return found
 
     def set_model(self, model: Mapping[str, Any]) -> None:
-        """Name the chain's original model.
+        """Name the chain's original model; written to disk when the first stage begins.
 
         Raises:
             UsageError: The chain already starts from another model.
@@ -159,7 +165,6 @@ class Workspace:
             )
         if known is None:
             self._manifest["model"] = dict(model)
-            self._save()
 
     @property
     def stages(self) -> list[Stage]:
@@ -198,6 +203,8 @@ class Workspace:
     ) -> Path:
         """The folder to work in: a fresh one, or the interrupted one of the very same request.
 
+        A finished stage of the same verb stays until the new one is complete.
+
         Raises:
             UsageError: An interrupted run of this verb had other settings and ``redo`` is not given.
         """
@@ -215,19 +222,29 @@ class Workspace:
                     "Repeat that command to finish it, give --redo to drop it, or use another --run.",
                 )
             shutil.rmtree(path)
-        path = self.root / f"{self._next_number():02d}-{verb}.partial"
-        path.mkdir(parents=True)
+        replaced = None if verb in MEASUREMENTS else self.find(verb)
+        number = self._next_number() if replaced is None else int(replaced.path.name[:2])
+        self._save()
+        path = self.root / f"{number:02d}-{verb}.partial"
+        path.mkdir()
         write_json(
             path / "partial.json",
             {"format_version": FORMAT_VERSION, "id": wanted, "config": dict(config), "inputs": dict(inputs)},
         )
         return path
 
+    def abandon(self, partial: Path) -> None:
+        """Remove an unfinished folder in which nothing worth going on from came to be."""
+        if not any(path.is_file() and path.name != "partial.json" for path in partial.rglob("*")):
+            shutil.rmtree(partial)
+
     def complete(self, partial: Path, record: Mapping[str, Any]) -> Stage:
-        """Turn a finished partial folder into a stage: record, rename, list."""
-        (partial / "partial.json").unlink()
+        """Turn a finished partial folder into the chain's last stage: record, rename, list."""
+        final = self.root / f"{self._next_number():02d}-{record['verb']}"
+        if final.exists():  # left unlisted by a run that was killed between the rename and the listing
+            shutil.rmtree(final)
         write_json(partial / "stage.json", record)
-        final = partial.with_name(partial.name.removesuffix(".partial"))
+        (partial / "partial.json").unlink()
         os.replace(partial, final)
         if record["verb"] in MEASUREMENTS:
             self._drop([stage for stage in self.stages if stage.verb == record["verb"]])
@@ -236,11 +253,15 @@ class Workspace:
         return Stage(path=final, record=record)
 
     def drop_from(self, verb: str) -> list[str]:
-        """Remove the stage of ``verb`` and every stage after it; returns their names."""
+        """Remove the stage of ``verb`` and all that came after it, unfinished work too; returns their names."""
         stages = self.stages
         start = next((i for i, stage in enumerate(stages) if stage.verb == verb), len(stages))
         doomed = stages[start:]
         self._drop(doomed)
+        if doomed:
+            for path in self.root.glob("[0-9][0-9]-*.partial"):
+                if path.name[:2] > doomed[0].path.name[:2]:
+                    shutil.rmtree(path)
         return [stage.path.name for stage in doomed]
 
     def _drop(self, doomed: list[Stage]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,7 +14,10 @@ if "COMPRESS_DATA" not in os.environ and _DATA.is_dir():
     os.environ["COMPRESS_DATA"] = str(_DATA)
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402  (the hub reads HF_HUB_OFFLINE when it is imported)
+
+from tests.fresh import ForkServer  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: two threads on a busy machine wait for each other, up to 100x slower
 
@@ -21,3 +25,16 @@ torch.set_num_threads(1)  # tiny tensors: two threads on a busy machine wait for
 hypothesis.settings.register_profile("fast", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def forked_reopen(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages reopen what they wrote in a fork with stock libraries, not in a process that imports them anew."""
+    monkeypatch.setattr("compress.pipelines.reopen.run_fresh", fork_server.run)

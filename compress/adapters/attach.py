@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compress.adapters.adapter_file import PREFIX, AdapterFile, Scaling, scaling_entries, write_adapter
 from compress.adapters.factors import factor_product
@@ -50,7 +51,7 @@ def attach_lora(
         raise UsageError(f"The LoRA rank is {rank}.", "Give a rank of at least 1.")
     modules = _target_modules(arch, targets)
     scalings = {name: Scaling(rank=rank, alpha=alpha, rank_stabilized=False) for name in modules}
-    return _attach(model, arch, scalings, dropout, seed)
+    return _attach(model, scalings, dropout, seed)
 
 
 def attach_factors(
@@ -83,7 +84,7 @@ def attach_factors(
         own_rank = rank if factors is None else factors[1].shape[0]
         scalings[name] = Scaling(rank=rank, alpha=alpha, rank_stabilized=False).with_rank(own_rank)
     switch_off_factors(model, starts)
-    peft_model = _attach(model, arch, scalings, 0.0, seed)
+    peft_model = _attach(model, scalings, 0.0, seed)
     initial: dict[str, Tensor] = {}
     for name, (factor_a, factor_b) in starts.items():
         layer = peft_model.get_base_model().get_submodule(name)
@@ -162,15 +163,14 @@ def _target_modules(arch: Architecture, targets: Sequence[str] | None) -> list[s
     return names + [arch.lm_head.removesuffix(".weight")] * ("lm_head" in (targets or ()))
 
 
-def _attach(
-    model: nn.Module, arch: Architecture, scalings: Mapping[str, Scaling], dropout: float, seed: int
-) -> PeftModel:
+def _attach(model: nn.Module, scalings: Mapping[str, Scaling], dropout: float, seed: int) -> PeftModel:
     entries = scaling_entries(scalings)
     config = LoraConfig(
         **entries,
         lora_dropout=dropout,
         target_modules=_short_names(model, scalings),
-        fan_in_fan_out=any(spec.transposed for spec in arch.linears),
+        # an LQ linear is an ordinary one, whatever it replaced
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in scalings),
         task_type="CAUSAL_LM",
     )
     with (

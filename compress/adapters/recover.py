@@ -118,10 +118,12 @@ def recover_adapter(
     places = _places(arch_full, structure)
     found: dict[str, _Recovered] = {}
     with AdapterFile(small_adapter) as small:
+        # trained on LQ linears it says no, although the full model's own are stored transposed
+        transposed = small.transposed or any(spec.transposed for spec in arch_full.linears)
         _check_kind(small, compress_rank)
         tensors = _copies(small, places)
         for module in small.modules:
-            place = places.get(module) or _outside(full, arch_full, module, small.transposed)
+            place = places.get(module) or _outside(full, arch_full, module, transposed)
             found[module] = _recover_module(small, module, place, compress_rank)
             tensors |= found[module].tensors
             if progress is not None:
@@ -129,6 +131,7 @@ def recover_adapter(
         if not found:
             raise CompressError(f"The adapter {small_adapter} has no LoRA factors.", "Train a LoRA.")
         config = {**small.config, "base_model_name_or_path": full_name, "revision": None}
+        config["fan_in_fan_out"] = transposed
     if compress_rank is not None or any(r.difference for r in found.values()):
         config |= _plain_start({module: r.scaling for module, r in found.items()})
     write_adapter(out, config, tensors)

@@ -127,7 +127,7 @@ def _plain_windows(
     if len(windows) == 0:
         raise CompressError(
             f"The {text.split} split of {text.source} has {known} tokens, fewer than one window of {length}.",
-            "Give a longer text or a shorter --length.",
+            "Give a longer text, or shorter windows (--sequence).",
         )
     if bos:
         windows = torch.cat((torch.full((len(windows), 1), tokenizer.bos_token_id), windows), dim=1)
@@ -198,7 +198,7 @@ def _chat_windows(
     if not rows:
         raise CompressError(
             f"No conversation of {text.source} has its answer within {length} tokens.",
-            "Give a longer --length or shorter conversations.",
+            "Give longer windows (--sequence), or shorter conversations.",
         )
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     ids_NL = torch.full((len(rows), length), pad, dtype=torch.long)

@@ -10,15 +10,12 @@ Shapes: N windows, S tokens, T tokens of a batch, O output rows, C input columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError, UsageError
+from compress.errors import UsageError
 from compress.model.architecture import Architecture, LinearSpec
+from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.progress import Progress
 from compress.structure import StructureMap, kept_columns
 
@@ -81,24 +78,16 @@ def compensate(
     """
     if not damping > 0:
         raise UsageError(f"The damping is {damping}.", "Give a number above zero, such as 0.01.")
-    count = len(ids_NS) // batch * batch
-    if count == 0:
-        raise CompressError(
-            f"Compensation got {len(ids_NS)} windows, fewer than one batch of {batch}.", "Give a longer text."
-        )
-    device = next(model.parameters()).device
-    layers = [model.get_submodule(arch.layer_prefix.format(layer=i).rstrip(".")) for i in range(arch.layers)]
-    calls, hidden = _first_inputs(model, layers, ids_NS[:count].to(device).split(batch))
+    walk = LayerWalk(model, arch, ids_NS, batch=batch)
     found: dict[str, Tensor] = {}
-    for index, layer in enumerate(layers):
-        kept = {
-            spec: columns.to(device)
-            for spec in arch.linears
-            if spec.role in OUTPUTS
-            and (columns := kept_columns(arch, spec, structure.layers[index])) is not None
-        }
-        with _gathering(layer, kept) as grams:
-            hidden = [_run(layer, states, calls[index]) for states in hidden]
+    for index, layer in enumerate(walk.layers):
+        kept: dict[LinearSpec, Tensor] = {}
+        for spec in arch.linears:
+            columns = kept_columns(arch, spec, structure.layers[index]) if spec.role in OUTPUTS else None
+            if columns is not None:
+                kept[spec] = columns.to(next(layer.parameters()).device)
+        with gathered_grams(layer, kept) as grams:
+            walk.advance(index)
         for spec, columns in kept.items():
             stored = layer.get_submodule(spec.name).get_parameter("weight")
             weight_OC = stored.t() if spec.transposed else stored
@@ -108,65 +97,3 @@ def compensate(
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found
-
-
-@contextmanager
-def _gathering(layer: nn.Module, kept: Mapping[LinearSpec, Tensor]) -> Iterator[dict[LinearSpec, Tensor]]:
-    """Sum ``X X_kept^T`` [C, K] over all calls of the layer's linears; float32 products, float64 sums."""
-    grams: dict[LinearSpec, Tensor] = {}
-
-    def hook(spec: LinearSpec) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x_TC = args[0].flatten(0, -2).float()
-            part = (x_TC.T @ x_TC.index_select(1, kept[spec])).double()
-            grams[spec] = grams[spec] + part if spec in grams else part
-
-        return add
-
-    handles = [layer.get_submodule(spec.name).register_forward_pre_hook(hook(spec)) for spec in kept]
-    try:
-        yield grams
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_inputs(
-    model: nn.Module, layers: list[nn.Module], batches: tuple[Tensor, ...]
-) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Keyword arguments of every layer's call, and the first layer's hidden states for each batch."""
-    calls: list[dict[str, Any]] = [{} for _ in layers]
-    hidden: list[Tensor] = []
-
-    def remember(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            if index == 0:
-                hidden.append(args[0] if args else kwargs["hidden_states"])
-                if len(hidden) > 1:
-                    raise _FirstLayerReached
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(remember(index), with_kwargs=True) for index, layer in enumerate(layers)
-    ]
-    try:
-        model(batches[0], use_cache=False)
-        for ids in batches[1:]:
-            with suppress(_FirstLayerReached):
-                model(ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, hidden
-
-
-class _FirstLayerReached(Exception):
-    """Ends a forward pass of which only the first layer's input is wanted."""
-
-
-def _run(layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-    result = layer(hidden, **call)
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output

@@ -22,7 +22,6 @@ STAGES = (
     ("quantize",),
     ("adapters",),
     ("evaluate",),
-    ("export",),
     ("report",),
 )
 RANK = {part: rank for rank, parts in enumerate(STAGES) for part in parts}

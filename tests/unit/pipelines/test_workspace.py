@@ -108,6 +108,7 @@ def test_two_commands_cannot_hold_one_workspace(tmp_path: Path) -> None:
     first, second = Workspace(tmp_path / "run"), Workspace(tmp_path / "run")
     with first.locked():
         first.set_model(MODEL)
+        make(first, "prune", {})
         with pytest.raises(CompressError, match="Another compress command"), second.locked():
             raise AssertionError("entered a held workspace")
     with second.locked():

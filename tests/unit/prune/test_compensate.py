@@ -78,7 +78,9 @@ def test_each_refitted_matrix_beats_cutting_it_off(kind: str) -> None:
 def test_bad_requests_are_refused() -> None:
     model = tiny_model("llama_gqa")
     arch = architecture_of(model.config.to_dict())
-    layer = LayerStructure(kv_groups=torch.arange(1, dtype=torch.int32), channels=torch.arange(8, dtype=torch.int32))
+    layer = LayerStructure(
+        kv_groups=torch.arange(1, dtype=torch.int32), channels=torch.arange(8, dtype=torch.int32)
+    )
     structure = structure_map(arch, [layer] * arch.layers, base_fingerprint="")
     with pytest.raises(UsageError, match="damping"):
         compensate(model, arch, structure, torch.zeros(4, 8, dtype=torch.long), damping=0)

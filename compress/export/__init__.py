@@ -1,1 +1,0 @@
-"""Exporters to other formats."""

@@ -1,0 +1,42 @@
+"""The text of a chain: named sources and files as they are, ``self`` written once by the original model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.pipelines.model_input import device_and_dtype
+from compress.pipelines.stage import Context
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
+
+from compress.data.sources import load_text
+from compress.data.text import Split, Text, plain_text
+from compress.model.load import load_model, load_tokenizer
+
+
+def read_text(context: Context, source: str, split: Split, model: Path) -> Text:
+    """One split of a source.
+
+    ``self`` is written by the chain's original model (by ``model`` where no chain has begun) and kept in the
+    workspace, so that every stage reads the same text.
+    """
+    if source != "self":
+        return load_text(source, split)
+    known, seed = context.workspace.model, context.common.seed
+    kept = context.workspace.root / "text" / f"self-{split}-{seed}.json"
+    if known is not None and kept.is_file():
+        return plain_text("self", split, read_json(kept)["documents"])
+    writer = model if known is None else Path(known["path"])
+    device, dtype = device_and_dtype(context.common)
+    with context.reporter.bar(f"{split} text by the model itself") as progress:
+        text = load_text(
+            "self",
+            split,
+            tokenizer=load_tokenizer(writer),
+            model=load_model(writer, dtype=dtype, device=device),
+            seed=seed,
+            progress=progress,
+        )
+    if known is not None:
+        kept.parent.mkdir(exist_ok=True)
+        write_json(kept, {"format_version": FORMAT_VERSION, "documents": list(text.documents)})
+    return text

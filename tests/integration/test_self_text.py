@@ -1,0 +1,34 @@
+"""``--data self``: the original model writes the text once, and every stage reads that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from compress.pipelines.dispatch import run_verb
+from compress.pipelines.settings import Common
+
+from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("forked_reopen")
+
+
+def test_every_stage_reads_the_text_the_original_model_wrote(tmp_path: Path) -> None:
+    full = tiny_checkpoint("llama_mqa", tmp_path / "full")
+    common = Common(
+        run=tmp_path / "run", model=str(full), data="self", dtype="float32", threads=1, effort="quick"
+    )
+    training = {"steps": 2, "micro_batch": 2, "accumulation": 1, "sequence": 32}
+    pruned = run_verb("prune", common, {"ratio": 0.3, "repair_steps": 0, **training}, quiet=True)["metrics"]
+    trained = run_verb("train", common, training, quiet=True)["metrics"]
+    evaluated = run_verb("eval", common, {"sequence": 32, "windows": 2}, quiet=True)["metrics"]
+
+    assert pruned["data_protocol"]["sha256"] == trained["data_protocol"]["sha256"]
+    held_out = pruned["after"]["protocol"]["sha256"]
+    assert held_out == trained["validation_protocol"]["sha256"] == evaluated["held_out_protocol"]["sha256"]
+    texts = {
+        name: json.loads((tmp_path / "run" / "text" / f"self-{name}-0.json").read_text())["documents"]
+        for name in ("train", "validation", "test")
+    }
+    assert sum(len(set(t)) for t in texts.values()) == len(set().union(*texts.values()))

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compress.pipelines.reporter import Reporter
+from compress.pipelines.settings import Common
+from compress.pipelines.stage import Context, Outcome, run_stage
+from compress.pipelines.workspace import Workspace
+
+from compress.errors import CompressError, UsageError
+
+MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
+
+
+class Chain:
+    """Stages whose work is a file, in one workspace."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.worked: list[str] = []
+
+    def make(self, verb: str, *, fail: BaseException | None = None, **changes: Any) -> Outcome:
+        """Run ``verb`` with the setting ``v``; ``fail`` is raised after the setting's file was written."""
+        v, write = changes.pop("v", 0), changes.pop("write", True)
+        workspace = Workspace(self.root)
+        common = dataclasses.replace(Common(run=self.root, effort="quick"), **changes)
+        context = Context(common=common, workspace=workspace, reporter=Reporter(quiet=True))
+
+        def work(folder: Path) -> Mapping[str, Any]:
+            self.worked.append(verb)
+            if write:
+                with (folder / "artifact").open("a") as file:
+                    file.write(f"{v};")
+            if fail is not None:
+                raise fail
+            return {"v": v}
+
+        if common.dry_run:
+            return run_stage(context, verb, config={"v": v}, inputs={"model": "f0"}, work=work)
+        with workspace.locked():
+            workspace.set_model(MODEL)
+            return run_stage(context, verb, config={"v": v}, inputs={"model": "f0"}, work=work)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return Chain(tmp_path / "run")
+
+
+def test_a_stage_is_made_once(chain: Chain) -> None:
+    made = chain.make("prune")
+    assert made.fresh
+    assert made.stage is not None
+    record = json.loads((chain.root / "01-prune" / "stage.json").read_text())
+    assert (record["verb"], record["config"], record["metrics"]) == ("prune", {"v": 0}, {"v": 0})
+    assert record["effort"] == "quick"
+    assert not (chain.root / "01-prune" / "partial.json").exists()
+    again = chain.make("prune")
+    assert not again.fresh
+    assert chain.worked == ["prune"]
+    assert made.summary() == again.summary()
+
+
+def test_other_settings_need_redo(chain: Chain) -> None:
+    for verb in ("prune", "quantize", "train"):
+        chain.make(verb)
+    with pytest.raises(UsageError, match=r"\(v: 0 -> 1\)"):
+        chain.make("quantize", v=1)
+    chain.make("quantize", v=1, redo=True)
+    assert chain.names == ["01-prune", "02-quantize"]
+    assert (chain.root / "02-quantize" / "artifact").read_text() == "1;"
+
+
+def test_a_redo_that_fails_or_is_interrupted_keeps_the_old_stages(chain: Chain) -> None:
+    for verb in ("prune", "quantize"):
+        chain.make(verb)
+    with pytest.raises(CompressError):
+        chain.make("prune", v=1, redo=True, write=False, fail=CompressError("Bad.", "Mend."))
+    assert chain.names == ["01-prune", "02-quantize"]
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("prune", v=1, redo=True, fail=KeyboardInterrupt())
+    assert chain.names == ["01-prune", "01-prune.partial", "02-quantize"]
+    chain.make("prune", v=1, redo=True)
+    assert chain.names == ["01-prune"]
+    assert (chain.root / "01-prune" / "artifact").read_text() == "1;1;"
+
+
+def test_a_failure_before_any_work_leaves_no_workspace(chain: Chain) -> None:
+    with pytest.raises(CompressError):
+        chain.make("prune", write=False, fail=CompressError("Bad.", "Mend."))
+    assert not chain.root.exists()
+
+
+def test_an_interrupted_stage_goes_on(chain: Chain) -> None:
+    chain.make("prune")
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("quantize", fail=KeyboardInterrupt())
+    assert chain.names == ["01-prune", "02-quantize.partial"]
+    with pytest.raises(UsageError, match=r"unfinished quantize .*\(v: 0 -> 1\)"):
+        chain.make("quantize", v=1)
+    chain.make("quantize")
+    assert (chain.root / "02-quantize" / "artifact").read_text() == "0;0;"
+
+
+def test_stages_are_numbered_in_the_order_they_were_finished(chain: Chain) -> None:
+    chain.make("prune")
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("quantize", fail=KeyboardInterrupt())
+    chain.make("train")
+    chain.make("quantize")
+    assert chain.names == ["01-prune", "02-train", "03-quantize"]
+
+
+def test_dropping_a_stage_drops_the_unfinished_work_after_it(chain: Chain) -> None:
+    chain.make("prune")
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("quantize", fail=KeyboardInterrupt())
+    chain.make("prune", v=1, redo=True)
+    assert chain.names == ["01-prune"]
+
+
+def test_a_folder_left_by_a_killed_run_is_replaced(chain: Chain) -> None:
+    chain.make("prune")
+    (chain.root / "02-quantize").mkdir()
+    (chain.root / "02-quantize" / "artifact").write_text("unlisted")
+    chain.make("quantize")
+    assert (chain.root / "02-quantize" / "artifact").read_text() == "0;"
+
+
+def test_a_newer_measurement_replaces_the_older(chain: Chain) -> None:
+    chain.make("prune")
+    chain.make("eval")
+    chain.make("eval", v=1)
+    assert chain.names == ["01-prune", "03-eval"]
+
+
+def test_a_dry_run_plans_and_does_nothing(chain: Chain) -> None:
+    outcome = chain.make("prune", v=3, dry_run=True)
+    assert outcome.summary() == {"verb": "prune", "config": {"v": 3}}
+    assert not chain.root.exists()
+    chain.make("prune")
+    assert chain.make("prune", dry_run=True).stage is not None
+    assert chain.make("prune", v=1, redo=True, dry_run=True).stage is None
+    assert chain.worked == ["prune"]
