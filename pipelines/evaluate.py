@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +65,16 @@ def evaluate(context: Context, settings: EvalSettings) -> Outcome:
         windows = token_windows(text, tokenizer, length=settings.sequence, count=settings.windows)
         held_out = validation_windows(context, full.path, training_source, length=settings.sequence)
         rows, protocol = [], {}
+        finished = folder / "rows"
+        finished.mkdir(exist_ok=True)
         for entry in entries:
-            done = folder / f"{entry.id[:16]}.json"
+            done = finished / f"{entry.id[:16]}.json"
             if not done.is_file():
                 write_json(done, measure(context, entry, windows, held_out, device, dtype))
             row = read_json(done)
             protocol = row.pop("protocol")
             rows.append(row)
-        for entry in entries:
-            (folder / f"{entry.id[:16]}.json").unlink()
+        shutil.rmtree(finished)
         return {
             "rows": rows,
             "protocol": protocol,
@@ -139,7 +141,7 @@ def measure(
         with context.reporter.bar(f"eval {entry.name}") as progress:
             result = perplexity(network, windows, batch_size=4, progress=progress)
         loss = mean_loss(network, held_out, batch_size=4)
-        speed = throughput(network, windows.ids[:1])
+        speed = throughput(network, windows.ids[:1], decode_tokens=8)
     size = file_bytes(entry.model) + (file_bytes(entry.adapter) if entry.adapter is not None else 0)
     return {
         "format_version": FORMAT_VERSION,

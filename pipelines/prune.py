@@ -192,8 +192,6 @@ def cut_and_repair(
     measured = read_json(cut / "measured.json")
     measured.pop("format_version")
     context.reporter.say(f"prune: {measured['reason']}")
-    for leftover in folder.glob("model*.safetensors*"):
-        leftover.unlink()
     if settings.repair_steps > 0:
         measured["repair"] = repair(context, cut, settings, source, folder, device, dtype)
     else:

@@ -110,10 +110,13 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
 
 def record_allocation(allocation: Allocation, folder: Path) -> None:
     """Write ``allocation.json``; layers that an interrupted run made for other choices are dropped."""
-    path, content = folder / "allocation.json", allocation.to_dict()
-    if path.is_file() and read_json(path)["matrices"] != content["matrices"]:
-        shutil.rmtree(folder / "layers", ignore_errors=True)
-    write_json(path, content)
+    layers, content = folder / "layers", allocation.to_dict()
+    known = layers / "allocation.json"
+    if known.is_file() and read_json(known)["matrices"] != content["matrices"]:
+        shutil.rmtree(layers)
+    layers.mkdir(exist_ok=True)
+    for path in (known, folder / known.name):
+        write_json(path, content)
 
 
 def parse_rank(text: str) -> int | None:

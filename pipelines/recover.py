@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
         del network
         metrics: dict[str, Any] = {"reopened_relative_error": check_reopens(folder, base=full.path)}
         if settings.merge:
+            shutil.rmtree(folder / "merged", ignore_errors=True)
             with context.reporter.bar("merge") as progress:
                 merge_adapter(full.checkpoint, folder, folder / "merged", progress=progress)
             metrics["merged"] = "merged"

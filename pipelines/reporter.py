@@ -64,12 +64,13 @@ class Reporter:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A result table; the first column is left-aligned, the others right-aligned."""
-        table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+        table = Table(show_edge=False, pad_edge=False)
         for i, name in enumerate(header):
             table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self.out.print()
+        self.out.print(escape(title), style="italic")
         self.out.print(table)
 
 

@@ -65,8 +65,9 @@ def run_stage(
         verb: Name of the stage.
         config: Every setting that decides the result; JSON values.
         inputs: Identity of each input by name.
-        work: Writes the artifact into the folder it is given (which may hold the files of an interrupted
-            run of the same request) and returns the metrics.
+        work: Writes the artifact into the folder it is given and returns the metrics. Steps worth keeping when it
+            is interrupted go into sub-folders, which it finds again on the next run of the same request and
+            removes at its end.
 
     Raises:
         UsageError: The stage exists with other settings and ``--redo`` was not given.
@@ -87,7 +88,7 @@ def run_stage(
         show_plan(reporter, verb, config)
         return Outcome(stage=None, fresh=False, plan={"verb": verb, "config": dict(config)})
     partial = workspace.open_partial(verb, config, inputs, redo=context.common.redo)
-    if any(p.name != "partial.json" for p in partial.iterdir()):
+    if any(path.is_dir() for path in partial.iterdir()):
         reporter.say(f"{verb}: going on with the interrupted run in {partial.name}.")
     effort = context.common.effort
     reporter.say(f"{verb}: effort {effort}; {', '.join(f'{k} {v}' for k, v in sorted(config.items()))}")

@@ -203,7 +203,8 @@ class Workspace:
     ) -> Path:
         """The folder to work in: a fresh one, or the interrupted one of the very same request.
 
-        A finished stage of the same verb stays until the new one is complete.
+        In it, sub-folders hold finished steps and are kept; files directly in it are results that may be
+        half-written and are removed. A finished stage of the same verb stays until the new one is complete.
 
         Raises:
             UsageError: An interrupted run of this verb had other settings and ``redo`` is not given.
@@ -214,6 +215,9 @@ class Workspace:
             marker = path / "partial.json"
             known = read_json(marker) if marker.is_file() else {}
             if known.get("id") == wanted:
+                for file in path.iterdir():
+                    if file.is_file() and file != marker:
+                        file.unlink()
                 return path
             if known and not redo:
                 raise UsageError(
@@ -234,8 +238,8 @@ class Workspace:
         return path
 
     def abandon(self, partial: Path) -> None:
-        """Remove an unfinished folder in which nothing worth going on from came to be."""
-        if not any(path.is_file() and path.name != "partial.json" for path in partial.rglob("*")):
+        """Remove an unfinished folder that has no finished step to go on from."""
+        if not any(path.is_file() for path in partial.glob("*/**/*")):
             shutil.rmtree(partial)
 
     def complete(self, partial: Path, record: Mapping[str, Any]) -> Stage:

@@ -12,8 +12,9 @@ import torch
 
 from compress.errors import UsageError
 
-_CHUNK = 1 << 18
-"""Weights handled at a time: the temporaries of one chunk stay in a core's cache."""
+_CHUNK = 1 << 15
+"""Weights handled at a time: the temporaries stay in a core's cache, and torch does not split operations of this
+size among threads, which on busy machines wait for each other far longer than they work."""
 
 
 _MOST_CELLS = 1 << 16

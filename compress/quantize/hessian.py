@@ -35,9 +35,10 @@ class InputStatistics:
 
     def whiten(self, error_OI: Tensor) -> Tensor:
         """``E L``: its squared norm is the squared output error; columns in rounding order."""
-        return torch.linalg.solve_triangular(
+        result: Tensor = torch.linalg.solve_triangular(
             self.upper, error_OI[:, self.order].float(), upper=True, left=False
         )
+        return result
 
     def unwhiten(self, factor_RI: Tensor) -> Tensor:
         """The inverse of :meth:`whiten` for the right factor of a product."""

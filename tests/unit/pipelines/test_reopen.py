@@ -19,11 +19,7 @@ def recorded(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_good_model_reopens_in_a_real_process(recorded: Path) -> None:
-    assert check_reopens(recorded) < 1e-6
-
-
-def test_files_of_the_current_folder_cannot_pose_as_libraries(
+def test_a_real_process_reopens_it_whatever_lies_in_the_current_folder(
     recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('not torch')")

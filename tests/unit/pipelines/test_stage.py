@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,14 @@ class Chain:
         def work(folder: Path) -> Mapping[str, Any]:
             self.worked.append(verb)
             if write:
-                with (folder / "artifact").open("a") as file:
+                (folder / "steps").mkdir(exist_ok=True)
+                with (folder / "steps" / "one").open("a") as file:
                     file.write(f"{v};")
+                (folder / "artifact").write_text((folder / "steps" / "one").read_text())
             if fail is not None:
+                (folder / "half-written").write_text("x")
                 raise fail
+            shutil.rmtree(folder / "steps", ignore_errors=True)
             return {"v": v}
 
         if common.dry_run:
@@ -109,6 +114,7 @@ def test_an_interrupted_stage_goes_on(chain: Chain) -> None:
         chain.make("quantize", v=1)
     chain.make("quantize")
     assert (chain.root / "02-quantize" / "artifact").read_text() == "0;0;"
+    assert not (chain.root / "02-quantize" / "half-written").exists()
 
 
 def test_stages_are_numbered_in_the_order_they_were_finished(chain: Chain) -> None:

@@ -35,9 +35,12 @@ def test_a_stage_appears_only_when_complete(tmp_path: Path) -> None:
     partial = workspace.open_partial("prune", {"ratio": 0.5}, {"model": "f0"}, redo=False)
     assert partial.name == "01-prune.partial"
     assert Workspace(tmp_path / "run").stages == []
+    (partial / "steps").mkdir()
+    (partial / "steps" / "one").write_text("x")
     (partial / "half").write_text("x")
     again = Workspace(tmp_path / "run").open_partial("prune", {"ratio": 0.5}, {"model": "f0"}, redo=False)
-    assert (again / "half").read_text() == "x"
+    assert (again / "steps" / "one").read_text() == "x"
+    assert not (again / "half").exists()
 
 
 def test_chain_is_numbered_and_read_back(tmp_path: Path) -> None:
