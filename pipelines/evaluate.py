@@ -141,7 +141,7 @@ def measure(
         with context.reporter.bar(f"eval {entry.name}") as progress:
             result = perplexity(network, windows, batch_size=4, progress=progress)
         loss = mean_loss(network, held_out, batch_size=4)
-        speed = throughput(network, windows.ids[:1], decode_tokens=8)
+        speed = throughput(network, windows.ids[:1], decode_tokens=8, repeats=2)
     size = file_bytes(entry.model) + (file_bytes(entry.adapter) if entry.adapter is not None else 0)
     return {
         "format_version": FORMAT_VERSION,

@@ -193,7 +193,7 @@ def cut_and_repair(
     measured.pop("format_version")
     context.reporter.say(f"prune: {measured['reason']}")
     if settings.repair_steps > 0:
-        measured["repair"] = repair(context, cut, settings, source, folder, device, dtype)
+        measured["repair"] = repair(context, model, cut, settings, source, folder, device, dtype)
     else:
         for file in cut.iterdir():
             shutil.copyfile(file, folder / file.name)
@@ -276,6 +276,7 @@ def refit_deltas(
 
 def repair(
     context: Context,
+    model: ModelInput,
     cut: Path,
     settings: PruneSettings,
     source: str,
@@ -283,7 +284,10 @@ def repair(
     device: str,
     dtype: Any,
 ) -> dict[str, Any]:
-    """Train a LoRA on the small model and write the merged result into ``folder``."""
+    """Distil the full model into the small one through a LoRA; the merged result goes into ``folder``.
+
+    Distilled, not trained on the text: what the text teaches is left for the adapters that recovery carries over.
+    """
     checkpoint = Checkpoint(cut)
     arch, seed = checkpoint_architecture(checkpoint), context.common.seed
     training = replace(
@@ -301,7 +305,14 @@ def repair(
     )
     work = folder / "repair"
     with context.reporter.bar("repair") as progress:
-        result = fit(adapted, windows, fit_config(training, seed), state_dir=work, progress=progress)
+        result = fit(
+            adapted,
+            windows,
+            fit_config(training, seed),
+            state_dir=work,
+            progress=progress,
+            teacher=load_model(model.path, dtype=dtype, device=device),
+        )
     save_adapter(adapted, work / "adapter", base_name="cut")
     merge_adapter(checkpoint, work / "adapter", folder)
     return training_metrics(result)

@@ -94,6 +94,7 @@ class PruneSettings(TrainingSettings):
             "accumulation": 1,
             "sequence": 128,
             "lr": 1e-3,
+            "dropout": 0.0,
             "repair_steps": 40,
         },
         "standard": {
@@ -147,7 +148,14 @@ class TrainSettings(TrainingSettings):
     method: Literal["lora", "lq"] = "lora"
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 40, "micro_batch": 4, "accumulation": 1, "sequence": 128, "lr": 3e-4},
+        "quick": {
+            "steps": 40,
+            "micro_batch": 4,
+            "accumulation": 1,
+            "sequence": 128,
+            "lr": 3e-4,
+            "dropout": 0.0,
+        },
         "standard": {"steps": 400, "micro_batch": 4, "accumulation": 4, "sequence": 512, "lr": 3e-4},
         "paper": {"steps": 1600, "micro_batch": 2, "accumulation": 64, "sequence": 512, "lr": 3e-4},
     }
@@ -182,7 +190,7 @@ class EvalSettings:
         _check_least(self, sequence=2, windows=1)
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"windows": 20},
+        "quick": {"windows": 12},
         "standard": {"windows": 200},
         "paper": {"windows": 100_000},
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,27 +135,56 @@ class TokenLoss(nn.Module):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
-    def _softcap(self) -> float | None:
+    def softcap(self) -> float | None:
+        """The bound that the model puts on its logits (Gemma 2); None for none."""
         return getattr(self._inner.config, "final_logit_softcapping", None)
+
+    @property
+    def head(self) -> Any:
+        """The module from hidden states to logits."""
+        return self._inner.get_output_embeddings()
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the head is a frozen linear layer without bias."""
+        head = self.head
+        parameters = dict(head.named_parameters())
+        return (
+            type(head) is nn.Linear
+            and list(parameters) == ["weight"]
+            and not parameters["weight"].requires_grad
+        )
+
+    def separable(self, ids_BS: Tensor) -> bool:
+        """Whether ``softcap(head(body(ids)))`` gives the model's own logits; looked at once, on these tokens."""
+        if self._separable is None:
+            self._separable = self._is_separable(ids_BS)
+        return self._separable
+
+    def hidden(self, ids_BS: Tensor) -> Tensor:
+        """Final hidden states [B, S, D]."""
+        states: Tensor = self._inner.get_decoder()(input_ids=ids_BS, use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """The model's own logits [B, S, V]."""
+        logits: Tensor = self._inner(input_ids=ids_BS, use_cache=False).logits
+        return logits
 
     def forward(self, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Sum of the losses (nats, float32 scalar) of one micro batch of ``[B, S]`` ids and labels."""
         target_BT = shifted(labels_BS)
         chosen_BT = target_BT != IGNORED
-        if self._separable is None:
-            self._separable = self._is_separable(ids_BS[:1, :8])
-        if not self._separable:
-            logits_BTV = self._inner(input_ids=ids_BS, use_cache=False).logits[:, :-1]
+        if not self.separable(ids_BS[:1, :8]):
+            logits_BTV = self.logits(ids_BS)[:, :-1]
             return F.cross_entropy(logits_BTV[chosen_BT].float(), target_BT[chosen_BT], reduction="sum")
-        hidden_BSD = self._body()(input_ids=ids_BS, use_cache=False).last_hidden_state
-        head = self._inner.get_output_embeddings()
         return summed_cross_entropy(
-            hidden_BSD[:, :-1][chosen_BT], head, target_BT[chosen_BT], softcap=self._softcap, chunk=self.chunk
+            self.hidden(ids_BS)[:, :-1][chosen_BT],
+            self.head,
+            target_BT[chosen_BT],
+            softcap=self.softcap,
+            chunk=self.chunk,
         )
-
-    def _body(self) -> Callable[..., Any]:
-        body: Callable[..., Any] = self._inner.get_decoder()
-        return body
 
     @torch.no_grad()
     def _is_separable(self, ids_BS: Tensor) -> bool:
@@ -165,8 +193,7 @@ class TokenLoss(nn.Module):
             return False
         was_training = self._inner.training
         self._inner.eval()  # dropout would make the two passes differ
-        own = self._inner(input_ids=ids_BS, use_cache=False).logits
-        hidden = self._body()(input_ids=ids_BS, use_cache=False).last_hidden_state
-        ours = _capped(self._inner.get_output_embeddings()(hidden), self._softcap)
+        own = self.logits(ids_BS)
+        ours = _capped(self.head(self.hidden(ids_BS)), self.softcap)
         self._inner.train(was_training)
         return own.shape == ours.shape and torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3)

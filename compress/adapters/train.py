@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
+from compress.adapters.distill import DistillationLoss
 from compress.adapters.fit_config import FitConfig, learning_rate, window_order
 from compress.adapters.loss import TokenLoss, trained_tokens
 from compress.adapters.state import FitState, load_state, save_state
@@ -76,12 +77,16 @@ def fit(
     state_dir: Path | None = None,
     progress: Progress | None = None,
     validation: Windows | None = None,
+    teacher: nn.Module | None = None,
 ) -> FitResult:
     """Train every parameter of ``model`` that asks for a gradient (the adapters; the base is frozen).
 
     With ``state_dir`` the state is saved every ``config.save_every`` steps, at the end, and on Ctrl-C; the
     same call then goes on from it and ends bit for bit where an uninterrupted run ends. The caller deletes
     the file when the result is safe. The model is left in eval mode.
+
+    With ``teacher`` the loss is the divergence from that model's predictions at the positions that carry a label;
+    validation keeps the labels' own loss.
 
     Raises:
         CompressError: There is nothing to train or to train on, the loss is not finite, the saved state
@@ -94,8 +99,10 @@ def fit(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise CompressError("The model has no parameter to train.", "Attach an adapter first.")
-    run = _Run(model, trained, config)
+    run = _Run(model, trained, config, teacher)
     identity = {**asdict(config), "data": _digest(windows.ids, windows.labels), "parameters": sorted(trained)}
+    if teacher is not None:
+        identity["objective"] = "distillation"
     state = None if state_dir is None else load_state(state_dir, identity)
     if state is not None:
         run.restore(state, hooks)
@@ -157,7 +164,13 @@ def fit(
 class _Run:
     """One model, optimizer and accelerator, wired for ``fit``."""
 
-    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter], config: FitConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        config: FitConfig,
+        teacher: nn.Module | None,
+    ) -> None:
         self.model, self.trained, self.config = model, trained, config
         device = next(iter(trained.values())).device
         self.device = device
@@ -173,7 +186,9 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             list(trained.values()), lr=config.lr, weight_decay=config.weight_decay, foreach=True
         )
-        self.loss, self.prepared = self.accelerator.prepare(TokenLoss(model), self.optimizer)
+        self.token_loss = TokenLoss(model)
+        objective = self.token_loss if teacher is None else DistillationLoss(model, teacher)
+        self.loss, self.prepared = self.accelerator.prepare(objective, self.optimizer)
 
     @contextmanager
     def _compute(self) -> Iterator[None]:
@@ -214,7 +229,7 @@ class _Run:
         total, micro = 0.0, self.config.micro_batch
         with torch.no_grad(), self._compute():
             for ids, labels in zip(windows.ids.split(micro), windows.labels.split(micro), strict=True):
-                total += float(self.loss(ids.to(self.device), labels.to(self.device)))
+                total += float(self.token_loss(ids.to(self.device), labels.to(self.device)))
         return total / trained_tokens(windows.labels)
 
     def tensors(self, hooks: Sequence[StepHook]) -> dict[str, Tensor]:

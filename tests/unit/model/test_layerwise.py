@@ -16,12 +16,12 @@ def test_a_walk_sees_what_the_whole_model_sees(kind: str) -> None:
     ids = torch.randint(0, VOCAB, (7, 24), generator=torch.Generator().manual_seed(0))
     specs = dict.fromkeys(arch.linears)
     seen: dict[str, torch.Tensor] = {}
+    names = [arch.module_name(layer, spec) for layer in range(arch.layers) for spec in arch.linears]
     handles = [
-        model.get_submodule(arch.module_name(layer, spec)).register_forward_pre_hook(
-            lambda module, args, key=arch.module_name(layer, spec): seen.__setitem__(key, args[0].flatten(0, -2))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2))
         )
-        for layer in range(arch.layers)
-        for spec in arch.linears
+        for name in names
     ]
     with torch.no_grad():
         model(ids[:6], use_cache=False)  # the seventh window is no whole batch of three

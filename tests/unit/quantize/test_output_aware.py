@@ -25,7 +25,9 @@ def correlated(columns: int, tokens: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns // 2, generator=generator, dtype=torch.float64)
     noise = torch.randn(columns, tokens, generator=generator, dtype=torch.float64)
-    strength = torch.logspace(-1, 1, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
+    strength = torch.logspace(-1, 1, columns, dtype=torch.float64)[
+        torch.randperm(columns, generator=generator)
+    ]
     hidden = torch.randn(columns // 2, tokens, generator=generator, dtype=torch.float64)
     return strength[:, None] * (mix @ hidden + 0.3 * noise)
 
@@ -71,7 +73,9 @@ def test_columns_that_are_never_fed_do_no_harm() -> None:
     assert bool(input_statistics(torch.zeros(4, 4, dtype=torch.float64)).upper.isfinite().all())
 
 
-def naive_feedback(weight: Tensor, config: QuantConfig, hessian: Tensor, order: Tensor, scales: Tensor) -> Tensor:
+def naive_feedback(
+    weight: Tensor, config: QuantConfig, hessian: Tensor, order: Tensor, scales: Tensor
+) -> Tensor:
     """Optimal brain quantization column by column with an explicit inverse, float64; the weights it stands for."""
     work, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
     table = normal_float_table(config.bits).double()
@@ -140,7 +144,9 @@ def test_feedback_beats_plain_rounding_on_correlated_inputs(seed: int, bits: int
     weight, _, statistics = case(columns=columns, seed=seed)
     config = QuantConfig(bits=bits, block_size=16)
     plain = statistics.output_error(weight - quantize_dequantize(weight, config))
-    assert statistics.output_error(weight - round_with_feedback(weight, config, statistics).dequantize()) < plain
+    assert (
+        statistics.output_error(weight - round_with_feedback(weight, config, statistics).dequantize()) < plain
+    )
 
 
 def test_zero_blocks_and_padding_stay_zero() -> None:
