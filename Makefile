@@ -63,19 +63,21 @@ demo: $(MODEL)
 	mkdir demo
 	unset COMPRESS_RUN
 	cd demo
-	table="$$(printf '%-10s %5d s' install $$(( $$(date +%s) - $(STARTED) )))"
-	stage() {
-	  local from=$$(date +%s)
+	line() { printf '%-10s %5d s of %3d s\n' "$$1" $$(( $$(date +%s) - $$2 )) "$$3"; }
+	table="$$(line install $(STARTED) 130)"
+	stage() {  # seconds allotted, then the command
+	  local allotted=$$1 from=$$(date +%s)
+	  shift
 	  printf '\n$$ compress %s\n' "$$*"
 	  $(BIN)/compress "$$@"
-	  table+="$$(printf '\n%-10s %5d s' "$$1" $$(( $$(date +%s) - from )))"
+	  table+=$$'\n'"$$(line "$$1" $$from $$allotted)"
 	}
-	stage prune --ratio 0.5
-	stage quantize --budget 2.75bit
-	stage recover
-	stage eval
-	stage report
-	printf '\n%s\n%-10s %5d s\n' "$$table" total $$(( $$(date +%s) - $(STARTED) ))
+	stage 130 prune --ratio 0.5
+	stage  65 quantize --budget 2.75bit
+	stage  85 recover
+	stage  65 eval
+	stage   5 report
+	printf '\nSeconds taken, of those allotted\n%s\n%s\n' "$$table" "$$(line total $(STARTED) 480)"
 	echo "Report: $$(find "$$PWD/compress-run" -maxdepth 1 -name '*.html')"
 
 test: lint types $(MODEL)
