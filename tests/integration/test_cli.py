@@ -471,19 +471,37 @@ def test_a_real_process_refuses_and_says_why(tmp_path: Path, model: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def listen_to_ctrl_c() -> None:
+    """What a terminal's children do; those of a job in the background are born deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_a_run_that_can_go_on(tmp_path: Path, model: Path, text_file: Path) -> None:
     command = [sys.executable, "-m", "compress", *TRAIN, "--steps", "100000", "--model", str(model)]
     command += ["--data", str(text_file), "--dtype", "float32", "--effort", "quick"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
-    )
     partial = tmp_path / "compress-run" / "01-train.partial"
-    deadline = time.monotonic() + 120
-    while not list(partial.glob("training/*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        preexec_fn=listen_to_ctrl_c,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while (
+                not list(partial.glob("training/*"))
+                and process.poll() is None
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert err.endswith("error: Interrupted.\nFinished work is kept: the same command goes on from here.\n")
     assert list(partial.glob("training/*"))
