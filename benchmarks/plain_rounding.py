@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from compress.data.sources import default_source
+from compress.model.checkpoint import Checkpoint, checkpoint_architecture
+from compress.model.load import load_model
 from compress.pipelines.measure import validation_perplexity, validation_windows
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import Workspace
-
-from compress.data.sources import default_source
-from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.model.load import load_model
 from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import QuantConfig
 

@@ -25,7 +25,6 @@ from typing import Any
 from compress.benchmarks.plain_rounding import plain_rounding_perplexity
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
-
 from compress.quantize.config import QuantConfig
 
 NF3 = QuantConfig(bits=3)

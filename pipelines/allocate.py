@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
+from compress.errors import CompressError, UsageError
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
-from compress.solvers.budget import Budget
-from compress.solvers.problem import Problem
-from compress.solvers.solve import SOLVERS, solve
-from torch import Tensor
-
-from compress.errors import CompressError, UsageError
 from compress.quantize.config import FACTOR_8BIT, QuantConfig
 from compress.quantize.decompose import factor_bits
 from compress.quantize.error_table import RANKS, ErrorTable, error_table, menu, offered_ranks
 from compress.quantize.hessian import InputStatistics
 from compress.quantize.output_aware import output_error_table
+from compress.solvers.budget import Budget
+from compress.solvers.problem import Problem
+from compress.solvers.solve import SOLVERS, solve
 
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""

@@ -94,6 +94,7 @@ def prepare_torch(common: Common) -> None:
         UsageError: See ``device_and_dtype``.
     """
     import torch
+
     from compress.pipelines.model_input import device_and_dtype
 
     if common.threads is not None:

@@ -8,13 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.measure import WINDOWS, check_length, validation_windows
-from compress.pipelines.model_input import ModelInput, device_and_dtype, original
-from compress.pipelines.reporter import human_bytes, human_count
-from compress.pipelines.settings import EvalSettings
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.text import read_text
-from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from transformers import PreTrainedModel
 
 from compress.adapters.attach import load_adapter
@@ -25,6 +18,13 @@ from compress.evaluate.memory import PeakMemory, file_bytes
 from compress.evaluate.perplexity import mean_loss, perplexity
 from compress.evaluate.protocol import protocol_line
 from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.measure import WINDOWS, check_length, validation_windows
+from compress.pipelines.model_input import ModelInput, device_and_dtype, original
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.settings import EvalSettings
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.text import read_text
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compress.pipelines.measure import calibration_windows
-from compress.pipelines.model_input import ModelInput
-from compress.pipelines.settings import QuantizeSettings
-from compress.pipelines.stage import Context
 from torch import Tensor
 
 from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.load import load_model
+from compress.pipelines.measure import calibration_windows
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.settings import QuantizeSettings
+from compress.pipelines.stage import Context
 from compress.quantize.hessian import InputStatistics, input_statistics
 
 SHARED_INPUT = {

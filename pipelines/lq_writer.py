@@ -8,17 +8,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.allocate import Allocation, Choice, read_matrix
-from compress.pipelines.hessian_walk import HessianWalk
-from compress.pipelines.model_input import ModelInput
-from compress.pipelines.settings import QuantizeSettings
-from compress.pipelines.stage import Context
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
+from compress.pipelines.allocate import Allocation, Choice, read_matrix
+from compress.pipelines.hessian_walk import HessianWalk
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.settings import QuantizeSettings
+from compress.pipelines.stage import Context
 from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors
 from compress.quantize.config import FACTOR_8BIT
 from compress.quantize.decompose import decompose

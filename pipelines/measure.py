@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress.pipelines.model_input import ModelInput
-from compress.pipelines.settings import TrainingSettings
-from compress.pipelines.stage import Context
-from compress.pipelines.text import read_text
 from transformers import PreTrainedModel
 
 from compress.data.windows import Windows, token_windows
@@ -23,6 +19,10 @@ from compress.evaluate.protocol import protocol_line
 from compress.model.checkpoint import Checkpoint
 from compress.model.config import build_config
 from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.settings import TrainingSettings
+from compress.pipelines.stage import Context
+from compress.pipelines.text import read_text
 
 WINDOWS = {"quick": 8, "standard": 32, "paper": 64}
 LENGTH = 512

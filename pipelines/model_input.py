@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress.pipelines.settings import Common
-from compress.pipelines.stage import Context
 
 from compress.errors import CompressError, UsageError
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import EMBEDDED, preferred_dtype, resolve
+from compress.pipelines.settings import Common
+from compress.pipelines.stage import Context
 
 HUB_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """The public name of an embedded model, for adapters that must name their base."""

@@ -8,20 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.measure import (
-    calibration_windows,
-    check_length,
-    training_windows,
-    validation_perplexity,
-    validation_windows,
-)
-from compress.pipelines.model_input import ModelInput, current, device_and_dtype
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
-from compress.pipelines.reporter import human_bytes, human_count
-from compress.pipelines.settings import PruneSettings
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.training import fit_config, training_metrics
-from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,6 +22,20 @@ from compress.importance.base import GroupScores, create_criterion
 from compress.model.architecture import resized_config
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
 from compress.model.load import load_model
+from compress.pipelines.measure import (
+    calibration_windows,
+    check_length,
+    training_windows,
+    validation_perplexity,
+    validation_windows,
+)
+from compress.pipelines.model_input import ModelInput, current, device_and_dtype
+from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.settings import PruneSettings
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.training import fit_config, training_metrics
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from compress.prune.compensate import compensate
 from compress.prune.controller import PruneController
 from compress.prune.schedule import PruningSchedule

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.data.sources import default_source
+from compress.errors import UsageError
+from compress.model.checkpoint import Checkpoint, require_dense
+from compress.model.load import load_model
 from compress.pipelines.allocate import (
     Allocation,
     allocate,
@@ -25,11 +29,6 @@ from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.workspace import read_json, write_json
 from compress.solvers.budget import parse_budget
-
-from compress.data.sources import default_source
-from compress.errors import UsageError
-from compress.model.checkpoint import Checkpoint, require_dense
-from compress.model.load import load_model
 
 
 def quantize(context: Context, settings: QuantizeSettings) -> Outcome:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+
+from compress.errors import UsageError
 from compress.pipelines.report import report
 from compress.pipelines.settings import EFFORTS, VERBS, Common, as_type, check_name, resolve
 from compress.pipelines.stage import Context, settings_dict, show_plan
-
-from compress.errors import UsageError
 
 FOLDER = Path(__file__).parent / "recipes"
 SHARED_KEYS = ("model", "data", "effort", "seed", "dtype", "device")

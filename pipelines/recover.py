@@ -7,12 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, open_model, original
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
-from compress.pipelines.reporter import human_count
-from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.train import train
 from peft import PeftModel
 
 from compress.adapters.merge import merge_adapter
@@ -20,6 +14,12 @@ from compress.adapters.recover import recover_adapter
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import require_dense
 from compress.model.load import load_model
+from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, open_model, original
+from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reporter import human_count
+from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.train import train
 from compress.structure import FILE_NAME, StructureMap, full_layer, structure_map
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compress.pipelines.stage import Context
-
 from compress.errors import UsageError
+from compress.pipelines.stage import Context
 from compress.report.page import write_report
 
 

@@ -13,11 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from compress.errors import UsageError
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace, differences, stage_id
-
-from compress.errors import UsageError
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy")
 

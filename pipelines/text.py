@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.pipelines.model_input import device_and_dtype
-from compress.pipelines.stage import Context
-from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
-
 from compress.data.sources import load_text
 from compress.data.text import Split, Text, plain_text
 from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.model_input import device_and_dtype
+from compress.pipelines.stage import Context
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 
 
 def read_text(context: Context, source: str, split: Split, model: Path) -> Text:

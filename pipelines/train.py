@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.adapters.attach import attach_factors, attach_lora, load_adapter, save_adapter
+from compress.adapters.train import fit
+from compress.data.sources import default_source
+from compress.errors import UsageError
+from compress.model.load import load_model
 from compress.pipelines.measure import check_length, training_windows, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.training import fit_config, training_metrics
-
-from compress.adapters.attach import attach_factors, attach_lora, load_adapter, save_adapter
-from compress.adapters.train import fit
-from compress.data.sources import default_source
-from compress.errors import UsageError
-from compress.model.load import load_model
 
 
 def train(context: Context, settings: TrainSettings) -> Outcome:

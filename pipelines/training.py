@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.pipelines.settings import TrainingSettings
-
 from compress.adapters.train import FitConfig, FitResult
+from compress.pipelines.settings import TrainingSettings
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises; at most 100 steps (LoRAM, arXiv 2502.13533, §4)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from compress.solvers.backend import Answer
 from compress.solvers.pareto import Items
 from compress.solvers.problem import Ints

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from compress.solvers.pareto import Items
 from compress.solvers.problem import Floats, Ints
 

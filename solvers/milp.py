@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
 from compress.solvers.backend import Answer
 from compress.solvers.pareto import Items
 from compress.solvers.problem import Floats, Ints
 from compress.solvers.quiet import native_output_discarded
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 FEASIBILITY_TOLERANCE = 1e-6
 """HiGHS and CBC accept a constraint missed by this much."""

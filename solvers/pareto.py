@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from compress.solvers.problem import Floats, Ints, Problem
 
 

@@ -8,12 +8,12 @@ import shutil
 
 import numpy as np
 import pulp
+
+from compress.errors import CompressError
 from compress.solvers.backend import Answer
 from compress.solvers.milp import binary_program
 from compress.solvers.pareto import Items
 from compress.solvers.problem import Ints
-
-from compress.errors import CompressError
 
 
 def solve_cbc(items: Items, start: Ints, multiplier: float, *, time_limit: float, gap: float) -> Answer:

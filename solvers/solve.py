@@ -7,13 +7,13 @@ import time
 from typing import cast
 
 import numpy as np
+
+from compress.errors import CompressError, UsageError
 from compress.solvers.backend import Backend
 from compress.solvers.core import search
 from compress.solvers.lagrangian import Relaxation, complete, narrow, relax, sort_twins
 from compress.solvers.pareto import Items, reduce
 from compress.solvers.problem import Ints, Problem, Solution, Status, relative_gap
-
-from compress.errors import CompressError, UsageError
 
 SOLVERS: dict[str, str | None] = {
     "highs": "compress.solvers.milp:solve_highs",

@@ -11,14 +11,14 @@ import pytest
 import torch
 import typer
 import yaml
-from compress.pipelines.recipe import read_recipe, shipped
-from compress.pipelines.settings import EFFORTS, VERBS, resolve
-from compress.solvers.solve import SOLVERS
 
 from compress.__main__ import app
 from compress.data.sources import SOURCES
 from compress.importance import CRITERIA
 from compress.model.family import FAMILIES
+from compress.pipelines.recipe import read_recipe, shipped
+from compress.pipelines.settings import EFFORTS, VERBS, resolve
+from compress.solvers.solve import SOLVERS
 from tests.sources import ROOT
 from tests.tiny import tiny_model
 from tests.unit.prune.common import model_architecture

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.workspace import Workspace
-
 from compress.structure import FILE_NAME as STRUCTURE
 from compress.structure import StructureMap
 from tests.fresh import ForkServer

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
-
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("forked_reopen")

@@ -7,33 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from compress.pipelines.dispatch import run_verb
-from compress.pipelines.settings import Common
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compress
 from compress.errors import CompressError, UsageError
+from compress.pipelines.settings import Common
 from compress.structure import StructureMap
+from tests.integration.common import TRAINING, assert_recorded, logits, run
 from tests.tiny import tiny_checkpoint
 
-TRAINING = {
-    "steps": 4,
-    "micro_batch": 2,
-    "accumulation": 1,
-    "sequence": 32,
-    "lr": 1e-3,
-    "rank": 4,
-    "alpha": 8,
-}
 MLP = ("mlp.c_fc", "mlp.c_proj")
 
 pytestmark = pytest.mark.usefixtures("forked_reopen")
-
-
-def run(verb: str, common: Common, **given: Any) -> dict[str, Any]:
-    return run_verb(verb, common, given, quiet=True)
 
 
 def chain(tmp_path: Path, text_file: Path) -> Common:
@@ -45,17 +32,6 @@ def chain(tmp_path: Path, text_file: Path) -> Common:
 
 def opened(path: Path | str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        result: torch.Tensor = model(ids, use_cache=False).logits[:, -1].float()
-    return result
-
-
-def assert_recorded(model: Any, folder: Path) -> None:
-    record = load_file(folder / "logits.safetensors")
-    torch.testing.assert_close(logits(model, record["input_ids"]), record["logits"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "lq"])

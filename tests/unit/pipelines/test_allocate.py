@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compress.pipelines.allocate import limit_in_bits, matrices_of, plain_rounding, ranks_for
-from compress.pipelines.model_input import ModelInput
-from compress.pipelines.settings import QuantizeSettings, resolve
-from compress.solvers.budget import parse_budget
 
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
+from compress.pipelines.allocate import limit_in_bits, matrices_of, plain_rounding, ranks_for
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.settings import QuantizeSettings, resolve
 from compress.quantize.error_table import error_table, menu
+from compress.solvers.budget import parse_budget
 from tests.tiny import tiny_checkpoint
 
 

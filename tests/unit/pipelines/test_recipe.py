@@ -3,13 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
+from compress.errors import UsageError
 from compress.pipelines.recipe import apply_shared, read_recipe, run_recipe, shipped
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import VERBS, Common
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import Workspace
-
-from compress.errors import UsageError
 
 
 def write(tmp_path: Path, text: str) -> str:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.pipelines.reopen import RECORD, check_ids, check_reopens, record_logits
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
 from compress.model.load import load_model
+from compress.pipelines.reopen import RECORD, check_ids, check_reopens, record_logits
 from tests.tiny import tiny_checkpoint
 
 

@@ -3,6 +3,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress.errors import UsageError
 from compress.pipelines.settings import (
     EFFORTS,
     VERBS,
@@ -14,10 +18,6 @@ from compress.pipelines.settings import (
     as_type,
     resolve,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from compress.errors import UsageError
 
 
 def test_given_beats_effort_beats_default() -> None:

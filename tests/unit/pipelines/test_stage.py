@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from compress.errors import CompressError, UsageError
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context, Outcome, run_stage
 from compress.pipelines.workspace import Workspace
-
-from compress.errors import CompressError, UsageError
 
 MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
 

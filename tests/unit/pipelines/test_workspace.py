@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compress.pipelines.workspace import Workspace, differences, read_json, stage_id, write_json
 
 from compress.errors import CompressError, UsageError
+from compress.pipelines.workspace import Workspace, differences, read_json, stage_id, write_json
 
 MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
 

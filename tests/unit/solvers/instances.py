@@ -6,8 +6,9 @@ import itertools
 from fractions import Fraction
 
 import numpy as np
-from compress.solvers.problem import Problem
 from hypothesis import strategies as st
+
+from compress.solvers.problem import Problem
 
 
 def problem(

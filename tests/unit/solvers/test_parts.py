@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from compress.errors import UsageError
 from compress.solvers.budget import parse_budget
 from compress.solvers.core import search
 from compress.solvers.dynamic import LEVELS, solve_dynamic
@@ -12,11 +17,6 @@ from compress.solvers.milp import solve_highs
 from compress.solvers.pareto import Items, reduce, undominated
 from compress.solvers.problem import Problem, relative_gap
 from compress.solvers.pulp_cbc import solve_cbc
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
-from scipy.optimize import linprog
-
-from compress.errors import UsageError
 from tests.unit.solvers.instances import brute_force, model_like, problem, trade_offs
 
 

@@ -7,12 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from compress.solvers.problem import Problem
-from compress.solvers.solve import SOLVERS, solve
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from compress.errors import CompressError, UsageError
+from compress.solvers.problem import Problem
+from compress.solvers.solve import SOLVERS, solve
 from tests.unit.solvers.instances import brute_force, model_like, problem, problems, trade_offs
 
 EXACT = ["highs", "cbc", "dynamic"]
