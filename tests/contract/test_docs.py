@@ -97,7 +97,7 @@ def test_nothing_is_described_that_is_not_there() -> None:
     known = {option for command in commands().values() for p in command.params for option in p.opts}
     known |= {"--help", "--install-completion", "--show-completion"}
     documents = "\n".join(text for name, text in TEXT.items() if name != "development.md")
-    foreign = {"--no-deps"}  # pip's
+    foreign = {"--no-deps", "--quick"}  # pip's and the benchmarks'
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", documents)) - foreign <= known
 
 
