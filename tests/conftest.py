@@ -38,3 +38,12 @@ def fork_server() -> Iterator[ForkServer]:
 def forked_reopen(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages reopen what they wrote in a fork with stock libraries, not in a process that imports them anew."""
     monkeypatch.setattr("compress.pipelines.reopen.run_fresh", fork_server.run)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from a second thread and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -114,6 +114,18 @@ def offered_ranks(shape: tuple[int, int], ranks: Sequence[int] = RANKS) -> tuple
     return tuple(sorted({0} | {r for r in ranks if 0 < r < min(shape) / 2}))
 
 
+def stored_bits(
+    shape: tuple[int, int],
+    configs: Sequence[QuantConfig],
+    ranks: Sequence[int],
+    factor_config: QuantConfig | None,
+) -> npt.NDArray[np.int64]:
+    """Stored bits of a matrix of ``shape`` for every configuration and rank, factors included, int64 [C, R]."""
+    sizes = np.asarray([config.storage_bits(shape) for config in configs], dtype=np.int64)
+    extra = np.asarray([factor_bits(shape, rank, factor_config) for rank in ranks], dtype=np.int64)
+    return sizes[:, None] + extra[None, :]
+
+
 def error_table(
     weight: torch.Tensor,
     configs: Sequence[QuantConfig],
@@ -154,14 +166,12 @@ def error_table(
         ratios = measure(wide, configs, offered, factor_config, seed)
         for at, config in enumerate(configs):
             errors[at] *= ratios(config, float(plain[at]))
-    sizes = np.asarray([c.storage_bits(shape) for c in configs], dtype=np.int64)
-    extra = np.asarray([factor_bits(shape, rank, factor_config) for rank in offered], dtype=np.int64)
     return ErrorTable(
         shape=shape,
         configs=tuple(configs),
         ranks=offered,
         errors=errors,
-        bits=sizes[:, None] + extra[None, :],
+        bits=stored_bits(shape, configs, offered, factor_config),
         weight_norm=squared_norm(wide),
         method=DECOMPOSED if effort == "paper" else ESTIMATE,
     )

@@ -19,12 +19,11 @@ from compress.quantize.config import FACTOR_8BIT, QuantConfig
 from compress.quantize.decompose import (
     Decomposition,
     Factor,
-    factor_bits,
     read_factor,
     squared_norm,
     store_factor,
 )
-from compress.quantize.error_table import RANKS, ErrorTable, offered_ranks
+from compress.quantize.error_table import RANKS, ErrorTable, offered_ranks, stored_bits
 from compress.quantize.hessian import InputStatistics
 from compress.quantize.lowrank import truncated_svd
 from compress.quantize.rounding import round_with_feedback
@@ -134,14 +133,12 @@ def output_error_table(
         )
         if total > 0:
             left = np.array([1.0 - (float(energy[r - 1]) / total if r else 0.0) for r in offered])
-    sizes = np.asarray([c.storage_bits(shape) for c in configs], dtype=np.int64)
-    extra = np.asarray([factor_bits(shape, rank, factor_config) for rank in offered], dtype=np.int64)
     return ErrorTable(
         shape=shape,
         configs=tuple(configs),
         ranks=offered,
         errors=plain[:, None] * left[None, :],
-        bits=sizes[:, None] + extra[None, :],
+        bits=stored_bits(shape, configs, offered, factor_config),
         weight_norm=statistics.output_error(wide),
         method=METHOD,
     )

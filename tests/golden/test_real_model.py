@@ -54,7 +54,6 @@ def test_perplexity_of_the_dequantized_model_in_float32(
     folder: Path, dequantized: dict[str, torch.Tensor]
 ) -> None:
     """The golden value is of the GGUF's own values; the cached checkpoint rounds them to bfloat16."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder), dtype=torch.float32
@@ -76,7 +75,6 @@ def test_perplexity_of_the_dequantized_model_in_float32(
     independent = float(torch.cat(losses).mean().exp())
     assert ours.value == pytest.approx(independent, rel=1e-5)
     whole = perplexity(model, token_windows(text, tokenizer, length=512, count=40), batch_size=4)
-    torch.set_num_threads(threads)
     assert whole.value == pytest.approx(PERPLEXITY_512, abs=0.002)
 
 
