@@ -1,4 +1,4 @@
-"""StructureMap: which KV groups and MLP channels of every layer are kept, as explicit indices."""
+"""StructureMap: which KV groups, query heads and MLP channels of every layer are kept, as explicit indices."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compress.errors import CompressError
-from compress.model.architecture import Architecture, LinearSpec
+from compress.model.architecture import Architecture, LayerShape, LinearSpec
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+"""Version 2 added query heads and layers that keep nothing; version 1 files are read as they are."""
 FILE_NAME = "structure.safetensors"
 
 ROW_ROLES = frozenset({"q", "k", "v", "gate", "up", "qkv", "gate_up"})
@@ -24,20 +25,33 @@ ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o"})
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerStructure:
-    """What one decoder layer keeps.
+    """What one decoder layer keeps. An empty list means that the attention, or the MLP, is gone.
 
     Attributes:
         kv_groups: Kept KV groups, int32 [n], strictly increasing indices into the original key/value heads.
         channels: Kept MLP channels, int32 [c], strictly increasing indices into the original channels.
+        query_heads: Kept query heads, int32, strictly increasing indices into the original query heads, the
+            same number in every kept KV group and none in the others; None: all of the kept KV groups.
     """
 
     kv_groups: torch.Tensor
     channels: torch.Tensor
+    query_heads: torch.Tensor | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerStructure):
             return NotImplemented
-        return torch.equal(self.kv_groups, other.kv_groups) and torch.equal(self.channels, other.channels)
+        if (self.query_heads is None) != (other.query_heads is None):
+            return False
+        return (
+            torch.equal(self.kv_groups, other.kv_groups)
+            and torch.equal(self.channels, other.channels)
+            and (
+                self.query_heads is None
+                or other.query_heads is None
+                or torch.equal(self.query_heads, other.query_heads)
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,17 +87,56 @@ class StructureMap:
                         f"The kept {label} of layer {index} {fault}.",
                         "Prune again: the structure does not belong to this model.",
                     )
+            if fault := self._query_fault(layer):
+                raise CompressError(
+                    f"The kept query heads of layer {index} {fault}.",
+                    "Prune again: the structure does not belong to this model.",
+                )
 
     @property
-    def uniform(self) -> tuple[int, int] | None:
-        """(KV heads, channels) kept in every layer, or None when the layers differ in size."""
-        sizes = {(len(layer.kv_groups), len(layer.channels)) for layer in self.layers}
-        return sizes.pop() if len(sizes) == 1 else None
+    def queries_per_group(self) -> int:
+        """Query heads of one KV group of the original model."""
+        return self.heads // self.kv_heads
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """How much every layer keeps."""
+        return tuple(
+            LayerShape(
+                kv_heads=len(layer.kv_groups),
+                queries=self.queries_per_group
+                if layer.query_heads is None or len(layer.kv_groups) == 0
+                else len(layer.query_heads) // len(layer.kv_groups),
+                channels=len(layer.channels),
+            )
+            for layer in self.layers
+        )
+
+    @property
+    def uniform(self) -> LayerShape | None:
+        """What every layer keeps, or None when the layers differ in size or one has lost a whole branch."""
+        sizes = set(self.shapes)
+        shape = sizes.pop()
+        return shape if not sizes and shape.kv_heads and shape.channels else None
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing was pruned."""
-        return self.uniform == (self.kv_heads, self.channels)
+        return self.uniform == LayerShape(
+            kv_heads=self.kv_heads, queries=self.queries_per_group, channels=self.channels
+        )
+
+    def _query_fault(self, layer: LayerStructure) -> str:
+        if layer.query_heads is None:
+            return ""
+        if len(layer.kv_groups) == 0:
+            return "" if len(layer.query_heads) == 0 else "belong to no KV group"
+        if fault := _index_fault(layer.query_heads, self.heads):
+            return fault
+        groups, counts = (layer.query_heads // self.queries_per_group).unique(return_counts=True)
+        if not torch.equal(groups.int(), layer.kv_groups) or len(counts.unique()) != 1:
+            return "are not the same number in every kept KV group"
+        return ""
 
     def check_matches(self, arch: Architecture) -> None:
         """Raise CompressError unless the map was made for a model of ``arch``'s sizes."""
@@ -96,11 +149,13 @@ class StructureMap:
             )
 
     def save(self, path: Path) -> None:
-        """Write ``layers.{i}.kv_groups`` and ``layers.{i}.channels``, the sizes as metadata."""
+        """Write ``layers.{i}.kv_groups``, ``.channels`` and ``.query_heads`` (where given), sizes as metadata."""
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):  # clones: layers may share a tensor, safetensors may not
             tensors[f"layers.{index}.kv_groups"] = layer.kv_groups.clone()
             tensors[f"layers.{index}.channels"] = layer.channels.clone()
+            if layer.query_heads is not None:
+                tensors[f"layers.{index}.query_heads"] = layer.query_heads.clone()
         metadata = {
             "format": "compress-structure",
             "format_version": FORMAT_VERSION,
@@ -132,7 +187,7 @@ class StructureMap:
             raise CompressError(f"{path} is not a safetensors file ({error}).", remedy) from error
         if metadata.get("format") != "compress-structure":
             raise CompressError(f"{path} is not a structure file.", remedy)
-        if metadata.get("format_version") != FORMAT_VERSION:
+        if metadata.get("format_version") not in ("1", FORMAT_VERSION):
             raise CompressError(
                 f"{path} has format version {metadata.get('format_version')}, not {FORMAT_VERSION}.",
                 "Use the version of compress that wrote it, or prune again.",
@@ -142,12 +197,15 @@ class StructureMap:
         ]
         count = 0 if missing else int(metadata["layers"])
         expected = {f"layers.{i}.{kind}" for i in range(count) for kind in ("kv_groups", "channels")}
-        if missing or expected != set(tensors):
+        optional = {f"layers.{i}.query_heads" for i in range(count)}
+        if missing or expected != set(tensors) - optional:
             raise CompressError(f"{path} is incomplete.", remedy)
         return cls(
             layers=tuple(
                 LayerStructure(
-                    kv_groups=tensors[f"layers.{i}.kv_groups"], channels=tensors[f"layers.{i}.channels"]
+                    kv_groups=tensors[f"layers.{i}.kv_groups"],
+                    channels=tensors[f"layers.{i}.channels"],
+                    query_heads=tensors.get(f"layers.{i}.query_heads"),
                 )
                 for i in range(count)
             ),
@@ -183,17 +241,31 @@ def full_layer(arch: Architecture) -> LayerStructure:
     )
 
 
+def full_shape(arch: Architecture) -> LayerShape:
+    """The layer shape that keeps everything."""
+    return LayerShape(kv_heads=arch.kv_heads, queries=arch.queries_per_group, channels=arch.channels)
+
+
+def kept_heads(arch: Architecture, layer: LayerStructure) -> torch.Tensor:
+    """Kept query heads, int64, also where the layer leaves them to its KV groups."""
+    if layer.query_heads is not None:
+        return layer.query_heads.long()
+    return _blocks(layer.kv_groups, arch.queries_per_group)
+
+
 def kept_rows(arch: Architecture, spec: LinearSpec, layer: LayerStructure) -> torch.Tensor | None:
     """Kept output rows of a linear of the original model, int64 [rows]; None when all rows stay.
 
-    Rows of q are all query heads of the kept KV groups; a fused linear keeps the rows of each of its parts.
+    Rows of q are the kept query heads; a fused linear keeps the rows of each of its parts.
     """
     if spec.role not in ROW_ROLES:
         return None
     if spec.role in ATTENTION_ROLES:
-        if len(layer.kv_groups) == arch.kv_heads:
+        heads = kept_heads(arch, layer)
+        all_heads, all_groups = len(heads) == arch.heads, len(layer.kv_groups) == arch.kv_heads
+        if all_heads if spec.role in ("q", "qkv") else all_groups:
             return None
-        queries = _blocks(layer.kv_groups, arch.queries_per_group * arch.head_dim)
+        queries = _blocks(heads, arch.head_dim)
         keys = _blocks(layer.kv_groups, arch.head_dim)
         if spec.role == "q":
             return queries
@@ -210,8 +282,9 @@ def kept_rows(arch: Architecture, spec: LinearSpec, layer: LayerStructure) -> to
 
 def kept_columns(arch: Architecture, spec: LinearSpec, layer: LayerStructure) -> torch.Tensor | None:
     """Kept input columns of a linear of the original model, int64 [columns]; None when all columns stay."""
-    if spec.role == "o" and len(layer.kv_groups) < arch.kv_heads:
-        return _blocks(layer.kv_groups, arch.queries_per_group * arch.head_dim)
+    if spec.role == "o":
+        heads = kept_heads(arch, layer)
+        return None if len(heads) == arch.heads else _blocks(heads, arch.head_dim)
     if spec.role == "down" and len(layer.channels) < arch.channels:
         return layer.channels.long()
     return None
@@ -226,7 +299,7 @@ def _index_fault(kept: torch.Tensor, size: int) -> str:
     if kept.dim() != 1 or kept.dtype != torch.int32:
         return "are not a list of int32 indices"
     if len(kept) == 0:
-        return "are none"
+        return ""
     if bool((kept[1:] <= kept[:-1]).any()):
         return "are not sorted"
     if int(kept[0]) < 0 or int(kept[-1]) >= size:

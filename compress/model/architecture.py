@@ -8,11 +8,12 @@ from typing import Any
 from compress.errors import CompressError
 from compress.model.config import build_config, refuse_experts, refuse_quantized
 from compress.model.family import Role, family_of
-from compress.model.layout import Architecture, LinearSpec, expected_shapes
+from compress.model.layout import Architecture, LayerShape, LinearSpec, expected_shapes
 from compress.model.resize import accepted_kv_heads, resized_config
 
 __all__ = [
     "Architecture",
+    "LayerShape",
     "LinearSpec",
     "Role",
     "accepted_kv_heads",

@@ -26,6 +26,21 @@ class LinearSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """How much one decoder layer keeps; 0 KV groups or 0 channels means that the whole branch is gone.
+
+    Attributes:
+        kv_heads: KV groups.
+        queries: Query heads in each of them.
+        channels: MLP channels.
+    """
+
+    kv_heads: int
+    queries: int
+    channels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """Sizes and names of a dense decoder whose layers all have the same shapes.
 
