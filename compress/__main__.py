@@ -204,28 +204,83 @@ def _complain(cause: str, remedy: str) -> None:
 @_verb("prune", TRAINS, EVERYWHERE)
 def prune(
     ratio: Annotated[
-        float | None, typer.Option(help="Fraction of the decoder linear parameters to remove.")
+        float | None, typer.Option(help="Fraction of the decoder linear parameters to remove (default 0.5).")
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="Importance: lora, magnitude or random.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Instead of a ratio: parameters of the result, such as 80M.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Instead of a ratio: weight bytes of the result, such as 150MB or 0.5GiB."),
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="Importance: obs, lora, taylor, wanda, flap, magnitude or random.")
+    ] = None,
+    criterion_options: Annotated[
+        str | None, typer.Option(help="Options of the criterion, such as element=abs,momentum=0.8.")
+    ] = None,
     targets: Annotated[str | None, typer.Option(help="What may go: heads, mlp, or heads,mlp.")] = None,
+    head_unit: Annotated[
+        str | None,
+        typer.Option(
+            help="group: whole KV groups; query: as many query heads from every group; auto: what hurts less."
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform: all layers alike, loads everywhere; local, global or allocated: layers differ, "
+            "loads with compress.load_model."
+        ),
+    ] = None,
     multiple: Annotated[
         int | None,
         typer.Option(help="Channel counts are multiples of this (default 64, less on tiny models)."),
     ] = None,
+    skip_first: Annotated[
+        int | None, typer.Option(help="Shape local: first layers left whole (default: a tenth).")
+    ] = None,
+    skip_last: Annotated[int | None, typer.Option(help="Shape local: last layers left whole.")] = None,
+    ratio_of: Annotated[
+        str | None,
+        typer.Option(help="Shape local: model: the whole loses the ratio; layers: each pruned layer does."),
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Shape allocated: highs, cbc, dynamic or lagrangian.")
+    ] = None,
+    one_shot: Annotated[
+        bool | None, typer.Option("--one-shot", help="Score during training, prune once at its end.")
+    ] = None,
+    int8: Annotated[
+        bool | None, typer.Option("--int8", help="Hold the frozen weights in 8 bit while training scores.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that scoring without training and the refit read.")
+    ] = None,
     repair: Annotated[
         str | None,
         typer.Option(
-            help="refit: o and down are refitted to the full model; lora: the scoring adapter is folded in."
+            help="refit: o and down are refitted to the full model; bias: the mean of what is removed is added; "
+            "lora: the scoring adapter is folded in; none."
         ),
     ] = None,
-    refit_tokens: Annotated[int | None, typer.Option(help="Calibration tokens of the refit.")] = None,
     repair_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of repair training after the cut.")
     ] = None,
     repair_lr: Annotated[float | None, typer.Option(help="Peak learning rate of repair training.")] = None,
     repair_rank: Annotated[int | None, typer.Option(help="Adapter rank of repair training.")] = None,
+    repair_loss: Annotated[
+        str | None,
+        typer.Option(help="distill: towards the full model's predictions; text: towards the text; both."),
+    ] = None,
+    repair_features: Annotated[
+        float | None, typer.Option(help="Weight of the hidden states in distillation; 0 leaves them out.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Prune and repair in so many rounds of equal shares.")
+    ] = None,
 ) -> None:
-    """Remove attention heads and MLP channels; writes a plain, smaller checkpoint."""
+    """Remove attention heads and MLP channels and repair the rest; writes a smaller checkpoint."""
 
 
 @_verb("quantize", EVERYWHERE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,23 @@ from safetensors.torch import save_file
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, LayerShape, LinearSpec
+from compress.model.layout import ATTENTION_ROLES
+
+__all__ = [
+    "ATTENTION_ROLES",
+    "FILE_NAME",
+    "FORMAT_VERSION",
+    "ROW_ROLES",
+    "LayerShape",
+    "LayerStructure",
+    "StructureMap",
+    "full_layer",
+    "full_shape",
+    "kept_columns",
+    "kept_heads",
+    "kept_rows",
+    "structure_map",
+]
 
 FORMAT_VERSION = "2"
 """Version 2 added query heads and layers that keep nothing; version 1 files are read as they are."""
@@ -19,8 +36,6 @@ FILE_NAME = "structure.safetensors"
 
 ROW_ROLES = frozenset({"q", "k", "v", "gate", "up", "qkv", "gate_up"})
 """Roles whose output rows belong to groups; the others ("o", "down") have their input columns in groups."""
-ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o"})
-"""Roles cut by whole KV groups; the others are cut by MLP channels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -192,13 +207,14 @@ class StructureMap:
                 f"{path} has format version {metadata.get('format_version')}, not {FORMAT_VERSION}.",
                 "Use the version of compress that wrote it, or prune again.",
             )
-        missing = [
-            key for key in ("layers", "heads", "kv_heads", "head_dim", "channels") if key not in metadata
-        ]
-        count = 0 if missing else int(metadata["layers"])
+        sizes = {
+            key: metadata.get(key, "") for key in ("layers", "heads", "kv_heads", "head_dim", "channels")
+        }
+        whole = all(value.isdecimal() and int(value) > 0 for value in sizes.values())
+        count = int(sizes["layers"]) if whole else 0
         expected = {f"layers.{i}.{kind}" for i in range(count) for kind in ("kv_groups", "channels")}
         optional = {f"layers.{i}.query_heads" for i in range(count)}
-        if missing or expected != set(tensors) - optional:
+        if not whole or expected != set(tensors) - optional or int(sizes["heads"]) % int(sizes["kv_heads"]):
             raise CompressError(f"{path} is incomplete.", remedy)
         return cls(
             layers=tuple(
@@ -209,10 +225,10 @@ class StructureMap:
                 )
                 for i in range(count)
             ),
-            heads=int(metadata["heads"]),
-            kv_heads=int(metadata["kv_heads"]),
-            head_dim=int(metadata["head_dim"]),
-            channels=int(metadata["channels"]),
+            heads=int(sizes["heads"]),
+            kv_heads=int(sizes["kv_heads"]),
+            head_dim=int(sizes["head_dim"]),
+            channels=int(sizes["channels"]),
             base_fingerprint=metadata.get("base_fingerprint", ""),
             family=metadata.get("family", ""),
         )
@@ -231,6 +247,38 @@ def structure_map(
         base_fingerprint=base_fingerprint,
         family=arch.family,
     )
+
+
+def composed(first: StructureMap, then: StructureMap) -> StructureMap:
+    """One structure for pruning a model by ``first`` and the result by ``then``.
+
+    Raises:
+        CompressError: ``then`` was not made for what ``first`` leaves.
+    """
+    left = first.uniform
+    sizes = (left.kv_heads, left.kv_heads * left.queries, left.channels) if left is not None else None
+    if sizes != (then.kv_heads, then.heads, then.channels) or len(first.layers) != len(then.layers):
+        raise CompressError(
+            "The second structure was not made for what the first one leaves.", "Prune the model again."
+        )
+    layers = []
+    for outer, inner in zip(first.layers, then.layers, strict=True):
+        heads = _heads_of(outer, first.queries_per_group)
+        kept = heads[_heads_of(inner, then.queries_per_group)]
+        groups = outer.kv_groups[inner.kv_groups.long()]
+        whole = len(kept) == len(groups) * first.queries_per_group
+        layers.append(
+            LayerStructure(
+                kv_groups=groups,
+                channels=outer.channels[inner.channels.long()],
+                query_heads=None if whole else kept.int(),
+            )
+        )
+    return replace(first, layers=tuple(layers))
+
+
+def _heads_of(layer: LayerStructure, queries: int) -> torch.Tensor:
+    return layer.query_heads.long() if layer.query_heads is not None else _blocks(layer.kv_groups, queries)
 
 
 def full_layer(arch: Architecture) -> LayerStructure:

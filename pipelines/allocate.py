@@ -110,11 +110,11 @@ def matrices_of(model: ModelInput) -> list[Matrix]:
             layer=layer,
             module=arch.module_name(layer, linear),
             tensor=arch.tensor_name(layer, linear),
-            shape=arch.linear_shape(linear),
+            shape=arch.at(layer).linear_shape(linear),
             transposed=linear.transposed,
         )
         for layer in range(arch.layers)
-        for linear in arch.linears
+        for linear in arch.linears_at(layer)
     ]
 
 

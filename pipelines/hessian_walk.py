@@ -61,20 +61,20 @@ class HessianWalk:
     def statistics(self, layer: int) -> dict[str, InputStatistics]:
         """Module name -> statistics of its inputs, for every linear of ``layer``."""
         first: dict[str, LinearSpec] = {}
-        for spec in self._arch.linears:
+        for spec in self._arch.linears_at(layer):
             first.setdefault(SHARED_INPUT.get(spec.role, spec.name), spec)
         with gathered_grams(self._walk.layers[layer], dict.fromkeys(first.values())) as grams:
             self._walk.look(layer)
         found = {name: input_statistics(grams[spec]) for name, spec in first.items()}
         return {
             self._arch.module_name(layer, spec): found[SHARED_INPUT.get(spec.role, spec.name)]
-            for spec in self._arch.linears
+            for spec in self._arch.linears_at(layer)
         }
 
     @torch.no_grad()
     def advance(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """Go on to the next layer, through this one as it is or with the weights given by module name [out, in]."""
-        for spec in self._arch.linears:
+        for spec in self._arch.linears_at(layer):
             name = self._arch.module_name(layer, spec)
             if weights is not None and name in weights:
                 parameter = self._network.get_parameter(f"{name}.weight")

@@ -12,6 +12,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
+from compress.model.checkpoint import read_config
+from compress.model.uneven import is_uneven
+
+STOCK = "AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32, local_files_only=True).eval()"
+OURS = "compress.load_model({base!r}, dtype=torch.float32)"
 
 RECORD = "logits.safetensors"
 TOLERANCE = 1e-4
@@ -24,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 logging.disable_progress_bar()
 from safetensors.torch import load_file
-model = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32, local_files_only=True).eval()
+model = {loader}
 {adapter}
 record = load_file({record!r})
 with torch.inference_mode():
@@ -59,7 +64,8 @@ def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: boo
         folder: A model, or an adapter when ``base`` is given.
         base: The model that the adapter is for.
         needs_compress: The model is an LQ checkpoint, which opens after ``import compress``; everything
-            else must open with stock libraries alone.
+            else must open with stock libraries alone, but for models whose layers differ in size: those open
+            with `compress.load_model`.
 
     Returns:
         Largest absolute difference over the largest absolute recorded logit.
@@ -67,9 +73,10 @@ def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: boo
     Raises:
         CompressError: It does not open, or gives other logits.
     """
+    uneven = is_uneven(read_config(base or folder))
     script = SCRIPT.format(
-        imports="import compress" if needs_compress else "",
-        base=str(base or folder),
+        imports="import compress" if needs_compress or uneven else "",
+        loader=(OURS if uneven else STOCK).format(base=str(base or folder)),
         adapter=(
             f"from peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {str(folder)!r}).eval()"
             if base is not None

@@ -62,29 +62,70 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneSettings(TrainingSettings):
-    """Settings of ``prune``: scoring while the masks close, then repair of what is left.
+    """Settings of ``prune``: how much, which groups, and repair of what is left.
 
-    The effort ``paper`` has LoRAPrune's own values (arXiv 2305.18403 §4): the adapter that scored is folded in
-    and there is no other repair.
+    ``steps``, ``lr``, ``rank``, ``alpha`` and ``dropout`` are those of the training in which the criterion ``lora``
+    scores, or in which any criterion's masks close when ``repair`` is ``lora``. The effort ``paper`` has LoRAPrune's
+    own values (arXiv 2305.18403 §4): local shapes, the adapter that scored is folded in, no other repair.
     """
 
-    ratio: float = 0.5
-    criterion: str = "lora"
+    ratio: float | None = None
+    params: str | None = None
+    size: str | None = None
+    criterion: str = "obs"
+    criterion_options: str = ""
     targets: str = "heads,mlp"
+    head_unit: Literal["auto", "group", "query"] = "auto"
+    shape: Literal["uniform", "local", "global", "allocated"] = "uniform"
     multiple: int | None = None
-    repair: Literal["refit", "lora"] = "refit"
-    refit_tokens: int = 8192
+    skip_first: int | None = None
+    skip_last: int = 1
+    ratio_of: Literal["model", "layers"] = "model"
+    solver: str = "highs"
+    one_shot: bool = False
+    int8: bool = False
+    calibration_tokens: int
+    repair: Literal["refit", "bias", "lora", "none"] = "refit"
     repair_steps: int = 0
     repair_lr: float = 2e-3
     repair_rank: int = 16
+    repair_loss: Literal["distill", "text", "both"] = "distill"
+    repair_features: float = 0.0
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         TrainingSettings.__post_init__(self)
-        _check_least(self, multiple=1, refit_tokens=1, repair_steps=0, repair_rank=1)
+        _check_least(
+            self,
+            multiple=1,
+            calibration_tokens=1,
+            repair_steps=0,
+            repair_rank=1,
+            rounds=1,
+            skip_first=0,
+            skip_last=0,
+        )
         _check_positive(self, "repair_lr")
-        if not 0 < self.ratio < 1:
+        given = [f"--{name}" for name in ("ratio", "params", "size") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} are given together.", "Give one of them.")
+        if self.ratio is not None and not 0 < self.ratio < 1:
             raise UsageError(
                 f"--ratio {self.ratio} is not between 0 and 1.", "Give the fraction to remove, such as 0.5."
+            )
+        if not 0 <= self.repair_features < math.inf:
+            raise UsageError(
+                f"--repair-features {self.repair_features} is no weight.", "Give 0 or more, such as 0.1."
+            )
+        if self.repair_features > 0 and self.repair_loss == "text":
+            raise UsageError(
+                "--repair-features compares with the full model, and --repair-loss text does not.",
+                "Give --repair-loss distill or both.",
+            )
+        if self.rounds > 1 and (self.shape != "uniform" or self.repair == "bias"):
+            raise UsageError(
+                f"Pruning in {self.rounds} rounds needs plain models in between.",
+                "Give --shape uniform and another repair than bias, or --rounds 1.",
             )
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
@@ -95,6 +136,7 @@ class PruneSettings(TrainingSettings):
             "sequence": 128,
             "lr": 1e-3,
             "dropout": 0.0,
+            "calibration_tokens": 16_384,
             "repair_steps": 40,
         },
         "standard": {
@@ -103,16 +145,21 @@ class PruneSettings(TrainingSettings):
             "accumulation": 4,
             "sequence": 512,
             "lr": 3e-4,
-            "refit_tokens": 131_072,
+            "calibration_tokens": 131_072,
             "repair_steps": 400,
             "repair_lr": 5e-4,
         },
         "paper": {
+            "criterion": "lora",
+            "shape": "local",
+            "ratio_of": "layers",
+            "head_unit": "group",
             "steps": 1600,
             "micro_batch": 2,
             "accumulation": 64,
             "sequence": 512,
             "lr": 1e-4,
+            "calibration_tokens": 131_072,
             "repair": "lora",
         },
     }

@@ -149,17 +149,21 @@ def _lq_linear(model: nn.Module, name: str) -> LQLinear:
 
 def _target_modules(arch: Architecture, targets: Sequence[str] | None) -> list[str]:
     """Names of the modules to adapt, in layer order."""
-    known = {
-        label: spec for spec in arch.linears for label in (spec.role, spec.name, spec.name.rpartition(".")[2])
-    }
-    chosen = list(arch.linears) if targets is None else [known[t] for t in targets if t in known]
+    there = [spec for spec in arch.linears if any(spec in arch.linears_at(i) for i in range(arch.layers))]
+    known = {label: spec for spec in there for label in (spec.role, spec.name, spec.name.rpartition(".")[2])}
+    chosen = there if targets is None else [known[t] for t in targets if t in known]
     unknown = [t for t in targets or () if t not in known and not (t == "lm_head" and not arch.tied)]
     if unknown:
-        offered = ", ".join(spec.role for spec in arch.linears) + ("" if arch.tied else ", lm_head")
+        offered = ", ".join(spec.role for spec in there) + ("" if arch.tied else ", lm_head")
         raise UsageError(
             f"This model has no adapter target {', '.join(unknown)}.", f"Choose among {offered}."
         )
-    names = [arch.module_name(layer, spec) for layer in range(arch.layers) for spec in dict.fromkeys(chosen)]
+    names = [
+        arch.module_name(layer, spec)
+        for layer in range(arch.layers)
+        for spec in dict.fromkeys(chosen)
+        if spec in arch.linears_at(layer)
+    ]
     return names + [arch.lm_head.removesuffix(".weight")] * ("lm_head" in (targets or ()))
 
 

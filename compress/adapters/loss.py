@@ -145,6 +145,11 @@ class TokenLoss(nn.Module):
         return self._inner.get_output_embeddings()
 
     @property
+    def body(self) -> Any:
+        """The module from ids to hidden states; None where the model does not tell."""
+        return self._inner.get_decoder() if hasattr(self._inner, "get_decoder") else None
+
+    @property
     def plain_head(self) -> bool:
         """Whether the head is a frozen linear layer without bias."""
         head = self.head

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from compress.adapters.factors import difference_factors, recompress, scatter_ro
 from compress.errors import CompressError, UsageError
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
+from compress.model.uneven_config import refuse_uneven
 from compress.progress import Progress
 from compress.structure import StructureMap, kept_columns, kept_rows
 
@@ -115,6 +117,8 @@ def recover_adapter(
     if compress_rank is not None and compress_rank < 1:
         raise UsageError(f"The rank {compress_rank} is not positive.", "Give a rank of at least 1.")
     structure.check_matches(arch_full)
+    if not structure.is_identity:
+        refuse_uneven(arch_full)
     places = _places(arch_full, structure)
     found: dict[str, _Recovered] = {}
     with AdapterFile(small_adapter) as small:
@@ -132,6 +136,9 @@ def recover_adapter(
             raise CompressError(f"The adapter {small_adapter} has no LoRA factors.", "Train a LoRA.")
         config = {**small.config, "base_model_name_or_path": full_name, "revision": None}
         config["fan_in_fan_out"] = transposed
+        gone = replace(arch_full, layer_shapes=structure.shapes).gone()
+        if gone:
+            config["exclude_modules"] = _excluding(config.get("exclude_modules"), gone)
     if compress_rank is not None or any(r.difference for r in found.values()):
         config |= _plain_start({module: r.scaling for module, r in found.items()})
     write_adapter(out, config, tensors)
@@ -186,14 +193,15 @@ def _recover_module(small: AdapterFile, module: str, place: _Place, compress_ran
 
 def _places(arch: Architecture, structure: StructureMap) -> dict[str, _Place]:
     """Module -> its place, for the decoder linears."""
+    pruned = not structure.is_identity
     return {
         arch.module_name(index, spec): _Place(
-            shape=arch.linear_shape(spec),
-            rows=kept_rows(arch, spec, layer),
-            columns=kept_columns(arch, spec, layer),
+            shape=arch.at(index).linear_shape(spec),
+            rows=kept_rows(arch, spec, layer) if pruned else None,
+            columns=kept_columns(arch, spec, layer) if pruned else None,
         )
         for index, layer in enumerate(structure.layers)
-        for spec in arch.linears
+        for spec in arch.linears_at(index)
     }
 
 
@@ -262,6 +270,14 @@ def _plain_start(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
         "eva_config": None,
         "lora_ga_config": None,
     }
+
+
+def _excluding(before: Any, gone: tuple[str, ...]) -> Any:
+    """PEFT's ``exclude_modules``, with what lies in ``gone``: the full model has it, the adapter does not."""
+    inside = [rf"{re.escape(name)}\..*" for name in gone]
+    if isinstance(before, str):
+        return "|".join([f"(?:{before})", *inside])
+    return "|".join([*(rf"(?:.*\.)?{re.escape(name)}" for name in before or ()), *inside])
 
 
 def _relative(lost: float, norm: float) -> float:

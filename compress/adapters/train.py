@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
-from compress.adapters.distill import DistillationLoss
+from compress.adapters.distill import Distillation, DistillationLoss
 from compress.adapters.fit_config import FitConfig, learning_rate, window_order
 from compress.adapters.loss import TokenLoss, trained_tokens
 from compress.adapters.state import FitState, load_state, save_state
@@ -25,7 +25,7 @@ from compress.errors import CompressError
 from compress.model.load import preferred_dtype
 from compress.progress import Progress
 
-__all__ = ["FitConfig", "FitResult", "StatefulHook", "StepHook", "fit"]
+__all__ = ["Distillation", "FitConfig", "FitResult", "StatefulHook", "StepHook", "fit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def fit(
     state_dir: Path | None = None,
     progress: Progress | None = None,
     validation: Windows | None = None,
-    teacher: nn.Module | None = None,
+    distillation: Distillation | None = None,
 ) -> FitResult:
     """Train every parameter of ``model`` that asks for a gradient (the adapters; the base is frozen).
 
@@ -85,8 +85,8 @@ def fit(
     same call then goes on from it and ends bit for bit where an uninterrupted run ends. The caller deletes
     the file when the result is safe. The model is left in eval mode.
 
-    With ``teacher`` the loss is the divergence from that model's predictions at the positions that carry a label;
-    validation keeps the labels' own loss.
+    With ``distillation`` the loss compares with a teacher at the positions that carry a label; validation keeps the
+    labels' own loss.
 
     Raises:
         CompressError: There is nothing to train or to train on, the loss is not finite, the saved state
@@ -99,10 +99,10 @@ def fit(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise CompressError("The model has no parameter to train.", "Attach an adapter first.")
-    run = _Run(model, trained, config, teacher)
+    run = _Run(model, trained, config, distillation)
     identity = {**asdict(config), "data": _digest(windows.ids, windows.labels), "parameters": sorted(trained)}
-    if teacher is not None:
-        identity["objective"] = "distillation"
+    if distillation is not None:
+        identity["objective"] = ["distillation", distillation.text_share, distillation.feature_weight]
     state = None if state_dir is None else load_state(state_dir, identity)
     if state is not None:
         run.restore(state, hooks)
@@ -169,7 +169,7 @@ class _Run:
         model: nn.Module,
         trained: Mapping[str, nn.Parameter],
         config: FitConfig,
-        teacher: nn.Module | None,
+        distillation: Distillation | None,
     ) -> None:
         self.model, self.trained, self.config = model, trained, config
         device = next(iter(trained.values())).device
@@ -187,7 +187,7 @@ class _Run:
             list(trained.values()), lr=config.lr, weight_decay=config.weight_decay, foreach=True
         )
         self.token_loss = TokenLoss(model)
-        objective = self.token_loss if teacher is None else DistillationLoss(model, teacher)
+        objective = self.token_loss if distillation is None else DistillationLoss(model, distillation)
         self.loss, self.prepared = self.accelerator.prepare(objective, self.optimizer)
 
     @contextmanager

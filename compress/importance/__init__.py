@@ -7,6 +7,8 @@ from typing import Any
 from compress.registry import Registry
 
 CRITERIA: Registry[type[Any]] = Registry(
-    "criterion", "compress.importance", helpers=("base", "modules", "reduce")
+    "criterion",
+    "compress.importance",
+    helpers=("activations", "base", "collect", "modules", "moments", "reduce", "surgeon"),
 )
 """Name -> subclass of :class:`compress.importance.base.Criterion`; listing the names imports no torch."""

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from compress.errors import CompressError, UsageError
 from compress.importance import CRITERIA
 from compress.model.architecture import Architecture
+
+Needs = Literal["weights", "adapters", "gradients", "activations", "moments"]
+"""What a criterion looks at; see :attr:`Criterion.needs`."""
+
+Loss = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+"""``loss(model, ids_BS)``: the summed next-token loss of one batch, a scalar."""
+
+PARTS = ("kv_groups", "channels", "query_heads")
+RISES = ("attention", "channels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,44 +30,91 @@ class LayerScores:
     Attributes:
         kv_groups: float64 [kv_heads]; zeros where the attention cannot be pruned.
         channels: float64 [channels]; zeros where the MLP cannot be pruned.
+        query_heads: float64 [heads], rows of q and columns of o only; ranks the heads inside a KV group.
     """
 
     kv_groups: torch.Tensor
+    channels: torch.Tensor
+    query_heads: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerRise:
+    """Predicted rise of the loss, in nats per token, when one layer keeps only so much; one scale for all layers.
+
+    Attributes:
+        attention: float64 [kv_heads + 1, queries per group + 1], for keeping k KV groups with q query heads each;
+            with k = 0 or q = 0 the attention is gone.
+        channels: float64 [channels + 1], for keeping c channels.
+    """
+
+    attention: torch.Tensor
     channels: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupScores:
-    """Importance of every group of a model, on the CPU."""
+    """Importance of every group of a model, on the CPU.
+
+    Attributes:
+        layers: Scores that rank groups.
+        rises: What the ranked groups cost, where it was measured: one entry per layer.
+    """
 
     layers: tuple[LayerScores, ...]
+    rises: tuple[LayerRise, ...] | None = None
 
     @property
     def finite(self) -> bool:
         """Whether no score is infinite or not a number."""
-        return all(
-            bool(part.isfinite().all()) for layer in self.layers for part in (layer.kv_groups, layer.channels)
-        )
+        return all(bool(score.isfinite().all()) for score in self.to_tensors().values())
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """``layers.{i}.kv_groups`` and ``layers.{i}.channels``, for a safetensors file."""
-        tensors = {}
-        for index, layer in enumerate(self.layers):
-            tensors[f"layers.{index}.kv_groups"] = layer.kv_groups
-            tensors[f"layers.{index}.channels"] = layer.channels
-        return tensors
+        """``layers.{i}.kv_groups``, ``.channels`` and ``.query_heads``, for a safetensors file.
+
+        Measured rises are ``rises.{i}.attention`` and ``.channels``.
+        """
+        found = {
+            f"layers.{index}.{part}": getattr(layer, part)
+            for index, layer in enumerate(self.layers)
+            for part in PARTS
+        }
+        for index, rise in enumerate(self.rises or ()):
+            found |= {f"rises.{index}.{part}": getattr(rise, part) for part in RISES}
+        return found
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> GroupScores:
-        """The inverse of :meth:`to_tensors`; other names are ignored."""
+        """The inverse of :meth:`to_tensors`; other names are ignored.
+
+        Raises:
+            CompressError: The scores of a layer are incomplete, as those of an earlier version are.
+        """
         count = sum(name.startswith("layers.") and name.endswith(".kv_groups") for name in tensors)
+        for name in (f"layers.{index}.{part}" for index in range(count) for part in PARTS):
+            if name not in tensors:
+                raise CompressError(f"The importance scores lack {name}.", "Score the model again.")
         return cls(
             layers=tuple(
-                LayerScores(
-                    kv_groups=tensors[f"layers.{index}.kv_groups"],
-                    channels=tensors[f"layers.{index}.channels"],
-                )
+                LayerScores(**{part: tensors[f"layers.{index}.{part}"] for part in PARTS})
                 for index in range(count)
+            ),
+            rises=tuple(
+                LayerRise(**{part: tensors[f"rises.{index}.{part}"] for part in RISES})
+                for index in range(count)
+            )
+            if "rises.0.attention" in tensors
+            else None,
+        )
+
+    def combine(
+        self, other: GroupScores, rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> GroupScores:
+        """``rule(mine, other's)`` of every vector of scores."""
+        return GroupScores(
+            layers=tuple(
+                LayerScores(**{part: rule(getattr(mine, part), getattr(its, part)) for part in PARTS})
+                for mine, its in zip(self.layers, other.layers, strict=True)
             )
         )
 
@@ -91,8 +147,16 @@ class Criterion(ABC):
         config: Settings; ``config_type`` says of which class.
     """
 
-    requires_training: ClassVar[bool]
-    """True: observe once per optimizer step, with gradients. False: observe once, no gradients needed."""
+    needs: ClassVar[Needs]
+    """What must be there when ``observe`` is called.
+
+    weights: nothing else; observe once.
+    adapters: gradients of a LoRA in training; observe once per optimizer step.
+    gradients: gradients of the decoder linears' weights (:func:`compress.importance.collect.collect`).
+    moments: calibration text, which the criterion reads by itself
+        (:class:`compress.importance.obs.ObsCriterion`).
+    activations: forward passes under ``watching`` (:class:`compress.importance.activations.ActivationCriterion`).
+    """
     config_type: ClassVar[type[CriterionConfig]] = CriterionConfig
 
     def __init__(self, arch: Architecture, config: CriterionConfig | None = None) -> None:
@@ -102,34 +166,42 @@ class Criterion(ABC):
         """Observations taken in."""
         self.skipped_steps = 0
         """Observations left out because a score was not finite."""
+        self._scores: GroupScores | None = None
 
     @abstractmethod
     def observe(self, model: torch.nn.Module) -> None:
-        """Take in ``model`` (plain or wrapped by PEFT), with its gradients when ``requires_training``."""
+        """Take in ``model`` (plain or wrapped by PEFT), with what ``needs`` says."""
 
-    @abstractmethod
     def scores(self) -> GroupScores:
         """The scores of everything observed so far.
 
         Raises:
             CompressError: Nothing (finite) was observed.
         """
+        if self._scores is None:
+            raise CompressError(
+                f"There are no importance scores: {self.steps} steps were seen, "
+                f"{self.skipped_steps} of them not finite.",
+                "Score more steps, or check that the loss is finite (lower learning rate, other data).",
+            )
+        return self._scores
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs to go on exactly as if it had not been interrupted."""
-        return {"steps": torch.tensor(self.steps), "skipped_steps": torch.tensor(self.skipped_steps)}
+        state = {"steps": torch.tensor(self.steps), "skipped_steps": torch.tensor(self.skipped_steps)}
+        return state if self._scores is None else state | self._scores.to_tensors()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.steps = int(state["steps"])
         self.skipped_steps = int(state["skipped_steps"])
+        self._scores = GroupScores.from_tensors(state) if "layers.0.kv_groups" in state else None
 
-    def _nothing_observed(self) -> CompressError:
-        return CompressError(
-            f"There are no importance scores: {self.steps} steps were seen, "
-            f"{self.skipped_steps} of them not finite.",
-            "Score more steps, or check that the loss is finite (lower learning rate, other data).",
-        )
+    def _counted(self, found: GroupScores) -> bool:
+        """Count one observation; False, and counted as skipped, when its scores are not finite."""
+        self.steps += 1
+        self.skipped_steps += not found.finite
+        return found.finite
 
 
 def create_criterion(name: str, arch: Architecture, *, seed: int = 0, **options: Any) -> Criterion:

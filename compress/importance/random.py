@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from compress.importance import CRITERIA
-from compress.importance.base import Criterion, GroupScores, LayerScores
+from compress.importance.base import Criterion, GroupScores, LayerScores, Needs
 
 
 @CRITERIA.register("random")
 class RandomCriterion(Criterion):
     """Uniform scores in [0, 1) under ``config.seed``, the same for every model of one architecture."""
 
-    requires_training: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "weights"
 
     def observe(self, model: nn.Module) -> None:
         """Count the observation; the model does not matter."""
@@ -24,12 +24,16 @@ class RandomCriterion(Criterion):
     def scores(self) -> GroupScores:
         """Scores drawn from a generator of their own: equal at every call."""
         generator = torch.Generator().manual_seed(self.config.seed)
+
+        def draw(count: int) -> torch.Tensor:
+            return torch.rand(count, generator=generator, dtype=torch.float64)
+
+        sizes = [self.arch.at(layer) for layer in range(self.arch.layers)]
+        units = [(draw(size.kv_heads), draw(size.channels)) for size in sizes]
+        heads = [draw(size.heads) for size in sizes]  # last: the units are drawn the same without them
         return GroupScores(
             layers=tuple(
-                LayerScores(
-                    kv_groups=torch.rand(self.arch.kv_heads, generator=generator, dtype=torch.float64),
-                    channels=torch.rand(self.arch.channels, generator=generator, dtype=torch.float64),
-                )
-                for _ in range(self.arch.layers)
+                LayerScores(kv_groups=kv_groups, channels=channels, query_heads=query_heads)
+                for (kv_groups, channels), query_heads in zip(units, heads, strict=True)
             )
         )

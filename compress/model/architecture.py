@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from compress.errors import CompressError
@@ -10,6 +11,7 @@ from compress.model.config import build_config, refuse_experts, refuse_quantized
 from compress.model.family import Role, family_of
 from compress.model.layout import Architecture, LayerShape, LinearSpec, expected_shapes
 from compress.model.resize import accepted_kv_heads, resized_config
+from compress.model.uneven import is_uneven, layer_shapes, plain_config
 
 __all__ = [
     "Architecture",
@@ -26,6 +28,8 @@ __all__ = [
 def architecture_of(config: Mapping[str, Any], names: Iterable[str] | None = None) -> Architecture:
     """Read the architecture from a config.json's content; families without a declaration are traced.
 
+    The layers of an uneven model (see `compress.model.uneven`) are in ``layer_shapes``.
+
     Args:
         config: The content of config.json.
         names: Tensor names of the checkpoint; when given, every expected linear must be among them.
@@ -35,7 +39,7 @@ def architecture_of(config: Mapping[str, Any], names: Iterable[str] | None = Non
             dense decoder that can be understood, or tensors are missing. The sentence names what is missing.
     """
     refuse_quantized(config)
-    built = build_config(config)
+    built = build_config(plain_config(config))
     refuse_experts(built)
     family = family_of(str(built.model_type))
     if family is None:
@@ -69,6 +73,13 @@ def architecture_of(config: Mapping[str, Any], names: Iterable[str] | None = Non
             f"The config has {architecture.heads} query heads for {architecture.kv_heads} key/value heads.",
             "Use a model whose query heads divide evenly among the key/value heads.",
         )
+    if is_uneven(config):
+        full = LayerShape(
+            kv_heads=architecture.kv_heads,
+            queries=architecture.queries_per_group,
+            channels=architecture.channels,
+        )
+        architecture = replace(architecture, layer_shapes=layer_shapes(config, full, architecture.layers))
     if names is not None:
         _check_names(architecture, frozenset(names))
     return architecture
@@ -78,9 +89,11 @@ def _check_names(arch: Architecture, names: frozenset[str]) -> None:
     required = [arch.embedding] if arch.tied else [arch.embedding, arch.lm_head]
     surplus: list[str] = []
     for layer in range(arch.layers):
+        here = arch.linears_at(layer)
         for linear in arch.linears:
-            required.append(arch.tensor_name(layer, linear))
-            (required if linear.bias else surplus).append(arch.tensor_name(layer, linear, "bias"))
+            weight, bias = arch.tensor_name(layer, linear), arch.tensor_name(layer, linear, "bias")
+            (required if linear in here else surplus).append(weight)
+            (required if linear in here and linear.bias else surplus).append(bias)
     missing = [name for name in required if name not in names]
     if missing:
         raise CompressError(
@@ -91,6 +104,6 @@ def _check_names(arch: Architecture, names: frozenset[str]) -> None:
     unknown = [name for name in surplus if name in names]
     if unknown:
         raise CompressError(
-            f"The checkpoint holds {unknown[0]!r}, but its config declares no such bias.",
+            f"The checkpoint holds {unknown[0]!r}, but its config declares no such tensor.",
             "Use a checkpoint whose config.json belongs to its weights.",
         )

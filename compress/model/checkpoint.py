@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointWriter",
     "checkpoint_architecture",
     "copy_side_files",
+    "read_config",
     "require_dense",
 ]
 
@@ -64,7 +65,7 @@ class Checkpoint:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.config: dict[str, Any] = _read_config(self.path)
+        self.config: dict[str, Any] = read_config(self.path)
         self._entries = _read_entries(self.path)
         self.names: tuple[str, ...] = tuple(self._entries)
         self._fingerprint: str | None = None
@@ -165,7 +166,12 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / templates.name / file.name)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a model folder's config.json.
+
+    Raises:
+        CompressError: It is no model folder, or the file is no JSON object.
+    """
     if not path.is_dir():
         raise CompressError(
             f"There is no model folder {str(path)!r}.", "Give the folder that holds config.json."

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from compress.errors import CompressError
-
-Shapes = dict[str, tuple[int, ...]]
+from compress.model.layout import Shapes
+from compress.model.uneven import CLASS_PREFIX, PREFIX
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
 def build_config(config: Mapping[str, Any]) -> Any:
     """The transformers config object of ``config`` (the content of a config.json), defaults filled in.
+
+    That of an uneven model is of a subclass of its family's, which keeps the model type and the layers' sizes.
 
     Raises:
         CompressError: The model type is missing or unknown to transformers, or its validator refuses a value.
@@ -30,13 +32,17 @@ def build_config(config: Mapping[str, Any]) -> Any:
         raise CompressError(
             "The config names no model_type.", "Use a Hugging Face model folder with its own config.json."
         )
-    if model_type not in CONFIG_MAPPING_NAMES:
+    family = model_type.removeprefix(PREFIX)
+    if family not in CONFIG_MAPPING_NAMES:
         raise CompressError(
             f"The installed transformers knows no model type {model_type!r}.",
             "Use a model that transformers supports without remote code, or a newer transformers.",
         )
     try:
-        return AutoConfig.for_model(model_type, **values)
+        if family == model_type:
+            return AutoConfig.for_model(model_type, **values)
+        base = CONFIG_MAPPING[family]
+        return type(CLASS_PREFIX + base.__name__, (base,), {"model_type": model_type})(**values)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").rstrip(".")
         raise CompressError(

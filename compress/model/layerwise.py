@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
@@ -75,6 +77,38 @@ def gathered_grams(
     handles = [layer.get_submodule(spec.name).register_forward_pre_hook(hook(spec)) for spec in columns]
     try:
         yield grams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(slots=True)
+class InputSum:
+    """Sum of a linear's inputs over tokens, float64 [C], and how many they were."""
+
+    total: Tensor
+    tokens: int
+
+
+@contextmanager
+def gathered_sums(layer: nn.Module, specs: Sequence[LinearSpec]) -> Iterator[dict[LinearSpec, InputSum]]:
+    """Sum the inputs of a layer's linears over all runs of the layer."""
+    sums: dict[LinearSpec, InputSum] = {}
+
+    def hook(spec: LinearSpec) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x_TC = args[0].flatten(0, -2)
+            part = x_TC.sum(dim=0, dtype=torch.float64)
+            if spec in sums:
+                sums[spec] = InputSum(sums[spec].total + part, sums[spec].tokens + len(x_TC))
+            else:
+                sums[spec] = InputSum(part, len(x_TC))
+
+        return add
+
+    handles = [layer.get_submodule(spec.name).register_forward_pre_hook(hook(spec)) for spec in specs]
+    try:
+        yield sums
     finally:
         for handle in handles:
             handle.remove()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from compress.model.config import Shapes
 from compress.model.family import Role
+
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor name -> shape."""
+
+ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o"})
+"""Roles cut by whole KV groups or query heads; the others are cut by MLP channels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +47,14 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Sizes and names of a dense decoder whose layers all have the same shapes.
+    """Sizes and names of a dense decoder.
 
     ``linears`` are the linears of one layer that pruning and quantization work on. ``heads_key``,
     ``kv_heads_key`` and ``channels_key`` are where the config keeps those sizes. ``heads_reason`` and
     ``channels_reason`` say why a unit cannot be pruned, for an error message.
+
+    ``layer_shapes`` is given where the layers differ: ``heads``, ``kv_heads`` and ``channels`` are then those
+    of the model it was cut from, and `at` and `linears_at` tell what one layer has.
     """
 
     family: str
@@ -69,11 +77,49 @@ class Architecture:
     heads_key: str = "num_attention_heads"
     kv_heads_key: str = "num_key_value_heads"
     channels_key: str = "intermediate_size"
+    layer_shapes: tuple[LayerShape, ...] | None = None
 
     @property
     def queries_per_group(self) -> int:
-        """Query heads that read one key/value head."""
-        return self.heads // self.kv_heads
+        """Query heads that read one key/value head; 0 where there is none."""
+        return self.heads // self.kv_heads if self.kv_heads else 0
+
+    def at(self, layer: int) -> Architecture:
+        """The architecture whose sizes are those of one layer; a branch that is gone has size 0."""
+        if self.layer_shapes is None:
+            return self
+        shape = self.layer_shapes[layer]
+        return replace(
+            self,
+            heads=shape.kv_heads * shape.queries,
+            kv_heads=shape.kv_heads,
+            channels=shape.channels,
+            layer_shapes=None,
+        )
+
+    def linears_at(self, layer: int) -> tuple[LinearSpec, ...]:
+        """The linears that a layer has: those of a branch that is gone are left out."""
+        here = self.at(layer)
+        return tuple(
+            spec
+            for spec in self.linears
+            if (here.kv_heads if spec.role in ATTENTION_ROLES else here.channels) > 0
+        )
+
+    def gone(self) -> tuple[str, ...]:
+        """Full names of the attention and MLP modules that layers have lost."""
+        return tuple(
+            self.layer_prefix.format(layer=layer) + self.branch(attention=attention)
+            for layer in range(self.layers)
+            for attention in (True, False)
+            if not (self.at(layer).kv_heads if attention else self.at(layer).channels)
+        )
+
+    def branch(self, *, attention: bool) -> str:
+        """The module that holds the attention's (or the MLP's) linears, in a layer; "" where it has none."""
+        linears = (s for s in self.linears if (s.role in ATTENTION_ROLES) == attention)
+        parents = {spec.name.rpartition(".")[0] for spec in linears}
+        return parents.pop() if len(parents) == 1 else ""
 
     def module_name(self, layer: int, linear: LinearSpec) -> str:
         """Full module name, "model.layers.3.self_attn.q_proj"."""
@@ -84,7 +130,7 @@ class Architecture:
         return f"{self.module_name(layer, linear)}.{kind}"
 
     def linear_shape(self, linear: LinearSpec) -> tuple[int, int]:
-        """(out, in) of a linear, however it is stored."""
+        """(out, in) of a linear, however it is stored. Where layers differ, ask ``at(layer)``."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         rows = {
             "q": q,
@@ -105,8 +151,10 @@ class Architecture:
 
     def decoder_linear_parameters(self) -> int:
         """Weights (no biases) of all linears of all decoder layers."""
-        sizes = map(self.linear_shape, self.linears)
-        return self.layers * sum(out * into for out, into in sizes)
+        sizes = (
+            self.at(layer).linear_shape(s) for layer in range(self.layers) for s in self.linears_at(layer)
+        )
+        return sum(out * into for out, into in sizes)
 
 
 def expected_shapes(arch: Architecture) -> Shapes:
@@ -115,8 +163,9 @@ def expected_shapes(arch: Architecture) -> Shapes:
     if not arch.tied:
         shapes[arch.lm_head] = (arch.vocab, arch.hidden)
     for layer in range(arch.layers):
-        for linear in arch.linears:
-            shapes[arch.tensor_name(layer, linear)] = arch.stored_shape(linear)
+        here = arch.at(layer)
+        for linear in arch.linears_at(layer):
+            shapes[arch.tensor_name(layer, linear)] = here.stored_shape(linear)
             if linear.bias:
-                shapes[arch.tensor_name(layer, linear, "bias")] = (arch.linear_shape(linear)[0],)
+                shapes[arch.tensor_name(layer, linear, "bias")] = (here.linear_shape(linear)[0],)
     return shapes

@@ -20,10 +20,13 @@ from huggingface_hub.errors import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.errors import CompressError
-from compress.model.checkpoint import SIDE_FILES, Checkpoint
+from compress.model.architecture import architecture_of
+from compress.model.checkpoint import SIDE_FILES, Checkpoint, read_config
 from compress.model.config import build_config
 from compress.model.gguf import convert_gguf, gguf_state
 from compress.model.quiet import quiet_transformers
+from compress.model.uneven import is_uneven, plain_config
+from compress.model.uneven_model import uneven_class
 from compress.progress import Progress
 
 __all__ = [
@@ -125,7 +128,7 @@ def _from_hub(name: str) -> Path:
 def load_model(
     path: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The causal language model of a local folder, in eval mode.
+    """The causal language model of a local folder, in eval mode; also one whose layers differ in size.
 
     Args:
         path: A Hugging Face folder.
@@ -137,11 +140,23 @@ def load_model(
             start those at random).
     """
     checkpoint = Checkpoint(path)
-    build_config(checkpoint.config)
+    config = build_config(checkpoint.config)
+    loader: Any = AutoModelForCausalLM
+    chosen: dict[str, Any] = {}
+    if is_uneven(checkpoint.config):
+        loader, chosen = (
+            uneven_class(checkpoint.config, architecture_of(checkpoint.config)),
+            {"config": config},
+        )
     with quiet_transformers():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            model, info = loader.from_pretrained(
+                str(path),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **chosen,
             )
         except RuntimeError as error:
             raise CompressError(
@@ -178,12 +193,22 @@ def load_tokenizer(path: Path | str) -> Any:
         )
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, **_tokenizer_config(folder)
+            )
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
         raise CompressError(
             f"transformers cannot load the tokenizer in {path}: {_first_line(error)}.",
             "Copy tokenizer.json from the original model.",
         ) from error
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The config that says which tokenizer class it is, where transformers cannot read it by itself."""
+    if not (folder / "config.json").is_file():
+        return {}
+    config = read_config(folder)
+    return {"config": build_config(plain_config(config))} if is_uneven(config) else {}
 
 
 def preferred_dtype(device: torch.device | str) -> torch.dtype:

@@ -44,10 +44,12 @@ def resized_config(
     except CompressError as error:
         fallback = _fallback_config(config, arch, changed)
         if fallback is None:
-            works = ", ".join(map(str, accepted_kv_heads(config, arch)))
+            works = ", ".join(map(str, accepted_kv_heads(config, arch, queries=heads // kv_heads)))
             raise CompressError(
                 f"transformers does not load a {arch.family} model with {heads} heads: {error.cause}",
-                f"Keep one of these numbers of key/value heads instead: {works}.",
+                f"Keep one of these numbers of key/value heads instead: {works}."
+                if works
+                else "Keep another number of query heads in every key/value group.",
             ) from error
         changed = fallback
         built = build_config(changed)
@@ -63,14 +65,16 @@ def resized_config(
     return changed
 
 
-def accepted_kv_heads(config: Mapping[str, Any], arch: Architecture) -> tuple[int, ...]:
-    """The numbers of key/value heads (all their query heads kept) that a config class takes, ascending."""
+def accepted_kv_heads(
+    config: Mapping[str, Any], arch: Architecture, *, queries: int | None = None
+) -> tuple[int, ...]:
+    """The numbers of key/value heads that a config class takes, ascending; each with ``queries`` query heads or all."""
     if not arch.prunable_heads:
         return (arch.kv_heads,)
     accepted = []
     for count in range(1, arch.kv_heads + 1):
         changed = dict(config) | {
-            arch.heads_key: count * arch.queries_per_group,
+            arch.heads_key: count * (queries or arch.queries_per_group),
             arch.kv_heads_key: count,
             "head_dim": arch.head_dim,
         }

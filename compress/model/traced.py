@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError
-from compress.model.config import Shapes, meta_model, shallow_config
+from compress.model.config import meta_model, shallow_config
 from compress.model.family import Role
-from compress.model.layout import Architecture, LinearSpec
+from compress.model.layout import Architecture, LinearSpec, Shapes
 from compress.model.quiet import quiet_transformers
 
 _USUAL_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "d_inner", "inner_dim")

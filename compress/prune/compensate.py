@@ -1,4 +1,4 @@
-"""Repair after pruning: refit o and down of every layer to what they did with all their inputs.
+"""Repair after pruning without training: refit o and down to what they did with all their inputs, or add its mean.
 
 The optimal-brain-surgeon step on whole groups, solved as ridge regression on real activations. Inputs and targets
 both come from the full model: refitting on the drifted inputs of already pruned layers was measured to be far
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.model.architecture import Architecture, LinearSpec
-from compress.model.layerwise import LayerWalk, gathered_grams
+from compress.model.layerwise import LayerWalk, gathered_grams, gathered_sums
 from compress.progress import Progress
-from compress.structure import StructureMap, kept_columns
+from compress.structure import LayerStructure, StructureMap, kept_columns
 
 OUTPUTS = ("o", "down")
 """Roles whose input columns pruning removes."""
@@ -44,6 +44,70 @@ def refit(weight_OC: Tensor, gram_CK: Tensor, kept_K: Tensor, damping: float) ->
     system = inner_KK + ridge * torch.eye(len(kept_K), dtype=torch.float64, device=gram.device)
     right_OK = weight @ gram + ridge * start_OK
     return torch.cholesky_solve(right_OK.T, torch.linalg.cholesky(system)).T
+
+
+@torch.no_grad()
+def mean_biases(
+    model: nn.Module,
+    arch: Architecture,
+    structure: StructureMap,
+    ids_NS: Tensor,
+    *,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Biases of o and down that stand for the mean of what the removed inputs added (FLAP, arXiv 2312.11983 §3).
+
+    Args:
+        model: The full model; left as it is.
+        arch: Its architecture.
+        structure: What is kept.
+        ids_NS: Calibration tokens, int64 [N, S].
+        batch: Windows per forward pass; an incomplete last batch is left out.
+        progress: Called after every layer.
+
+    Returns:
+        Module name -> ``W_removed mean(x_removed)`` [out] in float32, for matrices that lose columns.
+
+    Raises:
+        CompressError: There are fewer windows than one batch.
+    """
+    walk = LayerWalk(model, arch, ids_NS, batch=batch)
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(walk.layers):
+        removed = _columns(arch, layer, structure.layers[index], removed=True)
+        with gathered_sums(layer, tuple(removed)) as sums:
+            walk.advance(index)
+        for spec, columns in removed.items():
+            mean_C = sums[spec].total / sums[spec].tokens
+            weight_OC = _weight(layer, spec)[:, columns].double()
+            found[arch.module_name(index, spec)] = (weight_OC @ mean_C[columns]).float().cpu()
+        if progress is not None:
+            progress(index + 1, arch.layers, f"layer {index}")
+    return found
+
+
+def _columns(
+    arch: Architecture, layer: nn.Module, kept: LayerStructure, *, removed: bool
+) -> dict[LinearSpec, Tensor]:
+    """The kept, or the removed, input columns of those of o and down that lose some."""
+    found: dict[LinearSpec, Tensor] = {}
+    device = next(layer.parameters()).device
+    for spec in arch.linears:
+        columns = kept_columns(arch, spec, kept) if spec.role in OUTPUTS else None
+        if columns is None:
+            continue
+        if removed:
+            gone = torch.ones(arch.linear_shape(spec)[1], dtype=torch.bool)
+            gone[columns] = False
+            columns = gone.nonzero().flatten()
+        found[spec] = columns.to(device)
+    return found
+
+
+def _weight(layer: nn.Module, spec: LinearSpec) -> Tensor:
+    stored = layer.get_submodule(spec.name).get_parameter("weight")
+    return stored.t() if spec.transposed else stored
 
 
 @torch.no_grad()
@@ -81,16 +145,14 @@ def compensate(
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(walk.layers):
-        kept: dict[LinearSpec, Tensor] = {}
-        for spec in arch.linears:
-            columns = kept_columns(arch, spec, structure.layers[index]) if spec.role in OUTPUTS else None
-            if columns is not None:
-                kept[spec] = columns.to(next(layer.parameters()).device)
+        kept = _columns(arch, layer, structure.layers[index], removed=False)
+        lost = [spec for spec, columns in kept.items() if len(columns) == 0]
+        for spec in lost:  # the branch is gone: there is nothing to refit
+            kept.pop(spec)
         with gathered_grams(layer, kept) as grams:
             walk.advance(index)
         for spec, columns in kept.items():
-            stored = layer.get_submodule(spec.name).get_parameter("weight")
-            weight_OC = stored.t() if spec.transposed else stored
+            weight_OC = _weight(layer, spec)
             full = torch.zeros(weight_OC.shape, dtype=torch.float32)
             full[:, columns.cpu()] = refit(weight_OC, grams[spec], columns, damping).float().cpu()
             found[arch.module_name(index, spec)] = full

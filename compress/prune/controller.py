@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -12,20 +12,31 @@ from compress.importance.base import Criterion, GroupScores
 from compress.model.architecture import Architecture
 from compress.prune.mask import GroupMasks
 from compress.prune.schedule import PruningSchedule
-from compress.prune.select import ShapePlan, select
-from compress.structure import LayerStructure, StructureMap, full_layer, structure_map
+from compress.prune.select import select
+from compress.prune.shape import ShapePlan
+from compress.structure import (
+    LayerShape,
+    LayerStructure,
+    StructureMap,
+    full_layer,
+    full_shape,
+    kept_heads,
+    structure_map,
+)
 
 
 class PruneController:
     """A training hook that prunes (LoRAPrune, arXiv 2305.18403, algorithm 1).
 
-    A pruned group stays pruned, whatever its moving average does later. Training may go on after the last
+    A pruned unit stays pruned, whatever its moving average does later. Training may go on after the last
     step of the schedule; the masks then stay as they are.
 
     Args:
         model: The model being trained; masks are put on its o and down projections at once.
         arch: Its architecture.
-        criterion: Scores groups. One that needs no training is observed once, here.
+        criterion: Scores groups. One that needs adapters is observed at every step. One that needs only weights is
+            observed once, here, unless it was before. One that needs gradients or activations has been observed by
+            the caller.
         schedule: When to prune.
         shape: The target, or a function that chooses it from the scores when the first mask is due.
         one_shot: Only score during training; prune everything at the end.
@@ -49,8 +60,8 @@ class PruneController:
         self._chosen: tuple[ShapePlan, GroupScores] | None = None
         self._one_shot = one_shot
         self._masks = GroupMasks(model, arch)
-        self._alive: tuple[LayerStructure, ...] = tuple(full_layer(arch) for _ in range(arch.layers))
-        if not criterion.requires_training:
+        self._alive: tuple[LayerStructure, ...] = (full_layer(arch),) * arch.layers
+        if criterion.needs == "weights" and criterion.steps == 0:
             criterion.observe(model)
 
     @property
@@ -82,26 +93,28 @@ class PruneController:
 
         Call after the backward passes of a step, with gradients averaged over accumulation, unscaled,
         before clipping.
+
+        Raises:
+            CompressError: A mask is due, and a criterion that is observed but once has no finite scores.
         """
-        if self._criterion.requires_training and step < self._schedule.total_steps:
+        trains = self._criterion.needs == "adapters"
+        if trains and step < self._schedule.total_steps:
             self._criterion.observe(self._model)
         progress = self._schedule.progress(step)
         if self._one_shot or progress == 0 or not self._schedule.due(step):
             return
-        if self._criterion.steps == self._criterion.skipped_steps:
+        if trains and self._criterion.steps == self._criterion.skipped_steps:
             return  # nothing finite yet; a later mask catches up, and structure() reports if none ever comes
-        self._prune_to(
-            self._schedule.kept(step, self._arch.kv_heads, self.plan.kv_heads),
-            self._schedule.kept(step, self._arch.channels, self.plan.channels),
-        )
+        full = full_shape(self._arch)
+        self._prune_to([self._schedule.shape(step, full, target) for target in self.plan.shapes])
 
     def structure(self, *, base_fingerprint: str) -> StructureMap:
-        """The final structure: exactly the target shape, also when training ended early or was one-shot.
+        """The final structure: exactly the target shapes, also when training ended early or was one-shot.
 
         Raises:
             CompressError: There are no finite scores to choose by.
         """
-        self._prune_to(self.plan.kv_heads, self.plan.channels)
+        self._prune_to(self.plan.shapes)
         return structure_map(self._arch, self._alive, base_fingerprint=base_fingerprint)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -110,6 +123,8 @@ class PruneController:
         for index, layer in enumerate(self._alive):
             state[f"alive.{index}.kv_groups"] = layer.kv_groups
             state[f"alive.{index}.channels"] = layer.channels
+            if layer.query_heads is not None:
+                state[f"alive.{index}.query_heads"] = layer.query_heads
         if self._chosen is not None:  # from the same scores the function chooses the same shape again
             state.update({f"chosen.{name}": value for name, value in self._chosen[1].to_tensors().items()})
         return state
@@ -123,7 +138,9 @@ class PruneController:
             self._chosen = self._shape(scores), scores
         self._alive = tuple(
             LayerStructure(
-                kv_groups=state[f"alive.{index}.kv_groups"], channels=state[f"alive.{index}.channels"]
+                kv_groups=state[f"alive.{index}.kv_groups"],
+                channels=state[f"alive.{index}.channels"],
+                query_heads=state.get(f"alive.{index}.query_heads"),
             )
             for index in range(self._arch.layers)
         )
@@ -141,11 +158,22 @@ class PruneController:
     ) -> None:
         self.close()
 
-    def _prune_to(self, kv_heads: int, channels: int) -> None:
-        present = (len(self._alive[0].kv_groups), len(self._alive[0].channels))
-        if (kv_heads, channels) != present:
-            self._alive = select(self._arch, self._criterion.scores(), kv_heads, channels, alive=self._alive)
+    def _prune_to(self, shapes: Sequence[LayerShape]) -> None:
+        if any(
+            _asks_less(self._arch, shape, layer) for shape, layer in zip(shapes, self._alive, strict=True)
+        ):
+            self._alive = select(self._arch, self._criterion.scores(), shapes, alive=self._alive)
             self._masks.update(self._alive)
+
+
+def _asks_less(arch: Architecture, shape: LayerShape, layer: LayerStructure) -> bool:
+    """Whether ``shape`` keeps less than ``layer`` has."""
+    groups = len(layer.kv_groups)
+    return (
+        shape.kv_heads < groups
+        or shape.queries * groups < len(kept_heads(arch, layer))
+        or shape.channels < len(layer.channels)
+    )
 
 
 def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

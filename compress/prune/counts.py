@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
-from compress.model.architecture import Architecture
+from compress.model.architecture import Architecture, LayerShape
 from compress.structure import ATTENTION_ROLES, StructureMap, kept_columns, kept_rows
 
 
@@ -18,6 +19,12 @@ def unit_sizes(arch: Architecture) -> tuple[int, int]:
         else:
             channel += rows * columns // arch.channels
     return group, channel
+
+
+def shape_parameters(arch: Architecture, shape: LayerShape) -> int:
+    """Decoder linear weights (no biases) of one layer of the given shape."""
+    small = replace(arch, layers=1, layer_shapes=(shape,))
+    return small.decoder_linear_parameters()
 
 
 def kept_linear_parameters(arch: Architecture, structure: StructureMap) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from compress.errors import UsageError
+from compress.structure import LayerShape
 
 
 def cubic_ratio(
@@ -74,3 +75,11 @@ class PruningSchedule:
     def kept(self, step: int, full: int, target: int) -> int:
         """Groups of ``full`` kept at ``step`` on the way to ``target``; never rises with ``step``."""
         return full - math.floor(self.progress(step) * (full - target) + 0.5)
+
+    def shape(self, step: int, full: LayerShape, target: LayerShape) -> LayerShape:
+        """What a layer keeps at ``step``: its KV groups, query heads in each, and channels, each as `kept` says."""
+        return LayerShape(
+            kv_heads=self.kept(step, full.kv_heads, target.kv_heads),
+            queries=self.kept(step, full.queries, target.queries),
+            channels=self.kept(step, full.channels, target.channels),
+        )

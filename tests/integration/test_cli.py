@@ -23,7 +23,7 @@ from tests.tiny import tiny_checkpoint
 
 VERBS = ("prune", "quantize", "train", "recover", "eval", "report", "run")
 SHORT = ("--steps", "2", "--micro-batch", "2", "--sequence", "32", "--rank", "4", "--alpha", "8")
-PRUNE = ("prune", "--ratio", "0.4", "--repair-steps", "2", "--refit-tokens", "256", *SHORT)
+PRUNE = ("prune", "--ratio", "0.4", "--repair-steps", "2", "--calibration-tokens", "256", *SHORT)
 QUANTIZE = ("quantize", "--budget", "4.5bit")
 TRAIN = ("train", *SHORT)
 EVAL = ("eval", "--sequence", "32", "--windows", "2")

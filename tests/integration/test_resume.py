@@ -22,7 +22,7 @@ from tests.tiny import tiny_checkpoint
 
 TRAINING = {"micro_batch": 2, "accumulation": 1, "sequence": 32, "lr": 1e-2, "rank": 4, "alpha": 8}
 GIVEN: dict[str, dict[str, Any]] = {
-    "prune": {"ratio": 0.4, "steps": 8, "repair_steps": 8, "refit_tokens": 512, **TRAINING},
+    "prune": {"ratio": 0.4, "steps": 8, "repair_steps": 8, "calibration_tokens": 512, **TRAINING},
     "quantize": {"budget": "7bit", "rank": "4"},
     "train": {"steps": 8, **TRAINING},
     "recover": {},

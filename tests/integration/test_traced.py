@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.errors import CompressError, UsageError
 from compress.pipelines.settings import Common
-from compress.structure import StructureMap
+from compress.structure import LayerShape, StructureMap
 from tests.integration.common import TRAINING, assert_recorded, logits, run
 from tests.tiny import tiny_checkpoint
 
@@ -49,7 +49,7 @@ def test_the_whole_chain(method: str, tmp_path: Path, text_file: Path) -> None:
     assert_recorded(PeftModel.from_pretrained(opened(tmp_path / "full"), recovered).eval(), recovered)
     assert_recorded(opened(recovered / "merged"), recovered)
     structure = StructureMap.load(pruned / "structure.safetensors")
-    assert structure.uniform == (4, 80)
+    assert structure.uniform == LayerShape(kv_heads=4, queries=1, channels=80)
     assert quantized["metrics"]["stored_bits_per_weight"] <= 5
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -7,34 +8,47 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
 from compress.structure import (
+    LayerShape,
     LayerStructure,
     StructureMap,
     full_layer,
     kept_columns,
+    kept_heads,
     kept_rows,
     structure_map,
 )
 from tests.unit.prune.common import FUSED, SPECS, architecture, random_layers
 
 
-def subset(size: int) -> st.SearchStrategy[torch.Tensor]:
-    indices = st.sets(st.integers(0, size - 1), min_size=1)
-    return indices.map(lambda chosen: torch.tensor(sorted(chosen), dtype=torch.int32))
+def subset(size: int, least: int = 0) -> st.SearchStrategy[torch.Tensor]:
+    return st.sets(st.integers(0, size - 1), min_size=least).map(indices)
+
+
+def indices(chosen: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(sorted(chosen), dtype=torch.int32)
 
 
 @st.composite
 def maps(draw: st.DrawFn) -> StructureMap:
+    """MHA (one query head a group), GQA and MQA (one group); layers that keep nothing of a branch are among them."""
     kv_heads, queries, channels = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(1, 40))
-    layers = draw(st.integers(1, 4))
+
+    def layer() -> LayerStructure:
+        groups = draw(subset(kv_heads))
+        heads = None
+        if draw(st.booleans()):
+            kept = draw(st.integers(1, queries))
+            choice = st.sets(st.integers(0, queries - 1), min_size=kept, max_size=kept)
+            heads = indices(group * queries + head for group in groups.tolist() for head in draw(choice))
+        return LayerStructure(kv_groups=groups, channels=draw(subset(channels)), query_heads=heads)
+
     return StructureMap(
-        layers=tuple(
-            LayerStructure(kv_groups=draw(subset(kv_heads)), channels=draw(subset(channels)))
-            for _ in range(layers)
-        ),
+        layers=tuple(layer() for _ in range(draw(st.integers(1, 4)))),
         heads=kv_heads * queries,
         kv_heads=kv_heads,
         head_dim=draw(st.integers(1, 8)),
@@ -53,19 +67,35 @@ def test_save_and_load_round_trip(structure: StructureMap) -> None:
         assert StructureMap.load(path) == structure
         stored = load_file(path)
     assert {tensor.dtype for tensor in stored.values()} == {torch.int32}
-    assert len(stored) == 2 * len(structure.layers)
+    with_heads = sum(layer.query_heads is not None for layer in structure.layers)
+    assert len(stored) == 2 * len(structure.layers) + with_heads
+
+
+def counted(structure: StructureMap, layer: LayerStructure) -> LayerShape:
+    """Sizes by counting the query heads of the first kept group."""
+    groups, queries = layer.kv_groups.tolist(), structure.heads // structure.kv_heads
+    if layer.query_heads is not None and groups:
+        queries = sum(head // queries == groups[0] for head in layer.query_heads.tolist())
+    return LayerShape(kv_heads=len(groups), queries=queries, channels=len(layer.channels))
 
 
 @given(maps())
-@settings(max_examples=50, deadline=None)
-def test_uniform_and_identity(structure: StructureMap) -> None:
-    sizes = [(len(layer.kv_groups), len(layer.channels)) for layer in structure.layers]
-    assert structure.uniform == (sizes[0] if all(size == sizes[0] for size in sizes) else None)
-    assert structure.is_identity == all(size == (structure.kv_heads, structure.channels) for size in sizes)
+@settings(max_examples=100, deadline=None)
+def test_shapes_uniform_and_identity(structure: StructureMap) -> None:
+    sizes = [counted(structure, layer) for layer in structure.layers]
+    assert list(structure.shapes) == sizes
+    alike = all(size == sizes[0] for size in sizes) and sizes[0].kv_heads > 0 and sizes[0].channels > 0
+    assert structure.uniform == (sizes[0] if alike else None)
+    whole = LayerShape(
+        kv_heads=structure.kv_heads,
+        queries=structure.heads // structure.kv_heads,
+        channels=structure.channels,
+    )
+    assert structure.is_identity == all(size == whole for size in sizes)
 
 
 @given(maps())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_kept_rows_and_columns_against_ownership_of_every_index(structure: StructureMap) -> None:
     arch = architecture(
         heads=structure.heads,
@@ -78,7 +108,11 @@ def test_kept_rows_and_columns_against_ownership_of_every_index(structure: Struc
     layer = structure.layers[0]
     groups, channels = set(layer.kv_groups.tolist()), set(layer.channels.tolist())
     per_group = arch.heads // arch.kv_heads
-    query = [h // per_group in groups for h in range(arch.heads) for _ in range(arch.head_dim)]
+    heads = [h for h in range(arch.heads) if h // per_group in groups]
+    if layer.query_heads is not None:
+        heads = layer.query_heads.tolist()
+    assert kept_heads(arch, layer).tolist() == heads
+    query = [h in heads for h in range(arch.heads) for _ in range(arch.head_dim)]
     key = [h in groups for h in range(arch.kv_heads) for _ in range(arch.head_dim)]
     channel = [c in channels for c in range(arch.channels)]
     rows = {
@@ -103,6 +137,46 @@ def test_kept_rows_and_columns_against_ownership_of_every_index(structure: Struc
                 assert found.tolist() == [index for index, kept in enumerate(expected) if kept]
 
 
+@pytest.mark.parametrize(
+    ("heads", "fault"),
+    [
+        ([0, 1, 4], "not the same number in every kept KV group"),  # two of group 0, one of group 2
+        ([0, 1], "not the same number"),  # none of group 2
+        ([0, 2, 4], "not the same number"),  # one of group 1, which is pruned
+        ([4, 0], "not sorted"),
+        ([0, 8], "outside 0 to 7"),
+    ],
+)
+def test_query_heads_that_do_not_fit_their_groups_are_refused(heads: list[int], fault: str) -> None:
+    arch = architecture(layers=2)
+    layer = LayerStructure(
+        kv_groups=indices([0, 2]), channels=indices([1]), query_heads=torch.tensor(heads, dtype=torch.int32)
+    )
+    with pytest.raises(CompressError, match=f"query heads of layer 1 .*{fault}"):
+        structure_map(arch, [full_layer(arch), layer], base_fingerprint="")
+
+
+def test_query_heads_without_a_group_are_refused() -> None:
+    arch = architecture(layers=1)
+    layer = LayerStructure(kv_groups=indices([]), channels=indices([1]), query_heads=indices([0]))
+    with pytest.raises(CompressError, match="belong to no KV group"):
+        structure_map(arch, [layer], base_fingerprint="")
+
+
+def test_layers_of_the_same_heads_are_equal_only_with_the_same_query_heads() -> None:
+    arch = architecture(layers=1)
+    groups, channels = indices([0, 2]), indices([1])
+
+    def made(heads: list[int] | None) -> StructureMap:
+        query_heads = None if heads is None else indices(heads)
+        layer = LayerStructure(kv_groups=groups, channels=channels, query_heads=query_heads)
+        return structure_map(arch, [layer], base_fingerprint="")
+
+    assert made([0, 4]) == made([0, 4])
+    assert made([0, 4]) != made([0, 5])
+    assert made([0, 4]) != made(None)
+
+
 def test_full_layer_keeps_everything() -> None:
     arch = architecture()
     structure = structure_map(arch, [full_layer(arch)] * arch.layers, base_fingerprint="f")
@@ -119,7 +193,6 @@ def test_full_layer_keeps_everything() -> None:
         (torch.tensor([1, 1], dtype=torch.int32), "not sorted"),
         (torch.tensor([0, 4], dtype=torch.int32), "outside 0 to 3"),
         (torch.tensor([-1, 2], dtype=torch.int32), "outside 0 to 3"),
-        (torch.tensor([], dtype=torch.int32), "are none"),
         (torch.tensor([0, 1]), "int32"),
     ],
 )
@@ -136,6 +209,18 @@ def test_other_model_is_refused() -> None:
     structure.check_matches(arch)
     with pytest.raises(CompressError, match="4 KV groups of width 4 and 24 channels, but the model has"):
         structure.check_matches(architecture(channels=32))
+
+
+def test_files_of_version_1_are_read(tmp_path: Path) -> None:
+    arch = architecture()
+    structure = structure_map(arch, random_layers(arch, 2, 8), base_fingerprint="abc")
+    path = tmp_path / "structure.safetensors"
+    structure.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format_version"] == "2"
+    save_file(load_file(path), path, metadata={**metadata, "format_version": "1"})
+    assert StructureMap.load(path) == structure
 
 
 def test_files_that_are_no_structure(tmp_path: Path) -> None:
@@ -160,9 +245,16 @@ def test_files_that_are_no_structure(tmp_path: Path) -> None:
             StructureMap.load(path)
 
     attempt("not a structure file", tensors, {})
-    attempt("format version 2", tensors, {**metadata, "format_version": "2"})
+    attempt("format version 3", tensors, {**metadata, "format_version": "3"})
     attempt("incomplete", tensors, {key: value for key, value in metadata.items() if key != "heads"})
-    attempt("incomplete", tensors, {**metadata, "layers": "3"})
+    for key, value in (
+        ("layers", "3"),
+        ("layers", "0"),
+        ("heads", "many"),
+        ("kv_heads", "0"),
+        ("heads", "6"),
+    ):
+        attempt("incomplete", tensors, {**metadata, key: value})
     attempt("incomplete", {**tensors, "extra": torch.zeros(1)}, metadata)
     attempt("outside", tensors, {**metadata, "channels": "4"})
     (tmp_path / "text").write_text("no tensors")

@@ -10,60 +10,28 @@ import transformers
 
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores, create_criterion
-from compress.importance.modules import base_weight, decoder_linear, lora_factors
+from compress.importance.modules import decoder_linear, lora_factors, merged_rows, weight_rows
 from compress.model.architecture import Architecture
 from tests.tiny import tiny_model
-from tests.unit.prune.common import backward, model_architecture, with_lora
+from tests.unit.importance.common import dense_scores, matrices, vectors
+from tests.unit.prune.common import backward, delta_of, model_architecture, with_lora
 
 UNFUSED = ["llama_gqa", "llama_mqa", "llama_head_dim", "qwen2", "gemma2"]
 
 
-def vectors(scores: GroupScores) -> torch.Tensor:
-    return torch.cat([torch.cat([layer.kv_groups, layer.channels]) for layer in scores.layers])
-
-
 def dense_lora_scores(model: Any, arch: Architecture, *, normalize: bool, first_order: bool) -> GroupScores:
-    """The criterion written out with full matrices in float64 and a loop over heads; unfused linears only."""
-    from compress.importance.base import LayerScores
+    """The criterion written out with full matrices in float64 and loops over heads."""
 
-    plain = model.get_base_model()
-    layers = []
-    for index in range(arch.layers):
-        block = plain.model.layers[index]
-        element = {}
-        for role, module in {
-            **{name[0]: getattr(block.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-            **{name: getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down")},
-        }.items():
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            ga, gb, a, b = (t.detach().double() for t in (a.grad, b.grad, a, b))
-            estimate = gb @ a + b @ ga
-            if not first_order:
-                estimate = estimate - gb @ ga
-            merged = module.base_layer.weight.detach().double() + module.scaling["default"] * b @ a
-            element[role] = (estimate * merged) ** 2
-        hd, per_group = arch.head_dim, arch.heads // arch.kv_heads
-        parts = {
-            "q": [element["q"][g * per_group * hd : (g + 1) * per_group * hd] for g in range(arch.kv_heads)],
-            "k": [element["k"][g * hd : (g + 1) * hd] for g in range(arch.kv_heads)],
-            "v": [element["v"][g * hd : (g + 1) * hd] for g in range(arch.kv_heads)],
-            "o": [
-                element["o"][:, g * per_group * hd : (g + 1) * per_group * hd] for g in range(arch.kv_heads)
-            ],
-            "gate": list(element["gate"]),
-            "up": list(element["up"]),
-            "down": list(element["down"].T),
-        }
-        sums = {role: torch.stack([part.sum() for part in slices]) for role, slices in parts.items()}
-        if normalize:
-            sums = {role: vector / vector.norm() for role, vector in sums.items()}
-        layers.append(
-            LayerScores(
-                kv_groups=sums["q"] + sums["k"] + sums["v"] + sums["o"],
-                channels=sums["gate"] + sums["up"] + sums["down"],
-            )
-        )
-    return GroupScores(layers=tuple(layers))
+    def importance(module: Any) -> torch.Tensor:
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        ga, gb, a, b = (t.detach().double() for t in (a.grad, b.grad, a, b))
+        estimate = gb @ a + b @ ga
+        if not first_order:
+            estimate = estimate - gb @ ga
+        merged = module.base_layer.weight.detach().double() + module.scaling["default"] * b @ a
+        return (estimate * merged) ** 2
+
+    return dense_scores(matrices(model, arch, importance), arch, normalize=normalize)
 
 
 @pytest.mark.parametrize("kind", UNFUSED)
@@ -75,7 +43,7 @@ def test_lora_scores_equal_the_dense_formula(kind: str, normalize: bool, first_o
     criterion = create_criterion(
         "lora", arch, normalize=normalize, first_order=first_order, chunk_elements=700
     )
-    expected = torch.zeros(arch.layers * (arch.kv_heads + arch.channels), dtype=torch.float64)
+    expected = torch.zeros(arch.layers * (arch.kv_heads + arch.channels + arch.heads), dtype=torch.float64)
     for seed in range(2):
         backward(peft_model, seed=seed)
         criterion.observe(peft_model)
@@ -226,6 +194,13 @@ def test_magnitude_is_the_sum_over_the_slices_of_a_group(norm: str) -> None:
             ]
             expected = sum(float(part.detach().double().abs().pow(power).sum()) for part in slices)
             assert float(layer.kv_groups[g]) == pytest.approx(expected, rel=1e-5)
+        for h in range(arch.heads):
+            slices = [
+                attn.q_proj.weight[h * hd : (h + 1) * hd],
+                attn.o_proj.weight[:, h * hd : (h + 1) * hd],
+            ]
+            expected = sum(float(part.detach().double().abs().pow(power).sum()) for part in slices)
+            assert float(layer.query_heads[h]) == pytest.approx(expected, rel=1e-5)
         for c in (0, 7, arch.channels - 1):
             slices = [mlp.gate_proj.weight[c], mlp.up_proj.weight[c], mlp.down_proj.weight[:, c]]
             expected = sum(float(part.detach().double().abs().pow(power).sum()) for part in slices)
@@ -275,13 +250,47 @@ def test_transposed_linears_are_read_as_out_by_in() -> None:
             total += vector / vector.norm()
         torch.testing.assert_close(layer.channels, 0.1 * total, rtol=1e-4, atol=0)
         assert layer.kv_groups.tolist() == [0.0] * arch.kv_heads
+        assert layer.query_heads.tolist() == [0.0] * arch.heads
 
 
-def test_base_weight_is_never_a_copy() -> None:
+def test_weights_are_read_in_place_and_adapters_added() -> None:
     model = tiny_model("llama_mha")
     arch = model_architecture(model)
-    weight = base_weight(decoder_linear(model, arch, 0, arch.linears[0]), arch.linears[0])
-    assert weight.data_ptr() == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    spec = arch.linears[0]
+    stored = model.model.layers[0].self_attn.q_proj.weight.detach()
+    whole = slice(0, len(stored))
+    rows = weight_rows(decoder_linear(model, arch, 0, spec), spec, "q")
+    assert rows.rows(whole).data_ptr() == stored.data_ptr()
+    assert (rows.shape, rows.dtype) == (tuple(stored.shape), torch.float32)
+    assert (
+        merged_rows(decoder_linear(model, arch, 0, spec), spec, "q").rows(whole).data_ptr()
+        == stored.data_ptr()
+    )
+    peft_model = with_lora(model, arch)
+    wrapped = decoder_linear(peft_model, arch, 0, spec)
+    assert torch.equal(weight_rows(wrapped, spec, "q").rows(whole), stored)
+    expected = stored + delta_of(peft_model, arch, 0, spec)
+    torch.testing.assert_close(merged_rows(wrapped, spec, "q").rows(slice(3, 9)), expected[3:9])
+
+
+def test_codes_are_not_taken_for_weights() -> None:
+    model = tiny_model("llama_mha")
+    arch = model_architecture(model)
+    linear = model.model.layers[1].mlp.down_proj
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(CompressError, match=r"model.layers.1.mlp.down_proj is quantized \(uint8 codes\)"):
+        create_criterion("magnitude", arch).observe(model)
+
+
+def test_scores_of_an_earlier_version_are_refused() -> None:
+    arch = model_architecture(tiny_model("llama_mha"))
+    tensors = create_criterion("random", arch).scores().to_tensors()
+    assert torch.equal(
+        vectors(GroupScores.from_tensors(tensors)), vectors(create_criterion("random", arch).scores())
+    )
+    del tensors["layers.1.query_heads"]
+    with pytest.raises(CompressError, match=r"lack layers.1.query_heads"):
+        GroupScores.from_tensors(tensors)
 
 
 def test_missing_adapters_gradients_and_options_are_named() -> None:
@@ -299,5 +308,7 @@ def test_missing_adapters_gradients_and_options_are_named() -> None:
     for wrong in ({"momentum": 1.0}, {"element": "cube"}):
         with pytest.raises(UsageError):
             create_criterion("lora", arch, **wrong)
-    with pytest.raises(UsageError, match="lora, magnitude, random"):
+    with pytest.raises(UsageError, match="Choose element or vector"):
+        create_criterion("taylor", arch, form="matrix")
+    with pytest.raises(UsageError, match=r"flap, lora, magnitude, .*random, taylor, wanda"):
         create_criterion("wisdom", arch)

@@ -161,7 +161,7 @@ def test_missing_and_surplus_tensors_are_named() -> None:
     names = set(dict(tiny_model("llama_gqa").named_parameters()))
     with pytest.raises(CompressError, match=r"first 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         architecture_of(config, names - {"model.layers.1.mlp.up_proj.weight"})
-    with pytest.raises(CompressError, match="declares no such bias"):
+    with pytest.raises(CompressError, match="declares no such tensor"):
         architecture_of(config, names | {"model.layers.0.mlp.up_proj.bias"})
     with pytest.raises(CompressError, match="lm_head"):
         architecture_of(config, names - {"lm_head.weight"})

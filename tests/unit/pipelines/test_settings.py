@@ -103,7 +103,7 @@ def test_a_ratio_is_between_0_and_1(ratio: float) -> None:
         (PruneSettings, {"accumulation": 0}),
         (PruneSettings, {"sequence": 1}),
         (PruneSettings, {"multiple": 0}),
-        (PruneSettings, {"refit_tokens": 0}),
+        (PruneSettings, {"calibration_tokens": 0}),
         (PruneSettings, {"repair_lr": float("nan")}),
         (TrainSettings, {"steps": 0}),
         (TrainSettings, {"alpha": 0}),

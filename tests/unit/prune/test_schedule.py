@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from compress.errors import UsageError
 from compress.prune.schedule import PruningSchedule, cubic_ratio
+from compress.structure import LayerShape
 
 
 def test_cubic_values_worked_by_hand() -> None:
@@ -30,7 +31,7 @@ schedules = st.builds(
 def test_counts_fall_from_full_to_exactly_the_target(
     schedule: PruningSchedule, full: int, data: st.DataObject
 ) -> None:
-    target = data.draw(st.integers(1, full))
+    target = data.draw(st.integers(0, full))
     counts = [schedule.kept(step, full, target) for step in range(schedule.total_steps + 3)]
     assert all(target <= count <= full for count in counts)
     assert counts == sorted(counts, reverse=True)
@@ -72,3 +73,15 @@ def test_default_interval(total: int, interval: int) -> None:
 def test_impossible_schedules(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         PruningSchedule(**options)  # type: ignore[arg-type]
+
+
+@given(schedules, st.integers(0, 450))
+def test_a_layer_shrinks_in_all_its_sizes(schedule: PruningSchedule, step: int) -> None:
+    full = LayerShape(kv_heads=8, queries=4, channels=500)
+    target = LayerShape(kv_heads=0, queries=3, channels=77)
+    shape = schedule.shape(step, full, target)
+    assert shape.kv_heads == schedule.kept(step, 8, 0)
+    assert shape.queries == schedule.kept(step, 4, 3)
+    assert shape.channels == schedule.kept(step, 500, 77)
+    assert schedule.shape(schedule.total_steps - 1, full, target) == target
+    assert schedule.shape(step, full, full) == full

@@ -180,15 +180,11 @@ def test_transposed_weights_keep_their_orientation() -> None:
 def test_structures_that_do_not_fit_write_nothing(tmp_path: Path) -> None:
     source = Checkpoint(tiny_checkpoint("llama_gqa", tmp_path / "full"))
     arch = architecture_of(source.config, source.names)
-    uneven = [full_layer(arch), *random_layers(arch, 2, 20)[1:]]
     other = architecture(layers=3)
-    for structure, match in (
-        (structure_map(arch, uneven, base_fingerprint=""), "different numbers of groups"),
-        (structure_map(other, random_layers(other, 2, 8), base_fingerprint=""), "was made for"),
-    ):
-        with pytest.raises(CompressError, match=match):
-            slice_checkpoint(source, arch, structure, tmp_path / "small")
-        assert not (tmp_path / "small").exists()
+    structure = structure_map(other, random_layers(other, 2, 8), base_fingerprint="")
+    with pytest.raises(CompressError, match="was made for"):
+        slice_checkpoint(source, arch, structure, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
     config = tmp_path / "full" / "config.json"
     config.write_text(json.dumps(source.config | {"quantization_config": {"quant_method": "lq"}}))
     structure = structure_map(arch, random_layers(arch, 2, 20), base_fingerprint="")

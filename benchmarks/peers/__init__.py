@@ -1,0 +1,1 @@
+"""Other libraries on the same model, text and protocol, one file each."""

@@ -1,0 +1,145 @@
+"""Second moments that curvature needs: of the inputs of o and down, and of the loss gradient at their outputs.
+
+Shapes: N windows, S tokens, T tokens of a batch, C input columns, O outputs, K rows of a root.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UsageError
+from compress.importance.base import Criterion, Loss, Needs
+from compress.importance.modules import decoder_linear, plain_model
+from compress.model.architecture import Architecture, LinearSpec
+from compress.progress import Progress
+
+OUTPUTS = ("o", "down")
+"""Roles whose outputs are added to the residual stream and whose input columns belong to groups."""
+SKETCH_ROWS = 1024
+"""Wider outputs are sketched to this many rows; narrower ones are kept exactly."""
+
+Place = tuple[int, LinearSpec]
+
+
+class MomentCriterion(Criterion):
+    """A criterion that reads calibration text by itself: forward and backward passes, then layer by layer."""
+
+    needs: ClassVar[Needs] = "moments"
+
+    def observe(self, model: nn.Module) -> None:
+        """Refuse: there is nothing to see without text.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError("This criterion needs calibration text.", "Call measure() or collect().")
+
+    @abstractmethod
+    def measure(
+        self, model: nn.Module, ids_NS: Tensor, *, loss: Loss, batch: int, progress: Progress | None = None
+    ) -> None:
+        """Score the model's groups on calibration text; a later call replaces the scores.
+
+        Args:
+            model: A causal language model, plain or PEFT, in evaluation mode.
+            ids_NS: Calibration tokens, int64 [N, S].
+            loss: Summed next-token loss of a batch.
+            batch: Windows per pass.
+            progress: Called after every batch of the backward passes and after every layer.
+
+        Raises:
+            CompressError: There are fewer windows than one batch.
+        """
+
+
+class OutputGradients:
+    """Roots of ``S = mean of g g^T`` for the gradient g of the summed loss at each output of o and down.
+
+    Only activations carry gradients: no weight gets one. The mean is over tokens.
+
+    Args:
+        arch: Architecture of the model.
+        seed: Seed of the sketch of wide outputs.
+    """
+
+    def __init__(self, arch: Architecture, *, seed: int = 0) -> None:
+        self._arch = arch
+        self._sums: dict[Place, Tensor] = {}
+        self._tokens = 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def gather(
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        loss: Loss,
+        progress: Progress | None = None,
+    ) -> None:
+        """Run forward and backward over ``batches`` of tokens [B, S]; ``loss`` is the summed next-token loss."""
+        with self._watching(model), torch.enable_grad():
+            for done, ids_BS in enumerate(batches, start=1):
+                loss(model, ids_BS).backward()
+                self._tokens += ids_BS.numel()
+                if progress is not None:
+                    progress(done, len(batches), "output gradients")
+
+    def root(self, layer: int, spec: LinearSpec) -> Tensor:
+        """``root^T root = S``, float64 [K, O]; K is at most O."""
+        total = self._sums[layer, spec].double() / self._tokens
+        if spec_width(self._arch, spec) > SKETCH_ROWS:
+            scale: float = self._tokens**0.5  # a sketch holds rows, not their products
+            return total * scale
+        values, vectors = torch.linalg.eigh(total)
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
+        return root
+
+    def _add(self, place: Place, gradient_TO: Tensor) -> None:
+        width = spec_width(self._arch, place[1])
+        if width > SKETCH_ROWS:
+            draw = torch.randint(0, 2, (SKETCH_ROWS, len(gradient_TO)), generator=self._generator)
+            signs = (2 * draw - 1).to(gradient_TO) / SKETCH_ROWS**0.5
+            part = signs @ gradient_TO
+        else:
+            part = gradient_TO.T @ gradient_TO
+        self._sums[place] = self._sums[place] + part if place in self._sums else part
+
+    @contextmanager
+    def _watching(self, model: nn.Module) -> Iterator[None]:
+        """Hooks at the outputs; nothing but the embeddings' output asks for a gradient."""
+
+        def hook(place: Place) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
+            def take(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
+                self._add(place, gradients[0].detach().flatten(0, -2).float())
+
+            return take
+
+        def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return output.requires_grad_(True)
+
+        plain: Any = plain_model(model)
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        model.requires_grad_(False)
+        handles = [plain.get_input_embeddings().register_forward_hook(begin)]
+        for layer in range(self._arch.layers):
+            for spec in self._arch.linears_at(layer):
+                if spec.role in OUTPUTS:
+                    module = decoder_linear(model, self._arch, layer, spec)
+                    handles.append(module.register_full_backward_hook(hook((layer, spec))))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def spec_width(arch: Architecture, spec: LinearSpec) -> int:
+    """Outputs of a linear."""
+    return arch.linear_shape(spec)[0]

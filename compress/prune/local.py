@@ -1,0 +1,98 @@
+"""The local plan (the paper's): the same ratio in every pruned layer, the first and last layers left whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+from compress.errors import UsageError
+from compress.importance.base import GroupScores
+from compress.model.architecture import Architecture
+from compress.prune.damage import DamageTable
+from compress.prune.shape import (
+    TARGETS,
+    HeadUnit,
+    ShapePlan,
+    check_ratio,
+    check_reachable,
+    choices_of,
+    met_or_missed,
+    plan_of,
+)
+from compress.prune.uniform import near_ties
+from compress.structure import LayerShape
+
+RatioOf = Literal["model", "layers"]
+
+
+def local_shapes(
+    arch: Architecture,
+    ratio: float,
+    *,
+    skip_first: int | None = None,
+    skip_last: int = 1,
+    ratio_of: RatioOf = "model",
+    targets: Sequence[str] = TARGETS,
+    multiple: int = 64,
+    head_unit: HeadUnit = "auto",
+    scores: GroupScores | None = None,
+) -> ShapePlan:
+    """The same ratio in every layer that is pruned (LoRAPrune, arXiv 2305.18403).
+
+    Within a layer the shape is found as a uniform one is, with the near-ties judged by that layer's own
+    scores. With ``ratio_of="model"`` what rounding leaves over in one layer is asked of the next.
+
+    Args:
+        arch: The model.
+        ratio: Fraction to remove, in (0, 1).
+        skip_first: First layers left whole; None: ``floor(0.1 * layers)``.
+        skip_last: Last layers left whole.
+        ratio_of: "layers" (the paper's): every pruned layer loses ``ratio``, the model as a whole less;
+            "model": pruned layers lose more, so that the whole loses ``ratio``.
+        targets: Any of "heads", "mlp".
+        multiple: Kept channels are a multiple of this (or all channels).
+        head_unit: What of the attention goes; see :func:`~compress.prune.shape.choices_of`.
+        scores: Group scores for the estimate of damage.
+
+    Raises:
+        UsageError: As :func:`~compress.prune.uniform.choose_shape`; no layer is left to prune; an unknown
+            convention.
+        CompressError: The ratio cannot be reached; names the range.
+    """
+    check_ratio(ratio)
+    if ratio_of not in get_args(RatioOf):
+        raise UsageError(f"A ratio of {ratio_of!r} is not known.", "Choose model or layers.")
+    first = arch.layers // 10 if skip_first is None else skip_first
+    pruned = range(first, arch.layers - skip_last)
+    if min(first, skip_last) < 0 or not pruned:
+        raise UsageError(
+            f"With the first {first} and the last {skip_last} of {arch.layers} layers left whole, "
+            "no layer can be pruned.",
+            "Skip fewer layers, and no negative number of them.",
+        )
+    choices = choices_of(arch, targets=targets, multiple=multiple, head_unit=head_unit)
+    part = len(pruned) / arch.layers if ratio_of == "model" else 1.0
+    reach = choices.reach()
+    check_reachable(
+        arch,
+        ratio,
+        None if reach is None else (reach[0] * part, reach[1] * part),
+        targets,
+        of="the decoder linear parameters" if ratio_of == "model" else "a layer's linear parameters",
+    )
+    share, carried = ratio / part, 0.0
+    shapes: list[LayerShape] = [choices.full] * arch.layers
+    for index in pruned:
+        damage = DamageTable(scores, [index]) if scores is not None else None
+        best = near_ties(choices, share + carried, damage=damage, whole=ratio_of == "model")[0]
+        shapes[index] = best.layer
+        if ratio_of == "model":
+            carried += share - best.achieved
+    plan = plan_of(arch, shapes, ratio, "")
+    lead = met_or_missed(plan.achieved, ratio)
+    whole = arch.layers - len(pruned)
+    reason = f"{lead}: {len(pruned)} of {arch.layers} layers lose about {min(share, 1.0):.1%} each" + (
+        f"; the first {first} and the last {skip_last} stay whole." if whole else "."
+    )
+    return replace(plan, reason=reason)

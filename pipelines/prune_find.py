@@ -1,0 +1,184 @@
+"""Find what to keep: score the groups, with or without training, choose the shapes, rank, and fold what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.adapters.attach import attach_lora, lora_delta
+from compress.adapters.loss import TokenLoss
+from compress.adapters.train import fit
+from compress.data.windows import Windows
+from compress.importance.base import Criterion, GroupScores, create_criterion
+from compress.importance.collect import collect
+from compress.importance.obs import ObsConfig, rank_groups
+from compress.model.int8 import to_int8
+from compress.model.load import load_model
+from compress.pipelines.measure import calibration_windows, training_windows
+from compress.pipelines.prune_goal import Goal, parse_options
+from compress.pipelines.stage import Context
+from compress.pipelines.training import fit_config, training_metrics
+from compress.prune.controller import PruneController
+from compress.prune.schedule import PruningSchedule
+from compress.prune.select import select
+from compress.prune.shape import ShapePlan
+from compress.structure import StructureMap, structure_map
+
+BATCH = 4
+"""Windows per forward pass of the calibration."""
+
+Deltas = Callable[[str], Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a pruning computes and what it reads.
+
+    Attributes:
+        context: Options and reporter.
+        source: Text source.
+        device: Torch device.
+        dtype: Compute dtype.
+    """
+
+    context: Context
+    source: str
+    device: str
+    dtype: Any
+
+    def load(self, path: Path) -> PreTrainedModel:
+        """A model on this device."""
+        return load_model(path, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The outcome of scoring.
+
+    Attributes:
+        structure: The kept indices.
+        plan: Their shapes and the reason.
+        deltas: What the scoring adapter adds to the weights, by module; None where nothing was trained.
+        measured: JSON values.
+    """
+
+    structure: StructureMap
+    plan: ShapePlan
+    deltas: Deltas
+    measured: dict[str, Any]
+
+
+def find_structure(place: Place, goal: Goal, state_dir: Path) -> Found:
+    """Score the groups of ``goal.model`` and choose what stays; training is resumed from ``state_dir``."""
+    settings, model = goal.settings, goal.model
+    network = place.load(model.path)
+    options: dict[str, Any] = {"seed": place.context.common.seed, **parse_options(settings.criterion_options)}
+    criterion = create_criterion(settings.criterion, model.architecture, **options)
+    windows: Windows | None = None
+    if criterion.needs != "adapters":
+        windows = _calibrate(place, goal, network, criterion)
+    if criterion.needs == "adapters" or (settings.repair == "lora" and settings.steps > 0):
+        return _train(place, goal, network, criterion, state_dir)
+    scores = criterion.scores()
+    plan = goal.choose(scores, lambda known: _measured(place, goal, known))
+    layers = select(model.architecture, scores, plan.shapes)
+    measured: dict[str, Any] = {"skipped_steps": criterion.skipped_steps, "scoring_tokens": 0}
+    if windows is not None:
+        measured |= {"data_protocol": dict(windows.protocol), "scoring_tokens": windows.ids.numel()}
+    return Found(
+        structure=structure_map(model.architecture, layers, base_fingerprint=model.id),
+        plan=plan,
+        deltas=lambda _: None,
+        measured=measured,
+    )
+
+
+def _calibrate(place: Place, goal: Goal, network: nn.Module, criterion: Criterion) -> Windows | None:
+    """Let a criterion that needs no adapters see the model; the text it read, None when weights are enough."""
+    if criterion.needs == "weights":
+        criterion.observe(network)
+        return None
+    windows = calibration_windows(
+        place.context, goal.model.path, place.source, tokens=goal.settings.calibration_tokens
+    )
+    with place.context.reporter.bar(f"score ({goal.settings.criterion})") as progress:
+        collect(
+            criterion,
+            network,
+            goal.model.architecture,
+            windows.ids,
+            loss=summed_loss(network),
+            batch=min(BATCH, len(windows)),
+            progress=progress,
+        )
+    return windows
+
+
+def _measured(place: Place, goal: Goal, scores: GroupScores) -> GroupScores:
+    """``scores`` with what the groups cost in the order that they rank them."""
+    windows = calibration_windows(
+        place.context, goal.model.path, place.source, tokens=goal.settings.calibration_tokens
+    )
+    network = place.load(goal.model.path)
+    with place.context.reporter.bar("measure what groups cost") as progress:
+        return rank_groups(
+            network,
+            goal.model.architecture,
+            windows.ids,
+            ObsConfig(seed=place.context.common.seed),
+            loss=summed_loss(network),
+            batch=min(BATCH, len(windows)),
+            ranked=scores,
+            progress=progress,
+        )
+
+
+def summed_loss(network: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Summed next-token loss of a batch without its full table of logits."""
+    token_loss = TokenLoss(network)
+
+    def loss(_: nn.Module, ids_BS: Tensor) -> Tensor:
+        total: Tensor = token_loss(ids_BS, ids_BS)
+        return total
+
+    return loss
+
+
+def _train(
+    place: Place, goal: Goal, network: PreTrainedModel, criterion: Criterion, state_dir: Path
+) -> Found:
+    """One loop scores, closes the masks and trains the adapter (LoRAPrune, arXiv 2305.18403, algorithm 1)."""
+    settings, model, seed = goal.settings, goal.model, place.context.common.seed
+    arch = model.architecture
+    windows = training_windows(place.context, model.path, place.source, settings)
+    if settings.int8:
+        to_int8(network, arch)
+    adapted = attach_lora(
+        network, arch, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed
+    )
+    schedule = PruningSchedule(total_steps=settings.steps)
+
+    def choose(scores: GroupScores) -> ShapePlan:
+        return goal.choose(scores, lambda known: _measured(place, goal, known))
+
+    hook = PruneController(adapted, arch, criterion, schedule, choose, one_shot=settings.one_shot)
+    with hook, place.context.reporter.bar("score and mask") as progress:
+        result = fit(
+            adapted, windows, fit_config(settings, seed), hooks=[hook], state_dir=state_dir, progress=progress
+        )
+        structure = hook.structure(base_fingerprint=model.id)
+    return Found(
+        structure=structure,
+        plan=hook.plan,
+        deltas=(lambda name: lora_delta(adapted, name)) if settings.repair == "lora" else (lambda _: None),
+        measured={
+            **training_metrics(result),
+            "skipped_steps": hook.skipped_steps,
+            "data_protocol": dict(windows.protocol),
+        },
+    )

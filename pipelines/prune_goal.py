@@ -1,0 +1,217 @@
+"""How much to prune, and where: from the options of ``prune`` to a function that chooses shapes from scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from compress.errors import CompressError, UsageError
+from compress.importance.base import GroupScores
+from compress.model.architecture import LayerShape, resized_config
+from compress.model.uneven_config import can_be_uneven, refuse_uneven
+from compress.pipelines.allocation_of_shapes import LayerDamage, allocate_shapes
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.settings import PruneSettings
+from compress.prune.candidates import candidates
+from compress.prune.goal import parse_count, ratio_for_bytes, ratio_for_parameters
+from compress.prune.plan import plan_shapes
+from compress.prune.shape import ShapePlan, unit_parameters
+from compress.solvers.budget import parse_budget
+
+Measure = Callable[[GroupScores], GroupScores]
+"""Adds what the ranked groups cost to scores that do not say."""
+
+DEFAULT_RATIO = 0.5
+
+
+@dataclass(slots=True, kw_only=True)
+class Goal:
+    """What one pruning of a model aims at.
+
+    Attributes:
+        model: What is pruned.
+        ratio: Fraction of its decoder linear parameters to remove.
+        settings: Targets, shape and the rest.
+        targets: The parsed targets.
+        multiple: Channel counts are multiples of this.
+        certificate: Filled in by an allocation: damage, bound, gap, solver.
+    """
+
+    model: ModelInput
+    ratio: float
+    settings: PruneSettings
+    targets: tuple[str, ...]
+    multiple: int
+    certificate: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Say at once, before anything is scored, what cannot be had.
+
+        Raises:
+            UsageError, CompressError: The ratio cannot be reached, or the family has no uneven models.
+        """
+        kind, arch = self.settings.shape, self.model.architecture
+        refuse_uneven(arch)
+        if kind != "uniform" and (reason := can_be_uneven(self.model.checkpoint.config, arch)):
+            raise CompressError(
+                f"--shape {kind} makes layers of different sizes, which this model cannot have: {reason}.",
+                "Give --shape uniform.",
+            )
+        if kind in ("uniform", "local"):
+            self._plan(kind, None)
+        else:  # these need scores; a uniform shape of the same ratio exists when theirs do
+            self._plan("uniform", None)
+
+    def choose(self, scores: GroupScores, measure: Measure) -> ShapePlan:
+        """The shapes for these scores; an allocation first measures what the ranked groups cost."""
+        if self.settings.shape != "allocated":
+            return self._plan(self.settings.shape, scores)
+        return self._allocate(scores if scores.rises is not None else measure(scores))
+
+    def _plan(self, kind: str, scores: GroupScores | None) -> ShapePlan:
+        return plan_shapes(
+            kind,
+            self.model.architecture,
+            self.ratio,
+            targets=self.targets,
+            multiple=self.multiple,
+            head_unit=self.settings.head_unit,
+            scores=scores,
+            accepts=self._accepts,
+            skip_first=self.settings.skip_first,
+            skip_last=self.settings.skip_last,
+            ratio_of=self.settings.ratio_of,
+        )
+
+    def _accepts(self, shape: LayerShape) -> bool:
+        """Whether a stock configuration describes a model with this shape in every layer."""
+        try:
+            resized_config(
+                self.model.checkpoint.config,
+                self.model.architecture,
+                heads=shape.kv_heads * shape.queries,
+                kv_heads=shape.kv_heads,
+                channels=shape.channels,
+            )
+        except CompressError:
+            return False
+        return True
+
+    def _allocate(self, scores: GroupScores) -> ShapePlan:
+        arch, units = self.model.architecture, unit_parameters(self.model.architecture)
+        found = candidates(
+            arch, targets=self.targets, multiple=self.multiple, grid=1 << 30, head_unit=self.settings.head_unit,
+            allow_drop=True,
+        )  # fmt: skip
+        damages = [
+            LayerDamage(
+                attention={pair: float(rise.attention[pair]) for pair in found.attention},
+                mlp={count: float(rise.channels[count]) for count in found.channels},
+            )
+            for rise in scores.rises or ()
+        ]
+        total = arch.decoder_linear_parameters()
+        budget = round((1 - self.ratio) * total)
+        allocation = allocate_shapes(damages, units.of, budget, allow_drop=True, solver=self.settings.solver)
+        achieved = 1 - allocation.parameters / total
+        self.certificate = {"damage": allocation.damage, **allocation.certificate}
+        gone = (
+            sum(not shape.kv_heads for shape in allocation.shapes),
+            sum(not shape.channels for shape in allocation.shapes),
+        )
+        reason = (
+            f"{achieved:.2%} for {self.ratio:.2%}: the allocation keeps at most what was asked for, in multiples of "
+            f"{self.multiple} channels and whole heads; predicted rise of the loss {allocation.damage:.3f} nats per "
+            f"token; {gone[0]} layers lose their attention and {gone[1]} their MLP."
+        )
+        return ShapePlan(shapes=allocation.shapes, requested=self.ratio, achieved=achieved, reason=reason)
+
+
+def goal_of(model: ModelInput, settings: PruneSettings, targets: tuple[str, ...], multiple: int) -> Goal:
+    """The goal that the options name: ``--ratio``, ``--params`` or ``--size``; a half without any.
+
+    Raises:
+        UsageError: A size that cannot be read.
+        CompressError: A size that cannot be reached; names the range.
+    """
+    arch, checkpoint = model.architecture, model.checkpoint
+    ratio = settings.ratio if settings.ratio is not None else DEFAULT_RATIO
+    if settings.params is not None:
+        ratio = ratio_for_parameters(
+            checkpoint.parameters,
+            arch,
+            parse_count(settings.params),
+            targets=targets,
+            multiple=multiple,
+            head_unit=settings.head_unit,
+        )
+    elif settings.size is not None:
+        budget = parse_budget(settings.size)
+        if budget.kind != "bytes":
+            raise UsageError(
+                f"--size {settings.size} is no file size.", "Give bytes, such as 150MB or 0.5GiB."
+            )
+        first = arch.tensor_name(0, arch.linears[0])
+        ratio = ratio_for_bytes(
+            checkpoint.bytes,
+            checkpoint.dtype(first).itemsize,
+            arch,
+            budget.value,
+            targets=targets,
+            multiple=multiple,
+            head_unit=settings.head_unit,
+        )
+    goal = Goal(model=model, ratio=ratio, settings=settings, targets=targets, multiple=multiple)
+    goal.check()
+    return goal
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """``"heads,mlp"`` as a tuple.
+
+    Raises:
+        UsageError: Something else is named.
+    """
+    targets = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not targets or not set(targets) <= {"heads", "mlp"}:
+        raise UsageError(f"--targets {text!r} is not understood.", "Give heads, mlp, or heads,mlp.")
+    return targets
+
+
+def default_multiple(channels: int) -> int:
+    """Channel counts are rounded to 64, to 128 on wide models, and to less on tiny ones."""
+    return (
+        128 if channels >= 8192 else next(m for m in (64, 32, 16, 8, 4, 2, 1) if m == 1 or channels >= 8 * m)
+    )
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """``"element=abs,first_order=true,momentum=0.8"`` as a mapping.
+
+    Raises:
+        UsageError: A part is not ``name=value``.
+    """
+    found: dict[str, Any] = {}
+    for part in (part.strip() for part in text.split(",")):
+        if not part:
+            continue
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or not value:
+            raise UsageError(
+                f"--criterion-options {text!r} is not understood.", "Write name=value, separated by commas."
+            )
+        found[name.replace("-", "_")] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
