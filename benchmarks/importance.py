@@ -5,7 +5,8 @@
 Memory: what a scoring pass needs beyond the loaded model (forward, backward and scores of one micro batch), with
 adapters of rank 8 on every decoder linear, and with gradients of the decoder linears themselves (Taylor). Each pass
 runs in a fresh process and is counted twice: bytes of live tensors, and peak resident memory less what was resident
-after loading. Speed: one matrix of 4096 x 11008, against the dense formula in float32, measured in turns.
+after loading. Both need the same activations; "recomputed" keeps only the layers' inputs of them, on both sides.
+Speed: one matrix of 4096 x 11008, against the dense formula in float32, measured in turns on an idle machine.
 Goals: at most 48 % of Taylor's memory, temporaries of the reduction at most 1 % of the weights, 5 times the speed.
 """
 
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -39,11 +41,12 @@ from compress.importance.base import create_criterion
 from compress.importance.lora import lora_group_sums
 from compress.importance.modules import WeightRows
 from compress.model.architecture import architecture_of
-from compress.model.load import load_model, load_tokenizer, preferred_dtype, resolve
+from compress.model.load import EMBEDDED, load_model, load_tokenizer, preferred_dtype, resolve
 
 RANK, ALPHA = 8, 16
-SIZES = ((4, 512), (1, 128))
-"""Windows and their length; with the second one, activations do not dominate."""
+CASES = ((4, 512, False), (1, 128, False), (1, 32, False), (4, 512, True), (1, 128, True))
+"""Windows, their length, and whether activations are recomputed in the backward pass."""
+QUICK_CASES = ((1, 128, False), (1, 128, True))
 PASSES = {"taylor": 0.0, "lora": 0.0, "lora, dropout 0.05": 0.05}
 """Measured pass -> dropout of its adapters."""
 MATRIX = (4096, 11008)
@@ -85,7 +88,9 @@ class LiveTensors(TorchDispatchMode):
         self.bytes -= size
 
 
-def measure_pass(model_path: Path, kind: str, windows: int, length: int) -> dict[str, int]:
+def measure_pass(
+    model_path: Path, kind: str, windows: int, length: int, *, recompute: bool = False
+) -> dict[str, int]:
     """Extra memory of one scoring pass, in bytes; run it in a fresh process.
 
     Args:
@@ -93,6 +98,7 @@ def measure_pass(model_path: Path, kind: str, windows: int, length: int) -> dict
         kind: A key of `PASSES`.
         windows: Windows of the micro batch.
         length: Their tokens.
+        recompute: Keep only the inputs of the layers for the backward pass.
 
     Returns:
         ``tensors``: peak of live tensors; ``resident``: peak resident memory over that after loading;
@@ -124,7 +130,13 @@ def measure_pass(model_path: Path, kind: str, windows: int, length: int) -> dict
                     weight.requires_grad_(True)
             else:
                 network = attach_lora(model, arch, rank=RANK, alpha=ALPHA, dropout=PASSES[kind])
-            network.train(PASSES[kind] > 0)
+            if recompute:
+                with (
+                    warnings.catch_warnings()
+                ):  # transformers renames this in some of the versions we support
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+            network.train()  # without it, transformers recomputes nothing
             casting = nullcontext() if kind == "taylor" else disable_input_dtype_casting(network)
             loss = TokenLoss(network)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), casting:
@@ -227,19 +239,25 @@ def in_fresh_process(request: dict[str, Any], threads: int) -> dict[str, Any]:
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     if request["measure"] == "speed":
         return measure_speed((request["rows"], request["columns"]), request["rounds"])
-    return dict(measure_pass(Path(request["model"]), request["kind"], request["windows"], request["length"]))
+    return dict(
+        measure_pass(
+            Path(request["model"]),
+            request["kind"],
+            request["windows"],
+            request["length"],
+            recompute=request["recompute"],
+        )
+    )
 
 
 def benchmark(model: str | None, *, quick: bool, threads: int) -> dict[str, Any]:
-    """All measurements, one process after the other, and the verdicts."""
+    """All measurements, one process after the other."""
     path = str(resolve(model))
     memory: dict[str, dict[str, Any]] = {}
-    for windows, length in SIZES[1:] if quick else SIZES:
+    for windows, length, recompute in QUICK_CASES if quick else CASES:
+        request = {"measure": "memory", "model": path, "windows": windows, "length": length}
         passes = {
-            kind: in_fresh_process(
-                {"measure": "memory", "model": path, "kind": kind, "windows": windows, "length": length},
-                threads,
-            )
+            kind: in_fresh_process({**request, "recompute": recompute, "kind": kind}, threads)
             for kind in PASSES
         }
         taylor = passes["taylor"]
@@ -247,22 +265,49 @@ def benchmark(model: str | None, *, quick: bool, threads: int) -> dict[str, Any]
             row["tensors_of_taylor"] = row["tensors"] / taylor["tensors"]
             row["resident_of_taylor"] = row["resident"] / taylor["resident"]
             row["reduction_of_weights"] = row["reduction"] / row["weights"]
-        memory[f"{windows} x {length}"] = passes
+        memory[f"{windows} x {length}{', recomputed' if recompute else ''}"] = passes
     request = {"measure": "speed", "rows": MATRIX[0], "columns": MATRIX[1], "rounds": 5 if quick else 15}
+    speed = {
+        str(count): {**in_fresh_process(request, count), "load_before": os.getloadavg()[0]}
+        for count in sorted({1, threads})
+    }
     return {
         "format_version": 1,
-        "model": Path(path).name if model is None else model,
+        "model": model or EMBEDDED,
         "dtype": str(preferred_dtype("cpu")).removeprefix("torch."),
         "goals": GOALS,
         "memory": memory,
-        "speed": in_fresh_process(request, threads),
+        "speed": speed,
         "versions": versions(),
         "host": {**host(), "threads": threads},
     }
 
 
+def report(result: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    lines = []
+    for size, passes in result["memory"].items():
+        for kind, row in passes.items():
+            lines.append(
+                f"{size} tokens, {kind}: {row['tensors'] / 1e6:.1f} MB of tensors ({row['tensors_of_taylor']:.1%} of "
+                f"Taylor's), {row['resident'] / 1e6:.1f} MB resident ({row['resident_of_taylor']:.1%}); "
+                f"reduction {row['reduction_of_weights']:.2%} of the weights"
+            )
+    for threads, speed in result["speed"].items():
+        for name, ratio in speed["speedup"].items():
+            lines.append(
+                f"speed on {threads} thread(s) against {name}: {ratio['median']:.1f}x "
+                f"(quartiles {ratio['quartile_low']:.1f} to {ratio['quartile_high']:.1f})"
+            )
+    goals = result["goals"]
+    lines.append(
+        f"goals: memory {goals['memory']:.0%}, reduction {goals['reduction']:.0%}, {goals['speedup']:.0f}x"
+    )
+    return "\n".join(lines)
+
+
 def main() -> int:
-    """Command line; the figures are printed last, each beside its goal."""
+    """Command line; the figures are printed last, the goals under them."""
     parser = argparse.ArgumentParser(
         prog="python -m compress.benchmarks.importance", description=__doc__.splitlines()[0]
     )
@@ -278,17 +323,7 @@ def main() -> int:
     result = benchmark(arguments.model, quick=arguments.quick, threads=arguments.threads)
     if arguments.out is not None:
         write_json(arguments.out, result)
-    for size, passes in result["memory"].items():
-        for kind, row in passes.items():
-            print(
-                f"{size} tokens, {kind}: {row['tensors'] / 1e6:.1f} MB of tensors ({row['tensors_of_taylor']:.1%} of "
-                f"Taylor's), {row['resident'] / 1e6:.1f} MB resident ({row['resident_of_taylor']:.1%}); reduction "
-                f"{row['reduction_of_weights']:.2%} of the weights"
-            )
-    for name, ratio in result["speed"]["speedup"].items():
-        spread = f"{ratio['quartile_low']:.1f} to {ratio['quartile_high']:.1f}"
-        print(f"speed, against {name}: {ratio['median']:.1f}x (quartiles {spread})")
-    print(f"goals: memory {GOALS['memory']:.0%}, reduction {GOALS['reduction']:.0%}, {GOALS['speedup']:.0f}x")
+    print(report(result))
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.importance import CRITERIA
+from compress.importance.gram_store import GramStore
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
 from compress.model.load import load_model
 from compress.pipelines.measure import check_length, validation_perplexity, validation_windows
@@ -165,10 +166,11 @@ def _prune_once(
     context = place.context
     if not (here / MEASURED).is_file():
         shutil.rmtree(cut, ignore_errors=True)
-        found = find_structure(place, goal, here / "scoring")
+        store = GramStore(here / "moments")
+        found = find_structure(place, goal, here / "scoring", store=store)
         deltas, biases = found.deltas, None
         if settings.repair == "refit":
-            deltas = refit_deltas(place, model, found.structure, settings.calibration_tokens)
+            deltas = refit_deltas(place, model, found.structure, settings.calibration_tokens, store)
         elif settings.repair == "bias":
             biases = bias_additions(place, model, found.structure, settings.calibration_tokens)
         with context.reporter.bar("cut") as progress:
@@ -188,6 +190,7 @@ def _prune_once(
             "certificate": goal.certificate or None,
             **found.measured,
         }
+        shutil.rmtree(store.folder, ignore_errors=True)
         write_json(here / MEASURED, {"format_version": FORMAT_VERSION, **metrics})
     measured = read_json(here / MEASURED)
     measured.pop("format_version")

@@ -16,7 +16,9 @@ from compress.adapters.train import fit
 from compress.data.windows import Windows
 from compress.importance.base import Criterion, GroupScores, create_criterion
 from compress.importance.collect import collect
-from compress.importance.obs import ObsConfig, rank_groups
+from compress.importance.gram_store import GramStore, fits
+from compress.importance.moments import OUTPUTS
+from compress.importance.obs import ObsConfig, ObsCriterion, rank_groups
 from compress.model.int8 import to_int8
 from compress.model.load import load_model
 from compress.pipelines.measure import calibration_windows, training_windows
@@ -73,12 +75,21 @@ class Found:
     measured: dict[str, Any]
 
 
-def find_structure(place: Place, goal: Goal, state_dir: Path) -> Found:
-    """Score the groups of ``goal.model`` and choose what stays; training is resumed from ``state_dir``."""
+def find_structure(place: Place, goal: Goal, state_dir: Path, *, store: GramStore | None = None) -> Found:
+    """Score the groups of ``goal.model`` and choose what stays.
+
+    Args:
+        place: Where to compute and what to read.
+        goal: What to aim at.
+        state_dir: Where training is resumed from.
+        store: Where a criterion that gathers second moments of the inputs may leave them.
+    """
     settings, model = goal.settings, goal.model
     network = place.load(model.path)
     options: dict[str, Any] = {"seed": place.context.common.seed, **parse_options(settings.criterion_options)}
     criterion = create_criterion(settings.criterion, model.architecture, **options)
+    if isinstance(criterion, ObsCriterion) and store is not None and fits(model.architecture, OUTPUTS):
+        criterion.store = store
     windows: Windows | None = None
     if criterion.needs != "adapters":
         windows = _calibrate(place, goal, network, criterion)

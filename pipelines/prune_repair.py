@@ -12,39 +12,45 @@ from torch import Tensor
 from compress.adapters.attach import attach_lora, save_adapter
 from compress.adapters.merge import merge_adapter
 from compress.adapters.train import Distillation, fit
+from compress.importance.gram_store import GramStore
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.measure import calibration_windows, training_windows
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_find import BATCH, Deltas, Place
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.training import fit_config, training_metrics
-from compress.prune.compensate import compensate, mean_biases
+from compress.prune.compensate import compensate, mean_biases, refit_from_store
 from compress.structure import StructureMap
 
 TEXT_SHARE = {"distill": 0.0, "both": 0.5, "text": 1.0}
 """Share of the text itself in the targets of repair training."""
 
 
-def refit_deltas(place: Place, model: ModelInput, structure: StructureMap, tokens: int) -> Deltas:
-    """What refitting o and down to the model's own activations adds to their weights, by module."""
-    windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
-    with place.context.reporter.bar("refit o and down") as progress:
-        weights = compensate(
-            place.load(model.path),
-            model.architecture,
-            structure,
-            windows.ids,
-            batch=min(BATCH, len(windows)),
-            progress=progress,
-        )
+def refit_deltas(
+    place: Place, model: ModelInput, structure: StructureMap, tokens: int, store: GramStore
+) -> Deltas:
+    """What refitting o and down to the model's own activations adds to their weights, by module.
+
+    Second moments that scoring has left in ``store`` are used; else ``tokens`` tokens are read.
+    """
     arch = model.architecture
     transposed = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
 
-    def delta(name: str) -> Tensor | None:
-        if name not in weights:
-            return None
+    def original(name: str) -> Tensor:
         stored = model.checkpoint.read(f"{name}.weight").float()
-        return weights[name] - (stored.t() if name in transposed else stored)
+        return stored.t() if name in transposed else stored
+
+    if store.complete(arch):
+        with place.context.reporter.bar("refit o and down") as progress:
+            weights = refit_from_store(original, arch, structure, store, progress=progress)
+    else:
+        windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
+        network, batch = place.load(model.path), min(BATCH, len(windows))
+        with place.context.reporter.bar("refit o and down") as progress:
+            weights = compensate(network, arch, structure, windows.ids, batch=batch, progress=progress)
+
+    def delta(name: str) -> Tensor | None:
+        return weights[name] - original(name) if name in weights else None
 
     return delta
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.errors import UsageError
 from compress.importance import CRITERIA
 from compress.importance.base import CriterionConfig, GroupScores, LayerRise, LayerScores, Loss
+from compress.importance.gram_store import GramStore
 from compress.importance.modules import decoder_linear, merged_rows, plain_model
 from compress.importance.moments import OUTPUTS, MomentCriterion, OutputGradients
 from compress.importance.surgeon import (
@@ -66,12 +67,16 @@ class ObsCriterion(MomentCriterion):
     """
 
     config_type: ClassVar[type[CriterionConfig]] = ObsConfig
+    store: GramStore | None = None
+    """Where to keep the second moments of the inputs, for the repair; None: nowhere."""
 
     def measure(
         self, model: nn.Module, ids_NS: Tensor, *, loss: Loss, batch: int, progress: Progress | None = None
     ) -> None:
         """Score the model's groups on calibration text; see :meth:`MomentCriterion.measure`."""
-        found = rank_groups(model, self.arch, ids_NS, self.config, loss=loss, batch=batch, progress=progress)
+        found = rank_groups(
+            model, self.arch, ids_NS, self.config, loss=loss, batch=batch, store=self.store, progress=progress
+        )
         if self._counted(found):
             self._scores = found
 
@@ -86,6 +91,7 @@ def rank_groups(
     loss: Loss,
     batch: int,
     ranked: GroupScores | None = None,
+    store: GramStore | None = None,
     progress: Progress | None = None,
 ) -> GroupScores:
     """Rank the groups of every layer, and measure what every number of kept groups costs.
@@ -98,6 +104,7 @@ def rank_groups(
         loss: Summed next-token loss of a batch.
         batch: Windows per pass.
         ranked: Keep this ranking and only measure what it costs; None: the greedy order.
+        store: Keep the second moments there; None: nowhere.
         progress: Called after every batch of the backward passes and after every layer.
 
     Raises:
@@ -114,6 +121,8 @@ def rank_groups(
         outputs = [spec for spec in arch.linears_at(index) if spec.role in OUTPUTS]
         with gathered_grams(layer, dict.fromkeys(outputs)) as grams:
             walk.advance(index)
+        if store is not None:
+            store.put(index, grams)
         scores, rise = _untouched(arch)
         if ranked is not None:
             scores = ranked.layers[index]

@@ -10,10 +10,13 @@ Shapes: N windows, S tokens, T tokens of a batch, O output rows, C input columns
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
+from compress.importance.gram_store import GramStore
 from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams, gathered_sums
 from compress.progress import Progress
@@ -75,7 +78,7 @@ def mean_biases(
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(walk.layers):
-        removed = _columns(arch, layer, structure.layers[index], removed=True)
+        removed = _columns(arch, _device(layer), structure.layers[index], removed=True)
         with gathered_sums(layer, tuple(removed)) as sums:
             walk.advance(index)
         for spec, columns in removed.items():
@@ -88,11 +91,10 @@ def mean_biases(
 
 
 def _columns(
-    arch: Architecture, layer: nn.Module, kept: LayerStructure, *, removed: bool
+    arch: Architecture, device: torch.device, kept: LayerStructure, *, removed: bool
 ) -> dict[LinearSpec, Tensor]:
     """The kept, or the removed, input columns of those of o and down that lose some."""
     found: dict[LinearSpec, Tensor] = {}
-    device = next(layer.parameters()).device
     for spec in arch.linears:
         columns = kept_columns(arch, spec, kept) if spec.role in OUTPUTS else None
         if columns is None:
@@ -105,9 +107,61 @@ def _columns(
     return found
 
 
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
 def _weight(layer: nn.Module, spec: LinearSpec) -> Tensor:
     stored = layer.get_submodule(spec.name).get_parameter("weight")
     return stored.t() if spec.transposed else stored
+
+
+@torch.no_grad()
+def refit_from_store(
+    weight_of: Callable[[str], Tensor],
+    arch: Architecture,
+    structure: StructureMap,
+    store: GramStore,
+    *,
+    damping: float = 0.01,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """What :func:`compensate` gives, from second moments that were gathered before; no model is run.
+
+    Args:
+        weight_of: Module name -> its weight [out, in].
+        arch: The architecture of the full model.
+        structure: What is kept.
+        store: Moments of the inputs of o and down, of every layer.
+        damping: See :func:`refit`.
+        progress: Called after every layer.
+
+    Raises:
+        UsageError: The damping is not above zero.
+    """
+    _check_damping(damping)
+    found: dict[str, Tensor] = {}
+    for index, kept in enumerate(structure.layers):
+        for spec, columns in _columns(arch, torch.device("cpu"), kept, removed=False).items():
+            if len(columns):
+                name = arch.module_name(index, spec)
+                gram_CK = store.get(index, spec)[:, columns]
+                found[name] = _refitted(weight_of(name), gram_CK, columns, damping)
+        if progress is not None:
+            progress(index + 1, arch.layers, f"layer {index}")
+    return found
+
+
+def _refitted(weight_OC: Tensor, gram_CK: Tensor, columns: Tensor, damping: float) -> Tensor:
+    """The refitted weight at full size, float32 on the CPU, zero in the removed columns."""
+    full = torch.zeros(weight_OC.shape, dtype=torch.float32)
+    full[:, columns.cpu()] = refit(weight_OC, gram_CK, columns, damping).float().cpu()
+    return full
+
+
+def _check_damping(damping: float) -> None:
+    if not damping > 0:
+        raise UsageError(f"The damping is {damping}.", "Give a number above zero, such as 0.01.")
 
 
 @torch.no_grad()
@@ -140,22 +194,20 @@ def compensate(
         UsageError: The damping is not above zero.
         CompressError: There are fewer windows than one batch.
     """
-    if not damping > 0:
-        raise UsageError(f"The damping is {damping}.", "Give a number above zero, such as 0.01.")
+    _check_damping(damping)
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(walk.layers):
-        kept = _columns(arch, layer, structure.layers[index], removed=False)
+        kept = _columns(arch, _device(layer), structure.layers[index], removed=False)
         lost = [spec for spec, columns in kept.items() if len(columns) == 0]
         for spec in lost:  # the branch is gone: there is nothing to refit
             kept.pop(spec)
         with gathered_grams(layer, kept) as grams:
             walk.advance(index)
         for spec, columns in kept.items():
-            weight_OC = _weight(layer, spec)
-            full = torch.zeros(weight_OC.shape, dtype=torch.float32)
-            full[:, columns.cpu()] = refit(weight_OC, grams[spec], columns, damping).float().cpu()
-            found[arch.module_name(index, spec)] = full
+            found[arch.module_name(index, spec)] = _refitted(
+                _weight(layer, spec), grams[spec], columns, damping
+            )
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found

@@ -21,7 +21,7 @@ from compress.importance.base import create_criterion
 from compress.model.architecture import architecture_of
 from compress.prune.controller import PruneController
 from compress.prune.schedule import PruningSchedule
-from compress.prune.select import choose_shape
+from compress.prune.uniform import choose_shape
 from tests.tiny import tiny_model
 
 CONFIG = FitConfig(

@@ -1,0 +1,330 @@
+"""Structured pruning methods at the same size: perplexity before and after the same recovery training.
+
+``python -m compress.benchmarks.pruning [--quick] [--part table|headline] [--ratios 0.5,0.2] [--only NAMES] [--out F]``
+
+Protocol. Model SmolLM2-135M-Instruct (dequantized baseline). Every method sees the same calibration tokens of
+WikiText-2 train (one seed) and keeps the same number of groups in all layers, each by its own ranking; which share of
+the ratio heads and channels bear is its own choice too, except for the peer, whose pruner sets limits. "0 tokens" is
+the model as the method leaves it, with what belongs to it (FLAP's bias, our refit). "100k tokens" is that model after
+LoRA training on the same windows of WikiText-2 train with the same settings, loss of the text, merged. LoRAPrune is
+trained while it prunes: its 100k tokens are those, with the paper's schedule; its row at 0 tokens ranks by scores
+gathered on the calibration tokens and cuts at once. Test: raw WikiText-2 test, METHODS §5. Nothing is chosen by it.
+
+The part headline: the two best at ratio 0.5 with three seeds, calibration and training on C4, whole test at 2048.
+Rows are on disk as soon as they are known: run it again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.benchmarks.peers.torch_pruning import prune_with_torch_pruning
+from compress.benchmarks.protocol import LENGTH, TOKENS, Rows, calibration, score, test_windows
+from compress.evaluate.latency import throughput
+from compress.model.checkpoint import Checkpoint, copy_side_files
+from compress.model.load import load_model, load_tokenizer, resolve
+from compress.pipelines.dispatch import prepare_torch, quiet_libraries
+from compress.pipelines.measure import CALIBRATION_SEED
+from compress.pipelines.model_input import device_and_dtype, open_model
+from compress.pipelines.prune import prune_in_rounds
+from compress.pipelines.prune_find import Place
+from compress.pipelines.prune_goal import default_multiple, goal_of
+from compress.pipelines.prune_repair import train_repair
+from compress.pipelines.reporter import Reporter
+from compress.pipelines.settings import Common, PruneSettings
+from compress.pipelines.settings import resolve as resolve_settings
+from compress.pipelines.stage import Context
+from compress.pipelines.workspace import Workspace
+
+CALIBRATION = 32_768
+MICRO_BATCH, SEQUENCE = 4, 128
+RECOVERY: dict[str, Any] = {
+    "micro_batch": MICRO_BATCH,
+    "sequence": SEQUENCE,
+    "repair_rank": 16,
+    "repair_lr": 1e-3,
+}
+PEER = "torch-pruning (taylor)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One row of the table: how ``prune`` is set, and how recovery training is.
+
+    Attributes:
+        prune: Settings of ``prune`` without recovery training.
+        recovery: Settings of recovery training.
+        trained: Settings of ``prune`` when the method trains while it prunes; then there is no other recovery.
+        recovers: Whether it is trained at all.
+    """
+
+    prune: Mapping[str, Any]
+    recovery: Mapping[str, Any] = field(default_factory=lambda: {"repair_loss": "text"})
+    trained: Mapping[str, Any] | None = None
+    recovers: bool = True
+
+
+PLAIN = {"repair": "none"}
+METHODS: dict[str, Method] = {
+    "random": Method(prune={"criterion": "random", **PLAIN}),
+    "magnitude": Method(prune={"criterion": "magnitude", **PLAIN}),
+    "taylor (vector)": Method(prune={"criterion": "taylor", "criterion_options": "form=vector", **PLAIN}),
+    "wanda-sp": Method(prune={"criterion": "wanda", **PLAIN}),
+    "flap": Method(prune={"criterion": "flap", "repair": "bias"}),
+    PEER: Method(prune={}),
+    "loraprune": Method(
+        prune={"criterion": "lora", "one_shot": True, **PLAIN},
+        trained={"criterion": "lora", "repair": "lora", "lr": 1e-3, "rank": 8, "alpha": 16, "dropout": 0.05},
+    ),
+    "ours": Method(prune={"criterion": "obs", "repair": "refit"}),
+    "ours, distilled": Method(
+        prune={"criterion": "obs", "repair": "refit"}, recovery={"repair_loss": "both"}
+    ),
+    "ours, allocated": Method(prune={"criterion": "obs", "repair": "refit", "shape": "allocated"}),
+    "wanda-sp + refit": Method(prune={"criterion": "wanda", "repair": "refit"}, recovers=False),
+    "loraprune + refit": Method(
+        prune={"criterion": "lora", "one_shot": True, "repair": "refit"}, recovers=False
+    ),
+    "ours without refit": Method(prune={"criterion": "obs", **PLAIN}, recovers=False),
+    "ours, two rounds": Method(prune={"criterion": "obs", "repair": "refit", "rounds": 2}, recovers=False),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What the rows of one file share.
+
+    Attributes:
+        place: Where to compute and what to read.
+        model: Folder of the full model.
+        calibration_tokens: For every method.
+        recovery_tokens: Of recovery training.
+        test_length: Tokens of a test window.
+        test_tokens: Test tokens; None: all.
+    """
+
+    place: Place
+    model: Path
+    calibration_tokens: int
+    recovery_tokens: int
+    test_length: int = LENGTH
+    test_tokens: int | None = TOKENS
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of recovery training."""
+        return round(self.recovery_tokens / (MICRO_BATCH * SEQUENCE))
+
+    def settings(self, ratio: float, **given: Any) -> PruneSettings:
+        """Settings of ``prune`` for this benchmark."""
+        shared = {
+            "ratio": ratio,
+            "calibration_tokens": self.calibration_tokens,
+            "repair_steps": 0,
+            **RECOVERY,
+        }
+        return resolve_settings(PruneSettings, {**shared, **given}, "quick")
+
+    def measured(self, folder: Path) -> dict[str, Any]:
+        """Test perplexity and size of the model in ``folder``."""
+        network = self.place.load(folder)
+        windows = test_windows(load_tokenizer(self.model), length=self.test_length, tokens=self.test_tokens)
+        checkpoint = Checkpoint(folder)
+        return {
+            **score(network, windows, batch_size=max(1, 2048 // self.test_length)),
+            "parameters": checkpoint.parameters,
+            "bytes": checkpoint.bytes,
+        }
+
+    def speed(self, folder: Path) -> dict[str, float]:
+        """Prefill and greedy decoding in tokens a second, batch 1, prompt of 512."""
+        windows = test_windows(load_tokenizer(self.model), length=LENGTH, tokens=LENGTH)
+        found = throughput(self.place.load(folder), windows.ids[:1], decode_tokens=64)
+        return {
+            "prefill_tokens_per_second": found.prefill_tokens_per_second,
+            "decode_tokens_per_second": found.decode_tokens_per_second,
+        }
+
+
+def cut(bench: Bench, name: str, ratio: float, out: Path, settings: PruneSettings) -> dict[str, Any]:
+    """The method's pruned model in ``out``, before any recovery; what it measured on the way."""
+    started = time.monotonic()
+    out.mkdir()
+    if name == PEER:
+        seed = bench.place.context.common.seed + CALIBRATION_SEED
+        windows = calibration(load_tokenizer(bench.model), bench.place.source, bench.calibration_tokens, seed)
+        small, facts = prune_with_torch_pruning(
+            load_model(bench.model, dtype=torch.float32),
+            ratio,
+            importance="taylor",
+            calibration_ids=windows.ids,
+        )
+        small.to(torch.bfloat16).save_pretrained(out)
+        copy_side_files(bench.model, out)
+    else:
+        model = open_model(bench.place.context, str(bench.model))
+        goal = goal_of(model, settings, ("heads", "mlp"), default_multiple(model.architecture.channels))
+        facts = prune_in_rounds(bench.place, goal, out)
+        for folder in out.glob("round-*"):
+            shutil.rmtree(folder)
+    wanted = ("achieved_ratio", "shape", "reason", "heads", "kv_heads", "channels", "note", "certificate")
+    return {
+        **{key: facts[key] for key in wanted if facts.get(key) is not None},
+        "prune_seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def run_method(bench: Bench, rows: Rows, name: str, ratio: float, folder: Path, *, timed: bool) -> None:
+    """Both rows of one method at one ratio."""
+    method = METHODS[name]
+    before, after = f"{ratio} {name} 0", f"{ratio} {name} {bench.recovery_tokens}"
+    steps = bench.steps
+    if method.trained is not None and not rows.has(after):
+        settings = bench.settings(ratio, steps=steps, **method.trained)
+        facts = cut(bench, name, ratio, folder / "trained", settings)
+        rows.put(after, {**bench.measured(folder / "trained"), **facts})
+    recovers = method.recovers and method.trained is None
+    if rows.has(before) and (not recovers or rows.has(after)):
+        return
+    calibration_steps = max(1, bench.calibration_tokens // (MICRO_BATCH * SEQUENCE))
+    settings = bench.settings(ratio, steps=calibration_steps, **method.prune)
+    facts = cut(bench, name, ratio, folder / "cut", settings)
+    speed = {"speed": bench.speed(folder / "cut")} if timed else {}
+    rows.put(before, {**bench.measured(folder / "cut"), **facts, **speed})
+    if recovers:
+        started = time.monotonic()
+        trained = bench.settings(ratio, **{**method.recovery, "repair_steps": steps})
+        (folder / "out").mkdir()
+        training = train_repair(
+            bench.place, folder / "cut", bench.model, trained, folder / "out", folder / "state"
+        )
+        seconds = round(time.monotonic() - started, 1)
+        rows.put(
+            after,
+            {
+                **bench.measured(folder / "out"),
+                **facts,
+                "recovery_seconds": seconds,
+                "recovery_tokens": training["tokens"],
+                "recovery_loss": [training["losses"][0], training["losses"][-1]],
+            },
+        )
+
+
+def best_two(rows: Rows, ratio: float, tokens: int) -> list[str]:
+    """The names of the two methods with the lowest perplexity after recovery, ours as it is by default among them."""
+    found = {
+        name: rows.get(f"{ratio} {name} {tokens}")["perplexity"]
+        for name in METHODS
+        if rows.has(f"{ratio} {name} {tokens}") and not name.startswith("ours,")
+    }
+    return sorted(found, key=lambda name: found[name])[:2]
+
+
+def table(rows: Rows, ratios: list[float], tokens: int) -> str:
+    """The rows as text, one line a method."""
+    lines = [f"{'method':28}" + "".join(f"{r:>10} (0){r:>9} ({tokens // 1000}k)" for r in ratios)]
+    names = list(dict.fromkeys(key.split(" ", 1)[1].rsplit(" ", 1)[0] for key in rows.rows if key != "dense"))
+    for name in (n for n in METHODS if n in names):
+        cells = []
+        for ratio in ratios:
+            for count in (0, tokens):
+                key = f"{ratio} {name} {count}"
+                cells.append(f"{rows.get(key)['perplexity']:14.2f}" if rows.has(key) else f"{'-':>14}")
+        lines.append(f"{name:28}" + "".join(cells))
+    if rows.has("dense"):
+        lines.append(f"dense {rows.get('dense')['perplexity']:.2f}; {rows.get('dense')['protocol_line']}")
+    return "\n".join(lines)
+
+
+def bench_of(model: Path, source: str, seed: int, workspace: Path, **sizes: Any) -> Bench:
+    """A benchmark on this machine's device."""
+    common = Common(run=workspace, model=str(model), data=source, seed=seed, effort="quick")
+    prepare_torch(common)
+    device, dtype = device_and_dtype(common)
+    context = Context(common=common, workspace=Workspace(workspace), reporter=Reporter(quiet=False))
+    place = Place(context=context, source=source, device=device, dtype=dtype)
+    return Bench(place=place, model=model, **sizes)
+
+
+def main() -> int:
+    """Command line; the table is printed last."""
+    parser = argparse.ArgumentParser(
+        prog="python -m compress.benchmarks.pruning", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="few tokens, to see that it runs")
+    parser.add_argument("--part", choices=("table", "headline"), default="table")
+    parser.add_argument("--model", help="default: the embedded model")
+    parser.add_argument("--ratios", default="0.5,0.2")
+    parser.add_argument("--only", help="methods, separated by ;")
+    parser.add_argument("--out", type=Path, help="JSON file (default: pruning-PART.json)")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    model = resolve(arguments.model)
+    sizes: dict[str, Any] = {"calibration_tokens": CALIBRATION, "recovery_tokens": 100_352}
+    source, seeds = "wikitext2", [0]
+    if arguments.part == "headline":
+        source, seeds = "c4", [0, 1, 2]
+        sizes |= {"test_length": 2048, "test_tokens": None}
+    if arguments.quick:
+        sizes |= {
+            "calibration_tokens": 2048,
+            "recovery_tokens": 2048,
+            "test_tokens": 2048,
+            "test_length": LENGTH,
+        }
+    ratios = [float(part) for part in arguments.ratios.split(",")]
+    names = [name.strip() for name in arguments.only.split(";")] if arguments.only else list(METHODS)
+    out = arguments.out or Path(f"pruning-{arguments.part}.json")
+    identity = {
+        "benchmark": "pruning",
+        "part": arguments.part,
+        "source": source,
+        "recovery": RECOVERY,
+        **sizes,
+    }
+    rows = Rows(out, {**identity, "model": Checkpoint(model).fingerprint()})
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as work:
+            bench = bench_of(model, source, seed, Path(work) / "run", **sizes)
+            if not rows.has("dense"):
+                rows.put("dense", {**bench.measured(model), "speed": bench.speed(model)})
+            for ratio in ratios:
+                for name in names:
+                    folder = Path(work) / "method"
+                    folder.mkdir()
+                    timed = arguments.part == "table" and name == "ours"
+                    run_method(bench, _Seeded(rows, seed, seeds), name, ratio, folder, timed=timed)
+                    shutil.rmtree(folder)
+    print(table(rows, ratios, int(sizes["recovery_tokens"])))
+    return 0
+
+
+class _Seeded(Rows):
+    """A view of rows whose names carry the seed when there are several."""
+
+    def __init__(self, rows: Rows, seed: int, seeds: list[int]) -> None:
+        self._rows = rows
+        self._suffix = f" seed {seed}" if len(seeds) > 1 else ""
+
+    def has(self, key: str) -> bool:
+        """As that of all rows."""
+        return self._rows.has(key + self._suffix)
+
+    def put(self, key: str, row: Mapping[str, Any]) -> None:
+        """As that of all rows."""
+        self._rows.put(key + self._suffix, row)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
