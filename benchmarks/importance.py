@@ -18,10 +18,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.adapters.attach import attach_lora
 from compress.adapters.loss import TokenLoss
-from compress.benchmarks.protocol import calibration, host, versions, write_json
+from compress.benchmarks.protocol import Rows, calibration
 from compress.data.sources import default_source
 from compress.evaluate.memory import PeakMemory
 from compress.importance.base import create_criterion
@@ -131,17 +132,16 @@ def measure_pass(
             else:
                 network = attach_lora(model, arch, rank=RANK, alpha=ALPHA, dropout=PASSES[kind])
             if recompute:
-                with (
-                    warnings.catch_warnings()
-                ):  # transformers renames this in some of the versions we support
-                    warnings.simplefilter("ignore", FutureWarning)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # some versions have another name for it
                     model.gradient_checkpointing_enable({"use_reentrant": False})
             network.train()  # without it, transformers recomputes nothing
             casting = nullcontext() if kind == "taylor" else disable_input_dtype_casting(network)
             loss = TokenLoss(network)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), casting:
-                total = loss(ids, ids) / (windows * (length - 1))
-            total.backward()
+            with casting:  # also in the backward pass, which may run the layers again
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    total = loss(ids, ids) / (windows * (length - 1))
+                total.backward()
             del total
         trained = [p for p in network.parameters() if p.grad is not None]
         before, passed = account.bytes, account.peak
@@ -222,14 +222,17 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def in_fresh_process(request: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Run one measurement of `_answer` in a process of its own, whose freed memory goes back to the system."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # glibc: larger blocks are given back as soon as they are freed
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
+    """Run one measurement in a process of its own; for memory, one that returns what it frees to the system.
+
+    Timings keep the allocator as it is: giving small blocks back costs more than the work on them.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if request["measure"] == "memory":  # settings of glibc
+        environment |= {
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        }
     command = [sys.executable, "-m", "compress.benchmarks.importance", "--worker", json.dumps(request)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -250,60 +253,45 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def benchmark(model: str | None, *, quick: bool, threads: int) -> dict[str, Any]:
-    """All measurements, one process after the other."""
-    path = str(resolve(model))
-    memory: dict[str, dict[str, Any]] = {}
+def benchmark(rows: Rows, path: Path, *, quick: bool, threads: int) -> None:
+    """Take the measurements that ``rows`` lacks, one process after the other; memory on one thread."""
     for windows, length, recompute in QUICK_CASES if quick else CASES:
-        request = {"measure": "memory", "model": path, "windows": windows, "length": length}
-        passes = {
-            kind: in_fresh_process({**request, "recompute": recompute, "kind": kind}, threads)
-            for kind in PASSES
-        }
-        taylor = passes["taylor"]
-        for row in passes.values():
-            row["tensors_of_taylor"] = row["tensors"] / taylor["tensors"]
-            row["resident_of_taylor"] = row["resident"] / taylor["resident"]
-            row["reduction_of_weights"] = row["reduction"] / row["weights"]
-        memory[f"{windows} x {length}{', recomputed' if recompute else ''}"] = passes
+        for kind in PASSES:
+            key = f"memory, {windows} x {length}{', recomputed' if recompute else ''}: {kind}"
+            if not rows.has(key):
+                request = {"measure": "memory", "model": str(path), "windows": windows, "length": length}
+                found = in_fresh_process({**request, "recompute": recompute, "kind": kind}, 1)
+                taylor = rows.get(key.rpartition(": ")[0] + ": taylor") if kind != "taylor" else found
+                found["tensors_of_taylor"] = found["tensors"] / taylor["tensors"]
+                found["resident_of_taylor"] = found["resident"] / taylor["resident"]
+                found["reduction_of_weights"] = found["reduction"] / found["weights"]
+                rows.put(key, found)
     request = {"measure": "speed", "rows": MATRIX[0], "columns": MATRIX[1], "rounds": 5 if quick else 15}
-    speed = {
-        str(count): {**in_fresh_process(request, count), "load_before": os.getloadavg()[0]}
-        for count in sorted({1, threads})
-    }
-    return {
-        "format_version": 1,
-        "model": model or EMBEDDED,
-        "dtype": str(preferred_dtype("cpu")).removeprefix("torch."),
-        "goals": GOALS,
-        "memory": memory,
-        "speed": speed,
-        "versions": versions(),
-        "host": {**host(), "threads": threads},
-    }
+    for count in sorted({1, threads}):
+        key = f"speed, {count} threads"
+        if not rows.has(key):
+            load = os.getloadavg()[0]  # other work on the machine hurts the many short steps of ours most
+            rows.put(key, {**in_fresh_process(request, count), "load_before": load})
 
 
-def report(result: dict[str, Any]) -> str:
-    """The figures as lines of text."""
+def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures as lines of text, the goals under them."""
     lines = []
-    for size, passes in result["memory"].items():
-        for kind, row in passes.items():
+    for key, row in rows.items():
+        if key.startswith("memory"):
             lines.append(
-                f"{size} tokens, {kind}: {row['tensors'] / 1e6:.1f} MB of tensors ({row['tensors_of_taylor']:.1%} of "
-                f"Taylor's), {row['resident'] / 1e6:.1f} MB resident ({row['resident_of_taylor']:.1%}); "
+                f"{key}: {row['tensors'] / 1e6:.1f} MB of tensors ({row['tensors_of_taylor']:.1%} of Taylor's), "
+                f"{row['resident'] / 1e6:.1f} MB resident ({row['resident_of_taylor']:.1%}); "
                 f"reduction {row['reduction_of_weights']:.2%} of the weights"
             )
-    for threads, speed in result["speed"].items():
-        for name, ratio in speed["speedup"].items():
-            lines.append(
-                f"speed on {threads} thread(s) against {name}: {ratio['median']:.1f}x "
+        else:
+            lines += [
+                f"{key}, against {name}: {ratio['median']:.1f}x "
                 f"(quartiles {ratio['quartile_low']:.1f} to {ratio['quartile_high']:.1f})"
-            )
-    goals = result["goals"]
-    lines.append(
-        f"goals: memory {goals['memory']:.0%}, reduction {goals['reduction']:.0%}, {goals['speedup']:.0f}x"
-    )
-    return "\n".join(lines)
+                for name, ratio in row["speedup"].items()
+            ]
+    goals = f"memory {GOALS['memory']:.0%}, reduction {GOALS['reduction']:.0%}, {GOALS['speedup']:.0f}x"
+    return "\n".join([*lines, f"goals: {goals}"])
 
 
 def main() -> int:
@@ -312,18 +300,29 @@ def main() -> int:
         prog="python -m compress.benchmarks.importance", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="the small batch only, fewer rounds")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of the figures; one that is there is gone on with"
+    )
     parser.add_argument("--model", help="folder, hub id or GGUF file; the embedded model when not given")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every measurement")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the second speed test")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
         print(json.dumps(_answer(json.loads(arguments.worker))))
         return 0
-    result = benchmark(arguments.model, quick=arguments.quick, threads=arguments.threads)
-    if arguments.out is not None:
-        write_json(arguments.out, result)
-    print(report(result))
+    path = resolve(arguments.model)
+    identity = {
+        "benchmark": "importance",
+        "model": arguments.model or EMBEDDED,
+        "dtype": str(preferred_dtype("cpu")).removeprefix("torch."),
+        "rank": RANK,
+        "quick": arguments.quick,
+        "goals": GOALS,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Rows(arguments.out or Path(folder) / "importance.json", identity)
+        benchmark(rows, path, quick=arguments.quick, threads=arguments.threads)
+    print(report(rows.rows))
     return 0
 
 

@@ -6,11 +6,14 @@ Protocol. Model SmolLM2-135M-Instruct (dequantized baseline). Every method sees 
 WikiText-2 train (one seed) and keeps the same number of groups in all layers, each by its own ranking; which share of
 the ratio heads and channels bear is its own choice too, except for the peer, whose pruner sets limits. "0 tokens" is
 the model as the method leaves it, with what belongs to it (FLAP's bias, our refit). "100k tokens" is that model after
-LoRA training on the same windows of WikiText-2 train with the same settings, loss of the text, merged. LoRAPrune is
-trained while it prunes: its 100k tokens are those, with the paper's schedule; its row at 0 tokens ranks by scores
-gathered on the calibration tokens and cuts at once. Test: raw WikiText-2 test, METHODS §5. Nothing is chosen by it.
+LoRA training on the same windows of WikiText-2 train with the same settings, loss of the text, merged ("ours,
+distilled": half the text, half the full model's predictions). LoRAPrune is trained while it prunes: its 100k tokens are
+those, with the paper's schedule; its row at 0 tokens ranks by scores gathered while as many tokens as the others see
+for calibration are trained, and cuts the untrained model at once. Test: raw WikiText-2 test, blank lines kept, joined
+by two line ends, no BOS, consecutive windows, first 20,480 tokens. Nothing is chosen by it.
 
-The part headline: the two best at ratio 0.5 with three seeds, calibration and training on C4, whole test at 2048.
+The part headline: the two best of ``--table`` at its ratios after recovery, with three seeds, calibration and training
+on C4, whole test at 2048.
 Rows are on disk as soon as they are known: run it again to go on.
 """
 
@@ -30,6 +33,7 @@ import torch
 
 from compress.benchmarks.peers.torch_pruning import prune_with_torch_pruning
 from compress.benchmarks.protocol import LENGTH, TOKENS, Rows, calibration, score, test_windows
+from compress.errors import UsageError
 from compress.evaluate.latency import throughput
 from compress.model.checkpoint import Checkpoint, copy_side_files
 from compress.model.load import load_model, load_tokenizer, resolve
@@ -37,14 +41,14 @@ from compress.pipelines.dispatch import prepare_torch, quiet_libraries
 from compress.pipelines.measure import CALIBRATION_SEED
 from compress.pipelines.model_input import device_and_dtype, open_model
 from compress.pipelines.prune import prune_in_rounds
-from compress.pipelines.prune_find import Place
 from compress.pipelines.prune_goal import default_multiple, goal_of
+from compress.pipelines.prune_place import Place
 from compress.pipelines.prune_repair import train_repair
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, PruneSettings
 from compress.pipelines.settings import resolve as resolve_settings
 from compress.pipelines.stage import Context
-from compress.pipelines.workspace import Workspace
+from compress.pipelines.workspace import Workspace, read_json
 
 CALIBRATION = 32_768
 MICRO_BATCH, SEQUENCE = 4, 128
@@ -177,17 +181,29 @@ def cut(bench: Bench, name: str, ratio: float, out: Path, settings: PruneSetting
         facts = prune_in_rounds(bench.place, goal, out)
         for folder in out.glob("round-*"):
             shutil.rmtree(folder)
-    wanted = ("achieved_ratio", "shape", "reason", "heads", "kv_heads", "channels", "note", "certificate")
+    wanted = (
+        "achieved_ratio",
+        "shape",
+        "reason",
+        "heads",
+        "kv_heads",
+        "channels",
+        "note",
+        "certificate",
+        "trials",
+    )
     return {
         **{key: facts[key] for key in wanted if facts.get(key) is not None},
         "prune_seconds": round(time.monotonic() - started, 1),
     }
 
 
-def run_method(bench: Bench, rows: Rows, name: str, ratio: float, folder: Path, *, timed: bool) -> None:
-    """Both rows of one method at one ratio."""
+def run_method(
+    bench: Bench, rows: Rows, name: str, ratio: float, folder: Path, *, timed: bool, suffix: str = ""
+) -> None:
+    """Both rows of one method at one ratio; ``suffix`` ends their names."""
     method = METHODS[name]
-    before, after = f"{ratio} {name} 0", f"{ratio} {name} {bench.recovery_tokens}"
+    before, after = f"{ratio} {name} 0{suffix}", f"{ratio} {name} {bench.recovery_tokens}{suffix}"
     steps = bench.steps
     if method.trained is not None and not rows.has(after):
         settings = bench.settings(ratio, steps=steps, **method.trained)
@@ -221,27 +237,29 @@ def run_method(bench: Bench, rows: Rows, name: str, ratio: float, folder: Path, 
         )
 
 
-def best_two(rows: Rows, ratio: float, tokens: int) -> list[str]:
-    """The names of the two methods with the lowest perplexity after recovery, ours as it is by default among them."""
+def best_two(path: Path, ratios: list[float], tokens: int) -> list[str]:
+    """The two methods with the lowest perplexity after recovery at the first ratio; variants of ours count once."""
+    rows = read_json(path)["rows"]
     found = {
-        name: rows.get(f"{ratio} {name} {tokens}")["perplexity"]
+        name: rows[key]["perplexity"]
         for name in METHODS
-        if rows.has(f"{ratio} {name} {tokens}") and not name.startswith("ours,")
+        if (key := f"{ratios[0]} {name} {tokens}") in rows and not name.startswith("ours,")
     }
+    if len(found) < 2:
+        raise UsageError(f"{path} does not hold two methods after recovery.", "Run the part table first.")
     return sorted(found, key=lambda name: found[name])[:2]
 
 
-def table(rows: Rows, ratios: list[float], tokens: int) -> str:
-    """The rows as text, one line a method."""
+def table(rows: Rows, ratios: list[float], tokens: int, suffix: str = "") -> str:
+    """The rows as text, one line a method; ``suffix`` ends the names of the rows of one seed."""
     lines = [f"{'method':28}" + "".join(f"{r:>10} (0){r:>9} ({tokens // 1000}k)" for r in ratios)]
-    names = list(dict.fromkeys(key.split(" ", 1)[1].rsplit(" ", 1)[0] for key in rows.rows if key != "dense"))
-    for name in (n for n in METHODS if n in names):
-        cells = []
-        for ratio in ratios:
-            for count in (0, tokens):
-                key = f"{ratio} {name} {count}"
-                cells.append(f"{rows.get(key)['perplexity']:14.2f}" if rows.has(key) else f"{'-':>14}")
-        lines.append(f"{name:28}" + "".join(cells))
+    for name in METHODS:
+        keys = [f"{ratio} {name} {count}{suffix}" for ratio in ratios for count in (0, tokens)]
+        if any(rows.has(key) for key in keys):
+            cells = [
+                f"{rows.get(key)['perplexity']:14.2f}" if rows.has(key) else f"{'-':>14}" for key in keys
+            ]
+            lines.append(f"{name:28}" + "".join(cells))
     if rows.has("dense"):
         lines.append(f"dense {rows.get('dense')['perplexity']:.2f}; {rows.get('dense')['protocol_line']}")
     return "\n".join(lines)
@@ -267,6 +285,9 @@ def main() -> int:
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--ratios", default="0.5,0.2")
     parser.add_argument("--only", help="methods, separated by ;")
+    parser.add_argument(
+        "--table", type=Path, default=Path("pruning-table.json"), help="where headline finds the two best"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: pruning-PART.json)")
     arguments = parser.parse_args()
     quiet_libraries()
@@ -285,6 +306,8 @@ def main() -> int:
         }
     ratios = [float(part) for part in arguments.ratios.split(",")]
     names = [name.strip() for name in arguments.only.split(";")] if arguments.only else list(METHODS)
+    if arguments.part == "headline" and not arguments.only:
+        names = best_two(arguments.table, ratios, int(sizes["recovery_tokens"]))
     out = arguments.out or Path(f"pruning-{arguments.part}.json")
     identity = {
         "benchmark": "pruning",
@@ -304,26 +327,15 @@ def main() -> int:
                     folder = Path(work) / "method"
                     folder.mkdir()
                     timed = arguments.part == "table" and name == "ours"
-                    run_method(bench, _Seeded(rows, seed, seeds), name, ratio, folder, timed=timed)
+                    run_method(bench, rows, name, ratio, folder, timed=timed, suffix=_suffix(seed, seeds))
                     shutil.rmtree(folder)
-    print(table(rows, ratios, int(sizes["recovery_tokens"])))
+    for seed in seeds:
+        print(table(rows, ratios, int(sizes["recovery_tokens"]), _suffix(seed, seeds)))
     return 0
 
 
-class _Seeded(Rows):
-    """A view of rows whose names carry the seed when there are several."""
-
-    def __init__(self, rows: Rows, seed: int, seeds: list[int]) -> None:
-        self._rows = rows
-        self._suffix = f" seed {seed}" if len(seeds) > 1 else ""
-
-    def has(self, key: str) -> bool:
-        """As that of all rows."""
-        return self._rows.has(key + self._suffix)
-
-    def put(self, key: str, row: Mapping[str, Any]) -> None:
-        """As that of all rows."""
-        self._rows.put(key + self._suffix, row)
+def _suffix(seed: int, seeds: list[int]) -> str:
+    return f" seed {seed}" if len(seeds) > 1 else ""
 
 
 if __name__ == "__main__":

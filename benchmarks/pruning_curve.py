@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.adapters.attach import attach_lora
 from compress.adapters.train import FitConfig, fit
@@ -32,11 +31,11 @@ from compress.pipelines.dispatch import prepare_torch, quiet_libraries
 from compress.pipelines.measure import CALIBRATION_SEED
 from compress.pipelines.prune_find import summed_loss
 from compress.pipelines.settings import Common
-from compress.prune.compensate import compensate
+from compress.prune.compensate import compensate, swapped
 from compress.prune.mask import GroupMasks
 from compress.prune.plan import plan_shapes
 from compress.prune.select import select
-from compress.structure import StructureMap, structure_map
+from compress.structure import structure_map
 
 CRITERIA: dict[str, dict[str, Any]] = {
     "random": {},
@@ -77,24 +76,6 @@ def scores_of(name: str, path: Path, arch: Architecture, windows: Windows, dtype
     return criterion.scores()
 
 
-@contextmanager
-def _refitted(
-    network: nn.Module, arch: Architecture, structure: StructureMap, ids_NS: Tensor
-) -> Iterator[None]:
-    """The weights of o and down replaced by their refit, then put back."""
-    new = compensate(network, arch, structure, ids_NS)
-    old = {}
-    for name, weight in new.items():
-        parameter = network.get_submodule(name).get_parameter("weight")
-        old[name] = parameter.data
-        parameter.data = weight.to(parameter.dtype)
-    try:
-        yield
-    finally:
-        for name, weight in old.items():
-            network.get_submodule(name).get_parameter("weight").data = weight
-
-
 def curve(
     path: Path, rows: Rows, ratios: list[float], windows: Windows, test: Windows, say: Callable[[str], None]
 ) -> None:
@@ -113,8 +94,10 @@ def curve(
             plan = plan_shapes("uniform", arch, ratio, scores=scores)
             layers = select(arch, scores, plan.shapes)
             if label == REFIT:
-                structure = structure_map(arch, layers, base_fingerprint="")
-                with _refitted(network, arch, structure, windows.ids), GroupMasks(network, arch, layers):
+                weights = compensate(
+                    network, arch, structure_map(arch, layers, base_fingerprint=""), windows.ids
+                )
+                with swapped(network, arch, weights), GroupMasks(network, arch, layers):
                     found = score(network, test)
             else:
                 with GroupMasks(network, arch, layers):

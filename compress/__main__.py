@@ -237,6 +237,10 @@ def prune(
         int | None,
         typer.Option(help="Channel counts are multiples of this (default 64, less on tiny models)."),
     ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(help="Shape uniform: so many shapes of nearly the asked size are tried on text."),
+    ] = None,
     skip_first: Annotated[
         int | None, typer.Option(help="Shape local: first layers left whole (default: a tenth).")
     ] = None,

@@ -49,14 +49,22 @@ def training_windows(
     )
 
 
-def calibration_windows(context: Context, model: Path, source: str, *, tokens: int) -> Windows:
-    """About ``tokens`` tokens of the training split, drawn under a seed that no training uses."""
+def calibration_windows(context: Context, model: Path, source: str, *, tokens: int, draw: int = 0) -> Windows:
+    """About ``tokens`` tokens of the training split, drawn under a seed that no training uses.
+
+    Args:
+        context: Gives the seed.
+        model: Folder of the model that will read them.
+        source: Text source.
+        tokens: How many; rounded down to whole windows, but at least one.
+        draw: Draws with other numbers read other windows.
+    """
     tokenizer = load_tokenizer(model)
     text = read_text(context, source, "train", model)
     length = min(LENGTH, positions(model))
     count = max(1, tokens // length)
     return token_windows(
-        text, tokenizer, length=length, count=count, seed=context.common.seed + CALIBRATION_SEED
+        text, tokenizer, length=length, count=count, seed=context.common.seed + CALIBRATION_SEED * (1 + draw)
     )
 
 

@@ -11,13 +11,15 @@ from typing import Any
 from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.importance import CRITERIA
+from compress.importance.base import criterion_config
 from compress.importance.gram_store import GramStore
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
 from compress.model.load import load_model
 from compress.pipelines.measure import check_length, validation_perplexity, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
-from compress.pipelines.prune_find import Place, find_structure
+from compress.pipelines.prune_find import find_structure
 from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
+from compress.pipelines.prune_place import Place
 from compress.pipelines.prune_repair import bias_additions, refit_deltas, train_repair
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
@@ -25,11 +27,14 @@ from compress.pipelines.settings import PruneSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from compress.prune.counts import kept_linear_parameters
+from compress.prune.shape import met_or_missed
 from compress.prune.slice import slice_checkpoint
+from compress.solvers.solve import SOLVERS
 from compress.structure import FILE_NAME as STRUCTURE
 from compress.structure import StructureMap, composed
 
 MEASURED = "measured.json"
+DONE = "done.json"
 
 
 def prune(context: Context, settings: PruneSettings) -> Outcome:
@@ -94,18 +99,24 @@ def check_settings(settings: PruneSettings) -> None:
             nothing.
     """
     needs = CRITERIA.get(settings.criterion).needs
-    parse_options(settings.criterion_options)
+    criterion_config(settings.criterion, **parse_options(settings.criterion_options))
+    if settings.solver not in SOLVERS:
+        raise UsageError(f"There is no solver {settings.solver!r}.", f"Choose one of: {', '.join(SOLVERS)}.")
     if needs == "adapters" and settings.steps < 1:
         raise UsageError(
             f"The criterion {settings.criterion} scores while it trains and --steps is {settings.steps}.",
             "Give --steps 1 or more, or another criterion.",
         )
-    trains = needs == "adapters" or (settings.repair == "lora" and settings.steps > 0)
+    if settings.repair == "lora" and settings.steps < 1:
+        raise UsageError(
+            "--repair lora folds in what training has learned, and --steps is 0.", "Give --steps 1 or more."
+        )
+    trains = needs == "adapters" or settings.repair == "lora"
     for name, given in (("one-shot", settings.one_shot), ("int8", settings.int8)):
         if given and not trains:
             raise UsageError(
                 f"--{name} is about training with masks, which the criterion {settings.criterion} does without.",
-                "Give --criterion lora, or --repair lora with --steps 1 or more.",
+                "Give --criterion lora, or --repair lora.",
             )
 
 
@@ -133,7 +144,11 @@ def prune_in_rounds(place: Place, goal: Goal, folder: Path) -> dict[str, Any]:
             settings=replace(goal.settings, repair_steps=_share(goal.settings.repair_steps, number, rounds)),
         )
         target = folder if number == rounds else here / "model"
-        measured = _prune_once(place, this, goal.model, here, target, number)
+        if number == rounds or not (here / DONE).is_file():
+            if number < rounds:
+                shutil.rmtree(target, ignore_errors=True)  # of an interrupted run, incomplete
+            measured = _prune_once(place, this, goal.model, here, target, number)
+            write_json(here / DONE, {"format_version": FORMAT_VERSION})
         found = StructureMap.load(here / "cut" / STRUCTURE)
         structure = found if structure is None else composed(structure, found)
         if number < rounds:
@@ -150,6 +165,9 @@ def prune_in_rounds(place: Place, goal: Goal, folder: Path) -> dict[str, Any]:
         achieved = 1 - kept_linear_parameters(goal.model.architecture, structure) / total
         measured |= structure_metrics(goal.model, structure)
         measured |= {"requested_ratio": goal.ratio, "achieved_ratio": achieved, "rounds": rounds}
+        if rounds > 1:
+            lead = met_or_missed(achieved, goal.ratio)
+            measured["reason"] = f"{lead} in {rounds} rounds; the last round: {measured['reason']}"
     return measured
 
 
@@ -167,7 +185,9 @@ def _prune_once(
     if not (here / MEASURED).is_file():
         shutil.rmtree(cut, ignore_errors=True)
         store = GramStore(here / "moments")
-        found = find_structure(place, goal, here / "scoring", store=store)
+        found = find_structure(
+            place, goal, here / "scoring", store=store if settings.repair == "refit" else None
+        )
         deltas, biases = found.deltas, None
         if settings.repair == "refit":
             deltas = refit_deltas(place, model, found.structure, settings.calibration_tokens, store)

@@ -20,10 +20,10 @@ from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
 from compress.importance.obs import ObsConfig, ObsCriterion, rank_groups
 from compress.model.int8 import to_int8
-from compress.model.load import load_model
 from compress.pipelines.measure import calibration_windows, training_windows
 from compress.pipelines.prune_goal import Goal, parse_options
-from compress.pipelines.stage import Context
+from compress.pipelines.prune_place import BATCH, Place
+from compress.pipelines.prune_trial import try_shapes
 from compress.pipelines.training import fit_config, training_metrics
 from compress.prune.controller import PruneController
 from compress.prune.schedule import PruningSchedule
@@ -31,31 +31,7 @@ from compress.prune.select import select
 from compress.prune.shape import ShapePlan
 from compress.structure import StructureMap, structure_map
 
-BATCH = 4
-"""Windows per forward pass of the calibration."""
-
 Deltas = Callable[[str], Tensor | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a pruning computes and what it reads.
-
-    Attributes:
-        context: Options and reporter.
-        source: Text source.
-        device: Torch device.
-        dtype: Compute dtype.
-    """
-
-    context: Context
-    source: str
-    device: str
-    dtype: Any
-
-    def load(self, path: Path) -> PreTrainedModel:
-        """A model on this device."""
-        return load_model(path, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +69,15 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, *, store: GramStor
     windows: Windows | None = None
     if criterion.needs != "adapters":
         windows = _calibrate(place, goal, network, criterion)
-    if criterion.needs == "adapters" or (settings.repair == "lora" and settings.steps > 0):
+    if criterion.needs == "adapters" or settings.repair == "lora":
         return _train(place, goal, network, criterion, state_dir)
     scores = criterion.scores()
     plan = goal.choose(scores, lambda known: _measured(place, goal, known))
+    plan, trials = try_shapes(place, goal, network, scores, plan, store)
     layers = select(model.architecture, scores, plan.shapes)
     measured: dict[str, Any] = {"skipped_steps": criterion.skipped_steps, "scoring_tokens": 0}
+    if trials:
+        measured["trials"] = trials
     if windows is not None:
         measured |= {"data_protocol": dict(windows.protocol), "scoring_tokens": windows.ids.numel()}
     return Found(

@@ -16,7 +16,9 @@ from compress.pipelines.settings import PruneSettings
 from compress.prune.candidates import candidates
 from compress.prune.goal import parse_count, ratio_for_bytes, ratio_for_parameters
 from compress.prune.plan import plan_shapes
-from compress.prune.shape import ShapePlan, unit_parameters
+from compress.prune.shape import ShapePlan, choices_of, unit_parameters
+from compress.prune.slice import check_biases
+from compress.prune.uniform import uniform_plan
 from compress.solvers.budget import parse_budget
 
 Measure = Callable[[GroupScores], GroupScores]
@@ -53,6 +55,9 @@ class Goal:
         """
         kind, arch = self.settings.shape, self.model.architecture
         refuse_uneven(arch)
+        if self.settings.repair == "bias":
+            role = {"heads": "o", "mlp": "down"}
+            check_biases(self.model.checkpoint, arch, [role[target] for target in self.targets])
         if kind != "uniform" and (reason := can_be_uneven(self.model.checkpoint.config, arch)):
             raise CompressError(
                 f"--shape {kind} makes layers of different sizes, which this model cannot have: {reason}.",
@@ -68,6 +73,16 @@ class Goal:
         if self.settings.shape != "allocated":
             return self._plan(self.settings.shape, scores)
         return self._allocate(scores if scores.rises is not None else measure(scores))
+
+    def uniform(self, shape: LayerShape) -> ShapePlan:
+        """The plan in which every layer has this shape."""
+        arch = self.model.architecture
+        choices = choices_of(
+            arch, targets=self.targets, multiple=self.multiple, head_unit=self.settings.head_unit
+        )
+        return uniform_plan(
+            arch, choices, shape, self.ratio, targets=self.targets, head_unit=self.settings.head_unit
+        )
 
     def _plan(self, kind: str, scores: GroupScores | None) -> ShapePlan:
         return plan_shapes(
@@ -136,6 +151,12 @@ def goal_of(model: ModelInput, settings: PruneSettings, targets: tuple[str, ...]
         CompressError: A size that cannot be reached; names the range.
     """
     arch, checkpoint = model.architecture, model.checkpoint
+    sized = settings.params is not None or settings.size is not None
+    if sized and settings.shape == "local" and settings.ratio_of == "layers":
+        raise UsageError(
+            "--params and --size are about the whole model, --ratio-of layers about each pruned layer.",
+            "Give --ratio-of model, or --ratio.",
+        )
     ratio = settings.ratio if settings.ratio is not None else DEFAULT_RATIO
     if settings.params is not None:
         ratio = ratio_for_parameters(

@@ -16,7 +16,8 @@ from compress.importance.gram_store import GramStore
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.measure import calibration_windows, training_windows
 from compress.pipelines.model_input import ModelInput
-from compress.pipelines.prune_find import BATCH, Deltas, Place
+from compress.pipelines.prune_find import Deltas
+from compress.pipelines.prune_place import BATCH, Place
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.training import fit_config, training_metrics
 from compress.prune.compensate import compensate, mean_biases, refit_from_store

@@ -78,6 +78,7 @@ class PruneSettings(TrainingSettings):
     head_unit: Literal["auto", "group", "query"] = "auto"
     shape: Literal["uniform", "local", "global", "allocated"] = "uniform"
     multiple: int | None = None
+    trials: int = 4
     skip_first: int | None = None
     skip_last: int = 1
     ratio_of: Literal["model", "layers"] = "model"

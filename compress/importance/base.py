@@ -204,11 +204,11 @@ class Criterion(ABC):
         return found.finite
 
 
-def create_criterion(name: str, arch: Architecture, *, seed: int = 0, **options: Any) -> Criterion:
-    """Build criterion ``name`` with ``options`` of its config class.
+def criterion_config(name: str, *, seed: int = 0, **options: Any) -> CriterionConfig:
+    """The config of criterion ``name`` with ``options``.
 
     Raises:
-        UsageError: There is no such criterion, or it has no such option.
+        UsageError: There is no such criterion, it has no such option, or a value is out of range.
     """
     kind: type[Criterion] = CRITERIA.get(name)
     known = sorted(field.name for field in fields(kind.config_type))
@@ -217,4 +217,14 @@ def create_criterion(name: str, arch: Architecture, *, seed: int = 0, **options:
             raise UsageError(
                 f"The criterion {name!r} has no option {option!r}.", f"Choose among: {', '.join(known)}."
             )
-    return kind(arch, kind.config_type(seed=seed, **options))
+    return kind.config_type(seed=seed, **options)
+
+
+def create_criterion(name: str, arch: Architecture, *, seed: int = 0, **options: Any) -> Criterion:
+    """Build criterion ``name`` with ``options`` of its config class.
+
+    Raises:
+        UsageError: As :func:`criterion_config`.
+    """
+    kind: type[Criterion] = CRITERIA.get(name)
+    return kind(arch, criterion_config(name, seed=seed, **options))

@@ -10,7 +10,8 @@ Shapes: N windows, S tokens, T tokens of a batch, O output rows, C input columns
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,22 @@ def mean_biases(
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found
+
+
+@contextmanager
+def swapped(model: nn.Module, arch: Architecture, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other ``weights`` (module name -> [out, in]) for a while; then with its own again."""
+    transposed = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
+    own: dict[nn.Parameter, Tensor] = {}
+    try:
+        for name, weight in weights.items():
+            parameter = model.get_submodule(name).get_parameter("weight")
+            own[parameter] = parameter.data
+            parameter.data = (weight.t() if name in transposed else weight).to(parameter)
+        yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
 
 
 def _columns(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from compress.model.checkpoint import Checkpoint, CheckpointWriter, copy_side_fi
 from compress.model.family import family_of
 from compress.model.uneven_config import refuse_uneven, uneven_config
 from compress.progress import Progress
-from compress.structure import FILE_NAME, LayerStructure, StructureMap, kept_columns, kept_rows
+from compress.structure import (
+    FILE_NAME,
+    LayerStructure,
+    StructureMap,
+    full_layer,
+    kept_columns,
+    kept_rows,
+    structure_map,
+)
 
 Deltas = Callable[[str], torch.Tensor | None]
 """Module name ("model.layers.0.self_attn.q_proj") -> its LoRA delta ``s B A`` [out, in], or None."""
@@ -113,6 +121,17 @@ def slice_checkpoint(
         writer.finish()
     copy_side_files(source.path, target)
     structure.save(target / FILE_NAME)
+
+
+def check_biases(source: Checkpoint, arch: Architecture, roles: Collection[str]) -> None:
+    """Refuse to add biases to the outputs of these roles where the family has none; nothing is read for it.
+
+    Raises:
+        CompressError: The family's configuration has no such biases.
+    """
+    whole = structure_map(arch, [full_layer(arch)] * arch.layers, base_fingerprint="")
+    modules = [arch.module_name(0, spec) for spec in arch.linears if spec.role in roles]
+    _plan_biases(source, arch, whole, dict.fromkeys(modules, torch.zeros(arch.hidden)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,11 +68,24 @@ def choose_shape(
             "No smaller shape is valid for this model's configuration class.",
             "Prune only the MLP, or another model.",
         )
-    best = near[0]
-    reason = f"{met_or_missed(best.achieved, ratio)}: {kept_sentence(choices, best.layer)}"
+    plan = uniform_plan(arch, choices, near[0].layer, ratio, targets=targets, head_unit=head_unit)
+    return replace(plan, candidates=tuple(near))
+
+
+def uniform_plan(
+    arch: Architecture,
+    choices: Choices,
+    shape: LayerShape,
+    ratio: float,
+    *,
+    targets: Sequence[str],
+    head_unit: HeadUnit,
+) -> ShapePlan:
+    """The plan in which every layer has ``shape``, with the reason why it misses ``ratio``."""
+    reason = f"{met_or_missed(choices.removed(shape), ratio)}: {kept_sentence(choices, shape)}"
     if not reason.startswith("Exactly"):
         reason += f"; {unit_notes(arch, choices, targets, head_unit)}"
-    return plan_of(arch, [best.layer] * arch.layers, ratio, f"{reason}.", near)
+    return plan_of(arch, [shape] * arch.layers, ratio, f"{reason}.")
 
 
 def near_ties(

@@ -16,6 +16,7 @@ from compress.__main__ import app
 from compress.data.sources import SOURCES
 from compress.importance import CRITERIA
 from compress.model.family import FAMILIES
+from compress.pipelines.prune_goal import DEFAULT_RATIO
 from compress.pipelines.recipe import read_recipe, shipped
 from compress.pipelines.settings import EFFORTS, VERBS, resolve
 from compress.solvers.solve import SOLVERS
@@ -40,7 +41,11 @@ SHARED = {
     "json_",
     "debug",
 }
-WORDS = {("prune", "multiple"): "by width"}
+WORDS = {
+    ("prune", "multiple"): "by width",
+    ("prune", "ratio"): f"{DEFAULT_RATIO:g}",
+    ("prune", "skip_first"): "a tenth",
+}
 """Defaults that are no constant, and the words for them."""
 
 
@@ -64,7 +69,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def written(value: Any) -> str:
-    if value is None:
+    if value is None or value == "":
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -98,7 +103,7 @@ def test_nothing_is_described_that_is_not_there() -> None:
     known |= {"--help", "--install-completion", "--show-completion"}
     documents = "\n".join(text for name, text in TEXT.items() if name != "development.md")
     foreign = {"--no-deps", "--quick"}  # pip's and the benchmarks'
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", documents)) - foreign <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", documents)) - foreign <= known
 
 
 def test_every_name_one_can_choose_is_documented() -> None:

@@ -20,6 +20,8 @@ TRAINING = {
     "rank": 4,
     "alpha": 8,
 }
+PRUNING = {**TRAINING, "calibration_tokens": 2048, "repair_steps": 8}
+"""Few tokens for ``prune``."""
 
 
 def run(verb: str, common: Common, **given: Any) -> dict[str, Any]:

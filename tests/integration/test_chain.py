@@ -15,7 +15,7 @@ import compress  # noqa: F401  (registers the LQ format)
 from compress.errors import UsageError
 from compress.pipelines.settings import Common
 from compress.structure import StructureMap
-from tests.integration.common import TRAINING, assert_recorded, logits, run
+from tests.integration.common import PRUNING, TRAINING, assert_recorded, logits, run
 from tests.tiny import DENSE, tiny_checkpoint
 
 
@@ -27,7 +27,7 @@ def test_chain(kind: str, tmp_path: Path, text_file: Path, request: pytest.Fixtu
     common = Common(
         run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", threads=1, effort="quick"
     )
-    pruned = run("prune", common, ratio=0.4, **TRAINING)
+    pruned = run("prune", common, ratio=0.4, **PRUNING)
     quantized = run("quantize", common, budget="4.5bit")
     trained = run("train", common, **TRAINING)
     recovered = run("recover", common)
@@ -72,7 +72,7 @@ def test_recover_trains_first_and_merges(tmp_path: Path, text_file: Path) -> Non
     common = Common(
         run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
     )
-    run("prune", common, ratio=0.4, **TRAINING)
+    run("prune", common, ratio=0.4, **PRUNING)
     recovered = run("recover", common, merge=True)
     stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
     assert stages == ["01-prune", "02-train", "03-recover"]
@@ -87,7 +87,7 @@ def test_lq_factors_are_not_added_twice(tmp_path: Path, text_file: Path) -> None
     common = Common(
         run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
     )
-    run("prune", common, ratio=0.4, **TRAINING)
+    run("prune", common, ratio=0.4, **PRUNING)
     run("quantize", common, budget="5bit", rank="4")
     run("train", common, method="lq", **(TRAINING | {"lr": 1e-12}))
     recovered = Path(run("recover", common)["path"])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tests.fresh import ForkServer
 from tests.tiny import tiny_checkpoint
 
 TRAINING = {"micro_batch": 2, "accumulation": 1, "sequence": 32, "lr": 1e-2, "rank": 4, "alpha": 8}
+PRUNE = {"ratio": 0.4, "repair_steps": 8, "calibration_tokens": 512, **TRAINING}
 GIVEN: dict[str, dict[str, Any]] = {
-    "prune": {"ratio": 0.4, "steps": 8, "repair_steps": 8, "calibration_tokens": 512, **TRAINING},
+    "prune": PRUNE,
     "quantize": {"budget": "7bit", "rank": "4"},
     "train": {"steps": 8, **TRAINING},
     "recover": {},
@@ -30,26 +32,47 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
+OTHERS: dict[str, dict[str, Any]] = {"lora": {**PRUNE, "criterion": "lora", "steps": 8}}
+"""Other ways to prune, each the first and only stage of a chain of its own."""
+
+
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, text_file: Path, fork_server: ForkServer) -> Common:
-    """Common options of a chain that nothing interrupted."""
+def chains(
+    tmp_path_factory: pytest.TempPathFactory, text_file: Path, fork_server: ForkServer
+) -> dict[str, Common]:
+    """Common options of chains that nothing interrupted."""
     folder = tmp_path_factory.mktemp("reference")
     full = tiny_checkpoint("llama_tied", folder / "full")
-    common = Common(
-        run=folder / "run", model=str(full), data=str(text_file), dtype="float32", threads=1, effort="quick"
-    )
+    found = {}
+    verbs = {"chain": GIVEN, **{name: {"prune": given} for name, given in OTHERS.items()}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.pipelines.reopen.run_fresh", fork_server.run)
-        for verb, given in GIVEN.items():
-            run_verb(verb, common, given, quiet=True)
-    return common
+        for chain, stages in verbs.items():
+            found[chain] = Common(
+                run=folder / chain,
+                model=str(full),
+                data=str(text_file),
+                dtype="float32",
+                threads=1,
+                effort="quick",
+            )
+            for verb, given in stages.items():
+                run_verb(verb, found[chain], given, quiet=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(chains: dict[str, Common]) -> Common:
+    """The chain of all verbs."""
+    return chains["chain"]
 
 
 class Bars:
     """Stands in for ``Reporter.bar``: notes the labels, and interrupts the ``call``-th report of one of them."""
 
     def __init__(self, label: str, call: int) -> None:
-        self.label, self.call, self.opened = label, call, []  # type: ignore[var-annotated]
+        self.label, self.call = label, call
+        self.opened: list[str] = []
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
@@ -73,39 +96,55 @@ def weights(folder: Path) -> dict[str, Any]:
         if p.name == "config.json" or (p.suffix == ".safetensors" and p.name != STRUCTURE)
     }
     if (folder / STRUCTURE).is_file():
-        kept = StructureMap.load(folder / STRUCTURE).layers
-        found[STRUCTURE] = [(layer.kv_groups.tolist(), layer.channels.tolist()) for layer in kept]
+        found[STRUCTURE] = StructureMap.load(folder / STRUCTURE)
     return found
 
 
+FOUND = ("score (obs)", "refit o and down", "cut")
+TRAINED = ("score and mask", "refit o and down", "cut")
 CASES = [
-    ("prune", "score and mask", 4, ()),
-    ("prune", "refit o and down", 1, ()),
-    ("prune", "cut", 5, ()),
-    ("prune", "repair", 5, ("score and mask", "refit o and down", "cut")),
-    ("prune", "perplexity of the pruned model", 1, ("score and mask", "refit o and down", "cut")),
-    ("quantize", "error tables", 2, ()),
-    ("quantize", "decompose", 2, ()),
-    ("quantize", "perplexity of the quantized model", 1, ()),
-    ("train", "train", 5, ()),
-    ("recover", "recover", 3, ()),
-    ("eval", "eval quantized", 1, ("eval original", "eval pruned")),
+    # chain, verb, label, call, labels that the resumed run does not open; None: nothing to go on from
+    ("chain", "prune", "score (obs)", 1, None),
+    ("chain", "prune", "score (obs)", 3, ()),
+    ("chain", "prune", "refit o and down", 1, ()),
+    ("chain", "prune", "cut", 5, ()),
+    ("chain", "prune", "repair", 5, FOUND),
+    ("chain", "prune", "perplexity of the model", 1, FOUND),
+    ("chain", "prune", "perplexity of the pruned model", 1, FOUND),
+    ("lora", "prune", "score and mask", 4, ()),
+    ("lora", "prune", "refit o and down", 2, ()),
+    ("lora", "prune", "cut", 5, ()),
+    ("lora", "prune", "repair", 5, TRAINED),
+    ("lora", "prune", "perplexity of the model", 1, TRAINED),
+    ("lora", "prune", "perplexity of the pruned model", 1, TRAINED),
+    ("chain", "quantize", "error tables", 2, ()),
+    ("chain", "quantize", "decompose", 2, ()),
+    ("chain", "quantize", "perplexity of the quantized model", 1, ()),
+    ("chain", "train", "train", 5, ()),
+    ("chain", "recover", "recover", 3, None),
+    ("chain", "eval", "eval quantized", 1, ("eval original", "eval pruned")),
 ]
 
 
 @pytest.mark.usefixtures("forked_reopen")
-@pytest.mark.parametrize(("verb", "label", "call", "kept"), CASES, ids=[f"{c[0]}: {c[1]}" for c in CASES])
+@pytest.mark.parametrize(
+    ("chain", "verb", "label", "call", "kept"),
+    CASES,
+    ids=[f"{c[0]}: {c[1]}: {c[2]} {c[3]}" for c in CASES],
+)
 def test_interrupted_and_resumed(
+    chain: str,
     verb: str,
     label: str,
     call: int,
-    kept: tuple[str, ...],
-    reference: Common,
+    kept: tuple[str, ...] | None,
+    chains: dict[str, Common],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    reference, given = chains[chain], OTHERS.get(chain, GIVEN[verb])
     shutil.copytree(reference.run, tmp_path / "run")
-    common = Common(run=tmp_path / "run", data=reference.data, dtype="float32", threads=1, effort="quick")
+    common = replace(reference, run=tmp_path / "run")
     (name,) = [stage.path.name for stage in Workspace(common.run).stages if stage.verb == verb]
     Workspace(common.run).drop_from(verb)
     before = sorted(path.name for path in common.run.iterdir())
@@ -113,14 +152,19 @@ def test_interrupted_and_resumed(
     bars = Bars(label, call)
     monkeypatch.setattr(Reporter, "bar", lambda self, text: bars.bar(text))
     with pytest.raises(KeyboardInterrupt):
-        run_verb(verb, common, GIVEN[verb], quiet=True)
+        run_verb(verb, common, given, quiet=True)
     partial = common.run / f"{name}.partial"
-    left = [] if verb == "recover" else [partial.name]  # recovery is one step: there is nothing to keep
-    assert sorted(path.name for path in common.run.iterdir()) == sorted([*before, *left])
+    if kept is not None:
+        assert sorted(path.name for path in common.run.iterdir()) == sorted([*before, partial.name])
+    elif verb == "prune":  # the first stage of a chain takes the empty folder with it
+        assert not common.run.exists()
+    else:
+        assert sorted(path.name for path in common.run.iterdir()) == before
 
     bars = Bars("", 0)
-    resumed = run_verb(verb, common, GIVEN[verb], quiet=True)
-    assert not set(kept) & set(bars.opened)
+    resumed = run_verb(verb, common, given, quiet=True)
+    assert label in bars.opened
+    assert not set(kept or ()) & set(bars.opened)
     assert not partial.exists()
     assert resumed["path"] == str(common.run / name)
     assert weights(common.run / name) == weights(reference.run / name)
@@ -128,6 +172,8 @@ def test_interrupted_and_resumed(
     assert resumed["id"] == expected["id"]
     if verb in ("prune", "quantize"):
         assert resumed["metrics"]["after"] == expected["metrics"]["after"]
+    if verb == "prune":
+        assert resumed["metrics"]["kept"] == expected["metrics"]["kept"]
     assert sorted(p.name for p in (common.run / name).iterdir()) == sorted(
         p.name for p in (reference.run / name).iterdir()
     )

@@ -20,7 +20,8 @@ def test_every_stage_reads_the_text_the_original_model_wrote(tmp_path: Path) -> 
         run=tmp_path / "run", model=str(full), data="self", dtype="float32", threads=1, effort="quick"
     )
     training = {"steps": 2, "micro_batch": 2, "accumulation": 1, "sequence": 32}
-    pruned = run_verb("prune", common, {"ratio": 0.3, "repair_steps": 0, **training}, quiet=True)["metrics"]
+    pruning = {"ratio": 0.3, "repair_steps": 0, "calibration_tokens": 1024, **training}
+    pruned = run_verb("prune", common, pruning, quiet=True)["metrics"]
     trained = run_verb("train", common, training, quiet=True)["metrics"]
     evaluated = run_verb("eval", common, {"sequence": 32, "windows": 2}, quiet=True)["metrics"]
 

@@ -15,7 +15,7 @@ import compress
 from compress.errors import CompressError, UsageError
 from compress.pipelines.settings import Common
 from compress.structure import LayerShape, StructureMap
-from tests.integration.common import TRAINING, assert_recorded, logits, run
+from tests.integration.common import PRUNING, TRAINING, assert_recorded, logits, run
 from tests.tiny import tiny_checkpoint
 
 MLP = ("mlp.c_fc", "mlp.c_proj")
@@ -38,8 +38,8 @@ def opened(path: Path | str) -> Any:
 def test_the_whole_chain(method: str, tmp_path: Path, text_file: Path) -> None:
     common = chain(tmp_path, text_file)
     with pytest.raises(CompressError, match="make up a head"):
-        run("prune", common, ratio=0.4, targets="heads", **TRAINING)
-    pruned = Path(run("prune", common, ratio=0.4, **TRAINING)["path"])
+        run("prune", common, ratio=0.4, targets="heads", **PRUNING)
+    pruned = Path(run("prune", common, ratio=0.4, **PRUNING)["path"])
     quantized = run("quantize", common, budget="5bit", rank="4")
     run("train", common, method=method, **TRAINING)
     recovered = Path(run("recover", common, merge=True)["path"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,10 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
+from compress.model.architecture import Architecture
+from compress.prune.slice import slice_weight
 from compress.structure import (
     LayerShape,
     LayerStructure,
     StructureMap,
+    composed,
     full_layer,
     kept_columns,
     kept_heads,
@@ -262,3 +266,85 @@ def test_files_that_are_no_structure(tmp_path: Path) -> None:
         StructureMap.load(tmp_path / "text")
     with pytest.raises(CompressError, match="no structure file"):
         StructureMap.load(tmp_path / "absent")
+
+
+@st.composite
+def layer_of(draw: st.DrawFn, arch: Architecture, shape: LayerShape) -> LayerStructure:
+    """Random indices of this shape; query heads are listed or, where all stay, sometimes not."""
+
+    def some(size: int, count: int) -> torch.Tensor:
+        return indices(draw(st.sets(st.integers(0, size - 1), min_size=count, max_size=count)))
+
+    groups, queries = some(arch.kv_heads, shape.kv_heads), arch.queries_per_group
+    heads = [group * queries + some(queries, shape.queries) for group in groups.tolist()]
+    listed = shape.queries < queries or draw(st.booleans())
+    return LayerStructure(
+        kv_groups=groups,
+        channels=some(arch.channels, shape.channels),
+        query_heads=(torch.cat(heads).int() if heads else groups) if listed else None,
+    )
+
+
+@st.composite
+def two_rounds(draw: st.DrawFn) -> tuple[Architecture, StructureMap, Architecture, StructureMap]:
+    """A model, a uniform structure, what that leaves, and any structure of what is left."""
+    kv_heads, queries, channels = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    layers = draw(st.integers(1, 3))
+    arch = architecture(
+        layers=layers, heads=kv_heads * queries, kv_heads=kv_heads, head_dim=2, channels=channels, hidden=3
+    )
+    shape = LayerShape(
+        kv_heads=draw(st.integers(1, kv_heads)),
+        queries=draw(st.integers(1, queries)),
+        channels=draw(st.integers(1, channels)),
+    )
+    first = structure_map(arch, [draw(layer_of(arch, shape)) for _ in range(layers)], base_fingerprint="a")
+    left = replace(
+        arch, heads=shape.kv_heads * shape.queries, kv_heads=shape.kv_heads, channels=shape.channels
+    )
+    smaller = [
+        LayerShape(
+            kv_heads=draw(st.integers(0, shape.kv_heads)),
+            queries=draw(st.integers(1, shape.queries)),
+            channels=draw(st.integers(0, shape.channels)),
+        )
+        for _ in range(layers)
+    ]
+    then = structure_map(left, [draw(layer_of(left, one)) for one in smaller], base_fingerprint="b")
+    return arch, first, left, then
+
+
+@given(two_rounds())
+@settings(max_examples=60, deadline=None)
+def test_two_structures_in_one_cut_what_they_cut_one_after_the_other(
+    case: tuple[Architecture, StructureMap, Architecture, StructureMap],
+) -> None:
+    arch, first, left, then = case
+    both = composed(first, then)
+    both.check_matches(arch)
+    assert (both.base_fingerprint, both.family) == ("a", "llama")
+    assert both.shapes == tuple(
+        replace(shape, queries=arch.queries_per_group) if not shape.kv_heads else shape
+        for shape in then.shapes
+    )
+    for outer, inner, one in zip(first.layers, then.layers, both.layers, strict=True):
+        for spec in (*SPECS, *FUSED):
+            rows, columns = arch.linear_shape(spec)
+            numbered = torch.arange(rows * columns).view(rows, columns)
+            twice = slice_weight(slice_weight(numbered, arch, spec, outer), left, spec, inner)
+            assert torch.equal(slice_weight(numbered, arch, spec, one), twice)
+
+
+def test_a_structure_of_another_model_is_not_composed() -> None:
+    arch = architecture()
+    first = structure_map(arch, random_layers(arch, 2, 8), base_fingerprint="")
+    left = replace(arch, heads=4, kv_heads=2, channels=8)
+    good = structure_map(left, random_layers(left, 1, 4), base_fingerprint="")
+    assert composed(first, good).uniform == LayerShape(kv_heads=1, queries=2, channels=4)
+    for other in (replace(left, channels=9), replace(left, heads=2), replace(left, layers=1), arch):
+        structure = structure_map(other, random_layers(other, 1, 4), base_fingerprint="")
+        with pytest.raises(CompressError, match="not made for what the first one leaves"):
+            composed(first, structure)
+    uneven = structure_map(arch, (full_layer(arch), *first.layers[1:]), base_fingerprint="")
+    with pytest.raises(CompressError, match="not made for what the first one leaves"):
+        composed(uneven, good)

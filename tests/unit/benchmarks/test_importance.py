@@ -9,6 +9,7 @@ from torch import nn
 
 from compress.benchmarks import importance
 from compress.benchmarks.importance import LiveTensors, benchmark, measure_pass, measure_speed, report
+from compress.benchmarks.protocol import Rows
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from tests.tiny import tiny_checkpoint
 
@@ -63,9 +64,10 @@ def test_gradients_and_weights_are_those_of_the_decoder_linears(checkpoint: Path
         assert found["reduction"] > 0
 
 
-def test_recomputing_needs_less(checkpoint: Path) -> None:
-    plain = measure_pass(checkpoint, "lora", 4, 128)
-    recomputed = measure_pass(checkpoint, "lora", 4, 128, recompute=True)
+@pytest.mark.parametrize("kind", importance.PASSES)
+def test_recomputing_needs_less(checkpoint: Path, kind: str) -> None:
+    plain = measure_pass(checkpoint, kind, 4, 128)
+    recomputed = measure_pass(checkpoint, kind, 4, 128, recompute=True)
     assert recomputed["tensors"] < plain["tensors"]
 
 
@@ -79,7 +81,7 @@ def test_both_formulas_of_the_speed_test_agree() -> None:
         assert spread["quartile_low"] <= spread["median"] <= spread["quartile_high"]
 
 
-def test_passes_are_compared_with_taylor(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_are_compared_with_taylor_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = []
 
     def answer(request: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -90,18 +92,20 @@ def test_passes_are_compared_with_taylor(checkpoint: Path, monkeypatch: pytest.M
         return {"tensors": tensors, "resident": 2 * tensors, "gradients": 1, "reduction": 3, "weights": 600}
 
     monkeypatch.setattr(importance, "in_fresh_process", answer)
-    result = benchmark(str(checkpoint), quick=True, threads=2)
-    assert set(result["memory"]) == {"1 x 128", "1 x 128, recomputed"}
-    row = result["memory"]["1 x 128"]["lora"]
+    rows = Rows(tmp_path / "importance.json", {"quick": True})
+    benchmark(rows, Path("model"), quick=True, threads=2)
+    row = rows.get("memory, 1 x 128, recomputed: lora")
     assert (row["tensors_of_taylor"], row["resident_of_taylor"]) == (0.25, 0.25)
     assert row["reduction_of_weights"] == 0.005
-    assert [(r["kind"], r["recompute"]) for r, _ in requests[:-2]] == [
-        (kind, recompute) for recompute in (False, True) for kind in importance.PASSES
-    ]
+    memory = [(r["kind"], r["recompute"]) for r, _ in requests if r["measure"] == "memory"]
+    assert memory == [(kind, recompute) for recompute in (False, True) for kind in importance.PASSES]
     assert [threads for request, threads in requests if request["measure"] == "speed"] == [1, 2]
-    text = report(result)
-    assert "25.0% of Taylor's" in text
-    assert "speed on 2 thread(s) against dense: 7.0x (quartiles 6.5 to 8.0)" in text
+    text = report(rows.rows)
+    assert "recomputed: lora: 0.0 MB of tensors (25.0% of Taylor's)" in text
+    assert "speed, 2 threads, against dense: 7.0x (quartiles 6.5 to 8.0)" in text
+    count = len(requests)
+    benchmark(Rows(tmp_path / "importance.json", {"quick": True}), Path("model"), quick=True, threads=2)
+    assert len(requests) == count
 
 
 def test_a_measurement_runs_in_a_process_of_its_own() -> None:

@@ -24,7 +24,9 @@ def test_given_beats_effort_beats_default() -> None:
     assert resolve(TrainSettings, {}, "quick").steps == 40
     assert resolve(TrainSettings, {"steps": 7}, "quick").steps == 7
     assert resolve(TrainSettings, {"steps": None}, "standard").steps == 400
-    assert resolve(PruneSettings, {}, "quick").ratio == 0.5
+    assert resolve(PruneSettings, {}, "quick").criterion == "obs"
+    assert resolve(PruneSettings, {}, "paper").criterion == "lora"
+    assert resolve(PruneSettings, {"criterion": "wanda"}, "paper").criterion == "wanda"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -98,6 +100,13 @@ def test_a_ratio_is_between_0_and_1(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
+        (PruneSettings, {"skip_first": -1}),
+        (PruneSettings, {"skip_last": -1}),
+        (PruneSettings, {"rounds": 0}),
+        (PruneSettings, {"repair_rank": 0}),
+        (PruneSettings, {"repair_steps": -1}),
+        (PruneSettings, {"repair_features": -0.1}),
+        (PruneSettings, {"repair_features": float("inf")}),
         (PruneSettings, {"steps": -1}),
         (PruneSettings, {"micro_batch": 0}),
         (PruneSettings, {"accumulation": 0}),
@@ -117,6 +126,26 @@ def test_values_out_of_range_are_refused(kind: Any, wrong: dict[str, Any]) -> No
     (name,) = wrong
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} "):
         resolve(kind, wrong, "quick")
+
+
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        ({"ratio": 0.5, "params": "80M"}, "--ratio and --params are given together"),
+        (
+            {"ratio": 0.5, "params": "80M", "size": "1MB"},
+            "--ratio and --params and --size are given together",
+        ),
+        ({"repair_features": 0.1, "repair_loss": "text"}, "--repair-loss text does not"),
+        ({"rounds": 2, "shape": "allocated"}, "in 2 rounds needs plain models"),
+        ({"rounds": 3, "repair": "bias"}, "in 3 rounds needs plain models"),
+    ],
+)
+def test_settings_of_prune_that_contradict_each_other(given: dict[str, Any], cause: str) -> None:
+    with pytest.raises(UsageError, match=cause):
+        resolve(PruneSettings, given, "quick")
+    for one in given:
+        resolve(PruneSettings, {one: given[one]}, "quick")
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**63}, {"threads": 0}, {"effort": "heroic"}])

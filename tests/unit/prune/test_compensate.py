@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.model.architecture import architecture_of
-from compress.prune.compensate import compensate, refit
-from compress.structure import LayerStructure, kept_columns, structure_map
+from compress.importance.gram_store import GramStore
+from compress.model.architecture import Architecture, LayerShape, architecture_of
+from compress.prune.compensate import compensate, mean_biases, refit, refit_from_store
+from compress.structure import LayerStructure, StructureMap, full_layer, kept_columns, structure_map
 from tests.tiny import DENSE, VOCAB, tiny_model
+from tests.unit.importance.common import linear_inputs
+from tests.unit.prune.common import model_architecture
+from tests.unit.uneven import structure_of
 
 
 def test_refit_is_the_ridge_solution_of_lstsq() -> None:
@@ -86,3 +94,106 @@ def test_bad_requests_are_refused() -> None:
         compensate(model, arch, structure, torch.zeros(4, 8, dtype=torch.long), damping=0)
     with pytest.raises(CompressError, match="fewer than one batch"):
         compensate(model, arch, structure, torch.zeros(3, 8, dtype=torch.long), batch=4)
+
+
+def mixed(kind: str) -> tuple[Any, Architecture, StructureMap, torch.Tensor]:
+    """A model of two layers: no MLP in the first (nor attention, where it can be pruned), half of the second."""
+    model = tiny_model(kind)
+    arch = model_architecture(model)
+    heads = arch.prunable_heads
+    groups, queries = (arch.kv_heads // 2, 1) if heads else (arch.kv_heads, arch.queries_per_group)
+    first = LayerShape(kv_heads=0 if heads else arch.kv_heads, queries=arch.queries_per_group, channels=0)
+    second = LayerShape(kv_heads=groups, queries=queries, channels=arch.channels // 2)
+    structure = structure_of(arch, [first, second], seed=3)
+    ids = torch.randint(0, VOCAB, (6, 16), generator=torch.Generator().manual_seed(2))
+    return model, arch, structure, ids
+
+
+def stored_weight(model: Any, name: str, *, transposed: bool) -> torch.Tensor:
+    weight: torch.Tensor = model.get_submodule(name).weight.detach().double()
+    return weight.T if transposed else weight
+
+
+KINDS = pytest.mark.parametrize("kind", ["llama_gqa", "qwen2", "gemma2", "phi3", "gpt2"])
+
+
+@KINDS
+def test_a_bias_is_the_mean_of_what_the_removed_inputs_added(kind: str) -> None:
+    model, arch, structure, ids = mixed(kind)
+    calls: list[tuple[int, int, str]] = []
+    found = mean_biases(model, arch, structure, ids, batch=4, progress=lambda *call: calls.append(call))
+    inputs = linear_inputs(copy.deepcopy(model).double(), arch, ids[:4])  # an incomplete batch is left out
+    expected = {}
+    for index, layer in enumerate(structure.layers):
+        for spec in arch.linears:
+            columns = kept_columns(arch, spec, layer)
+            if columns is None:
+                continue
+            name = arch.module_name(index, spec)
+            weight = stored_weight(model, name, transposed=spec.transposed).clone()
+            weight[:, columns] = 0
+            expected[name] = (inputs[index][spec.role] @ weight.T).mean(dim=0)
+    assert found.keys() == expected.keys()
+    assert len(found) == (4 if arch.prunable_heads else 2)
+    for name, bias in found.items():
+        assert (bias.dtype, bias.shape) == (torch.float32, (arch.hidden,))
+        assert bool(expected[name].any())
+        torch.testing.assert_close(bias.double(), expected[name], rtol=1e-3, atol=1e-5)
+    assert [call[:2] for call in calls] == [(1, 2), (2, 2)]
+
+
+@KINDS
+def test_the_refit_is_the_least_squares_solution_and_a_lost_branch_has_none(kind: str) -> None:
+    model, arch, structure, ids = mixed(kind)
+    ids = torch.cat([ids] * 8)[:16]
+    found = compensate(model, arch, structure, ids, batch=4, damping=0.02)
+    inputs = linear_inputs(copy.deepcopy(model).double(), arch, ids)
+    outputs = [spec for spec in arch.linears if spec.role in ("o", "down")]
+    lossy = [spec for spec in outputs if arch.prunable_heads or spec.role == "down"]
+    assert found.keys() == {arch.module_name(1, spec) for spec in lossy}
+    for spec in lossy:
+        columns = kept_columns(arch, spec, structure.layers[1])
+        assert columns is not None
+        weight = stored_weight(model, arch.module_name(1, spec), transposed=spec.transposed)
+        x_TC = inputs[1][spec.role]
+        ridge = 0.02 * x_TC[:, columns].square().sum(dim=0).mean()
+        design = torch.cat([x_TC[:, columns], ridge.sqrt() * torch.eye(len(columns), dtype=torch.float64)])
+        target = torch.cat([x_TC @ weight.T, ridge.sqrt() * weight[:, columns].T])
+        expected = torch.zeros_like(weight)
+        expected[:, columns] = torch.linalg.lstsq(design, target).solution.T
+        matrix = found[arch.module_name(1, spec)]
+        assert matrix.dtype == torch.float32
+        torch.testing.assert_close(matrix.double(), expected, rtol=1e-2, atol=1e-4)
+
+
+@KINDS
+def test_moments_that_are_there_already_give_the_same_refit(kind: str, tmp_path: Path) -> None:
+    model, arch, structure, ids = mixed(kind)
+    store = GramStore(tmp_path)
+    inputs = linear_inputs(copy.deepcopy(model).double(), arch, ids[:4])
+    outputs = [spec for spec in arch.linears if spec.role in ("o", "down")]
+    for layer in range(arch.layers):
+        grams = {spec: inputs[layer][spec.role].T @ inputs[layer][spec.role] for spec in outputs}
+        store.put(layer, grams)
+
+    def weight_of(name: str) -> torch.Tensor:
+        return stored_weight(model, name, transposed=outputs[0].transposed)
+
+    found = refit_from_store(weight_of, arch, structure, store)
+    expected = compensate(model, arch, structure, ids, batch=4)
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        assert (matrix.dtype, matrix.shape) == (torch.float32, expected[name].shape)
+        assert torch.equal(matrix == 0, expected[name] == 0)
+        torch.testing.assert_close(matrix, expected[name], rtol=1e-2, atol=1e-4)
+    with pytest.raises(UsageError, match="damping"):
+        refit_from_store(weight_of, arch, structure, store, damping=0)
+
+
+def test_nothing_is_repaired_where_nothing_is_lost() -> None:
+    model, arch, _, ids = mixed("llama_gqa")
+    whole = structure_map(arch, [full_layer(arch)] * arch.layers, base_fingerprint="")
+    assert compensate(model, arch, whole, ids) == {}
+    assert mean_biases(model, arch, whole, ids) == {}
+    with pytest.raises(CompressError, match="fewer than one batch"):
+        mean_biases(model, arch, whole, ids[:2], batch=4)
