@@ -59,6 +59,7 @@ RECOVERY: dict[str, Any] = {
     "repair_lr": 1e-3,
 }
 PEER = "torch-pruning (taylor)"
+PEER_MLP = "torch-pruning (taylor, channels only)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +85,12 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(prune={"criterion": "magnitude", **PLAIN}),
     "taylor (vector)": Method(prune={"criterion": "taylor", "criterion_options": "form=vector", **PLAIN}),
     "wanda-sp": Method(prune={"criterion": "wanda", **PLAIN}),
+    "wanda-sp (o and down)": Method(
+        prune={"criterion": "wanda", "criterion_options": "linears=outputs", **PLAIN}
+    ),
     "flap": Method(prune={"criterion": "flap", "repair": "bias"}),
     PEER: Method(prune={}),
+    PEER_MLP: Method(prune={}),
     "loraprune": Method(
         prune={"criterion": "lora", "one_shot": True, **PLAIN},
         trained={"criterion": "lora", "repair": "lora", "lr": 1e-3, "rank": 8, "alpha": 16, "dropout": 0.05},
@@ -95,7 +100,10 @@ METHODS: dict[str, Method] = {
         prune={"criterion": "obs", "repair": "refit"}, recovery={"repair_loss": "both"}
     ),
     "ours, allocated": Method(prune={"criterion": "obs", "repair": "refit", "shape": "allocated"}),
-    "wanda-sp + refit": Method(prune={"criterion": "wanda", "repair": "refit"}, recovers=False),
+    "wanda-sp (o and down) + refit": Method(
+        prune={"criterion": "wanda", "criterion_options": "linears=outputs", "repair": "refit"},
+        recovers=False,
+    ),
     "loraprune + refit": Method(
         prune={"criterion": "lora", "one_shot": True, "repair": "refit"}, recovers=False
     ),
@@ -164,7 +172,7 @@ def cut(bench: Bench, name: str, ratio: float, out: Path, settings: PruneSetting
     """The method's pruned model in ``out``, before any recovery; what it measured on the way."""
     started = time.monotonic()
     out.mkdir()
-    if name == PEER:
+    if name in (PEER, PEER_MLP):
         seed = bench.place.context.common.seed + CALIBRATION_SEED
         windows = calibration(load_tokenizer(bench.model), bench.place.source, bench.calibration_tokens, seed)
         small, facts = prune_with_torch_pruning(

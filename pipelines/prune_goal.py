@@ -16,7 +16,7 @@ from compress.pipelines.settings import PruneSettings
 from compress.prune.candidates import candidates
 from compress.prune.goal import parse_count, ratio_for_bytes, ratio_for_parameters
 from compress.prune.plan import plan_shapes
-from compress.prune.shape import ShapePlan, choices_of, unit_parameters
+from compress.prune.shape import NEAR, Choices, ShapePlan, check_ratio, choices_of, unit_parameters
 from compress.prune.slice import check_biases
 from compress.prune.uniform import uniform_plan
 from compress.solvers.budget import parse_budget
@@ -63,10 +63,12 @@ class Goal:
                 f"--shape {kind} makes layers of different sizes, which this model cannot have: {reason}.",
                 "Give --shape uniform.",
             )
-        if kind in ("uniform", "local"):
-            self._plan(kind, None)
-        else:  # these need scores; a uniform shape of the same ratio exists when theirs do
-            self._plan("uniform", None)
+        if kind == "allocated":  # whole branches may go, so that every ratio has shapes
+            check_ratio(self.ratio)
+            self._choices()
+        else:  # global ones need scores; a uniform shape of the same ratio exists when theirs do
+            self._plan("local" if kind == "local" else "uniform", None)
+        self._check_rounds()
 
     def choose(self, scores: GroupScores, measure: Measure) -> ShapePlan:
         """The shapes for these scores; an allocation first measures what the ranked groups cost."""
@@ -77,12 +79,29 @@ class Goal:
     def uniform(self, shape: LayerShape) -> ShapePlan:
         """The plan in which every layer has this shape."""
         arch = self.model.architecture
-        choices = choices_of(
-            arch, targets=self.targets, multiple=self.multiple, head_unit=self.settings.head_unit
-        )
+        choices = self._choices()
         return uniform_plan(
             arch, choices, shape, self.ratio, targets=self.targets, head_unit=self.settings.head_unit
         )
+
+    def _choices(self) -> Choices:
+        return choices_of(
+            self.model.architecture,
+            targets=self.targets,
+            multiple=self.multiple,
+            head_unit=self.settings.head_unit,
+        )
+
+    def _check_rounds(self) -> None:
+        """Refuse rounds that would each remove less than the smallest step there is."""
+        rounds, reach = self.settings.rounds, self._choices().reach()
+        share = 1 - (1 - self.ratio) ** (1 / rounds)
+        if rounds > 1 and reach is not None and share < reach[0] / (1 - self.ratio) + 2 * NEAR:
+            raise UsageError(
+                f"Each of {rounds} rounds would remove {share:.1%} of what is left, and the smallest step is "
+                f"{reach[0]:.1%} of the whole.",
+                "Give fewer rounds, or a smaller channel multiple.",
+            )
 
     def _plan(self, kind: str, scores: GroupScores | None) -> ShapePlan:
         return plan_shapes(

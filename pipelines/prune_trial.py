@@ -70,6 +70,7 @@ def try_shapes(
                 "channels": candidate.channels,
             }
             found.append({**shape, "loss": loss, "predicted": candidate.damage})
+            losses.append(loss)
             progress(done, len(candidates), f"loss {loss:.3f}")
     chosen = candidates[losses.index(min(losses))]
     rest = tuple(candidate for candidate in plan.candidates if candidate is not chosen)

@@ -98,6 +98,7 @@ class PruneSettings(TrainingSettings):
         TrainingSettings.__post_init__(self)
         _check_least(
             self,
+            trials=1,
             multiple=1,
             calibration_tokens=1,
             repair_steps=0,

@@ -64,7 +64,7 @@ class ActivationCriterion(Criterion):
     """
 
     needs: ClassVar[Needs] = "activations"
-    roles: ClassVar[frozenset[Role]]
+    roles: frozenset[Role]
     """The linears that count."""
 
     def __init__(self, arch: Architecture, config: CriterionConfig | None = None) -> None:

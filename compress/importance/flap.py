@@ -36,7 +36,7 @@ class FlapCriterion(ActivationCriterion):
     bias takes over; the criterion assumes that this is done. W is the weight with its adapter merged.
     """
 
-    roles: ClassVar[frozenset[Role]] = frozenset({"o", "down"})
+    roles = frozenset[Role]({"o", "down"})
     config_type: ClassVar[type[CriterionConfig]] = FlapConfig
 
     def scores(self) -> GroupScores:

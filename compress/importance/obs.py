@@ -40,7 +40,7 @@ class ObsConfig(CriterionConfig):
     """
 
     damping: float = 0.01
-    parts: int = 64
+    parts: int = 32
     gradient_share: float = 0.5
 
     def __post_init__(self) -> None:

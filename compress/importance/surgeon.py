@@ -46,19 +46,19 @@ def column_order(weight_KC: Tensor, inverse_CC: Tensor, *, block: int = 1) -> Re
         inverse_CC: Of :func:`damped_inverse`.
         block: Columns removed between two refits; 1 is the plain greedy order.
     """
-    weight, inverse = weight_KC.clone(), inverse_CC.clone()
+    weight, inverse = weight_KC, inverse_CC
     names = torch.arange(weight.shape[1], device=weight.device)
-    units, damages = [], []
+    units = []
     while len(names):
         price = weight.square().sum(dim=0) / inverse.diagonal()
         chosen = price.topk(min(block, len(names)), largest=False, sorted=True).indices
-        steps, weight, inverse = remove(weight, inverse, chosen)
+        _, weight, inverse = remove(weight, inverse, chosen)
         units.append(names[chosen])
-        damages.append(steps)
         rest = torch.ones(len(names), dtype=torch.bool, device=names.device)
         rest[chosen] = False
         names = names[rest]
-    return _order(torch.cat(units), torch.cat(damages))
+    order = torch.cat(units)
+    return RemovalOrder(units=order.cpu(), damage=damage_along(weight_KC, inverse_CC, order))
 
 
 def block_order(

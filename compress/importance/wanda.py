@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import nn
 
+from compress.errors import UsageError
 from compress.importance import CRITERIA
 from compress.importance.activations import ActivationCriterion, Moments
+from compress.importance.base import CriterionConfig
 from compress.importance.modules import merged_rows
 from compress.importance.reduce import axis_of, chunked_sums
-from compress.model.architecture import LinearSpec, Role
+from compress.model.architecture import Architecture, LinearSpec, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandaConfig(CriterionConfig):
+    """Settings of the Wanda-sp criterion.
+
+    Attributes:
+        linears: Slices that count: those of "all" linears of a group, or of the "outputs" o and down alone.
+    """
+
+    linears: Literal["all", "outputs"] = "all"
+
+    def __post_init__(self) -> None:
+        CriterionConfig.__post_init__(self)
+        if self.linears not in ("all", "outputs"):
+            raise UsageError(f"There are no linears {self.linears!r}.", "Choose all or outputs.")
 
 
 @CRITERIA.register("wanda")
@@ -22,7 +41,12 @@ class WandaCriterion(ActivationCriterion):
     merged.
     """
 
-    roles: ClassVar[frozenset[Role]] = frozenset(get_args(Role))
+    config_type: ClassVar[type[CriterionConfig]] = WandaConfig
+
+    def __init__(self, arch: Architecture, config: CriterionConfig | None = None) -> None:
+        super().__init__(arch, config)
+        every = frozenset[Role](get_args(Role))
+        self.roles = every if self.config.linears == "all" else frozenset[Role]({"o", "down"})
 
     def linear_sums(self, module: nn.Module, spec: LinearSpec, name: str, inputs: Moments) -> torch.Tensor:
         """The importance of the rows [out], or of the columns [in] of o and down."""

@@ -57,7 +57,7 @@ def candidates(
     if grid < 2:
         raise UsageError(f"A grid of {grid} values is not possible.", "Give at least 2.")
     choices = choices_of(arch, targets=targets, multiple=multiple, head_unit=head_unit)
-    attention = _thinned(_by_weight(choices), grid)
+    attention = choices.pairs if len(choices.pairs) <= grid else _thinned(_by_weight(choices), grid)
     channels = tuple(reversed(choices.widths))
     measured = _thinned(channels, grid)
     if allow_drop and "heads" in targets and arch.prunable_heads:

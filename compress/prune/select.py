@@ -8,11 +8,7 @@ import torch
 
 from compress.importance.base import GroupScores, LayerScores
 from compress.model.architecture import Architecture
-from compress.prune.shape import ShapePlan
-from compress.prune.uniform import choose_shape
 from compress.structure import LayerShape, LayerStructure, full_layer, kept_heads
-
-__all__ = ["ShapePlan", "choose_shape", "select"]
 
 
 def select(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compress.report.html import Child, Html, h
 
 SHADES = 7
 """Steps of the heat map's colour scale, classes ``h0`` to ``h6``."""
+COLOURS = 8
+"""Colours of the lines of one chart, classes ``c0`` to ``c7``; further lines are dashed."""
 MAX_POINTS = 300
+LEGEND_NAME = 34
+"""Characters of a line's name up to which two fit side by side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,14 @@ class Cell:
     value: float | None
     label: str
     note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line of a chart: its name and its points (x, y), y above zero."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
 
 
 def figure(svg: Html, caption: Child) -> Html:
@@ -76,6 +88,69 @@ def line_chart(
             h("text", name, x=width - right - 2, y=y_at(value) - 4, class_=f"tick end marked m{n % 2}")
         )
     return _svg(width, height, alt, drawn)
+
+
+def log_chart(
+    lines: Sequence[Line],
+    *,
+    mark: tuple[str, float] | None = None,
+    alt: str,
+    x_title: str,
+    y_title: str,
+    x_label: Callable[[float], str],
+) -> Html:
+    """Several lines over a logarithmic y axis, a dashed horizontal mark, and the lines' names under it.
+
+    Args:
+        lines: At least one, each with at least one point.
+        mark: A name and a y above zero.
+        alt: Description for those who do not see it.
+        x_title: What x is.
+        y_title: What y is.
+        x_label: How a tick of the x axis is written.
+    """
+    width, left, right, top, plot = 560, 52, 14, 26, 240
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points] + ([mark[1]] if mark is not None else [])
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), log_ticks(min(ys), max(ys))
+    bottom, first, last = top + plot, math.log(y_ticks[0]), math.log(y_ticks[-1])
+
+    def x_at(x: float) -> float:
+        return left + (width - left - right) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+    def y_at(y: float) -> float:
+        return bottom - plot * (math.log(y) - first) / (last - first)
+
+    drawn: list[Html] = []
+    for tick in y_ticks:
+        y = y_at(tick)
+        drawn.append(h("line", x1=left, x2=width - right, y1=y, y2=y, class_="grid"))
+        drawn.append(h("text", f"{tick:,g}", x=left - 6, y=y + 4, class_="tick end"))
+    drawn += [h("text", x_label(x), x=x_at(x), y=bottom + 16, class_="tick middle") for x in x_ticks]
+    drawn.append(h("text", x_title, x=(left + width - right) / 2, y=bottom + 32, class_="tick middle"))
+    drawn.append(h("text", y_title, x=left, y=top - 12, class_="tick"))
+    if mark is not None:
+        y = y_at(mark[1])
+        drawn.append(h("line", x1=left, x2=width - right, y1=y, y2=y, class_="mark m0"))
+        drawn.append(h("text", mark[0], x=width - right - 2, y=y - 4, class_="tick end marked m0"))
+    columns = 2 if max(len(line.name) for line in lines) <= LEGEND_NAME else 1
+    for n, line in enumerate(lines):
+        places = [(x_at(x), y_at(y)) for x, y in line.points]
+        dots = [
+            h("circle", h("title", f"{line.name}: {x_label(x)}, {y:,.4g}"), cx=at[0], cy=at[1], r=3)
+            for (x, y), at in zip(line.points, places, strict=True)
+        ]
+        path = h("path", d=_path(places)) if len(places) > 1 else None
+        legend_x, legend_y = left + 250 * (n % columns), bottom + 54 + 18 * (n // columns)
+        sample = h("path", d=_path([(legend_x, legend_y - 4), (legend_x + 26, legend_y - 4)]))
+        drawn.append(h("g", path, dots, sample, class_=line_class(n)))
+        drawn.append(h("text", line.name, x=legend_x + 34, y=legend_y, class_="tick"))
+    return _svg(width, bottom + 64 + 18 * ((len(lines) - 1) // columns), alt, drawn)
+
+
+def line_class(n: int) -> str:
+    """Style classes of the ``n``-th line of a chart."""
+    return f"line c{n % COLOURS}" + (" dashed" if n // COLOURS % 2 else "")
 
 
 def heat_map(
@@ -172,6 +247,22 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = max(math.ceil(high / step - 1e-9), first + 1)
     return [round(n * step, max(0, 2 - math.floor(math.log10(raw)))) for n in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Values of the form 1, 2 or 5 times a power of ten that enclose ``low`` and ``high``, both above zero.
+
+    Two at least and nine at most; over many powers only some of the powers themselves.
+    """
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    last = max(last, first + 1)
+    every = [m * 10.0**power for power in range(first, last) for m in (1, 2, 5)] + [10.0**last]
+    start = max(n for n, tick in enumerate(every[:-1]) if tick <= low * (1 + 1e-9) or n == 0)
+    stop = min(n for n, tick in enumerate(every) if tick >= high * (1 - 1e-9) and n > start)
+    if stop - start < 9:
+        return every[start : stop + 1]
+    stride = math.ceil((last - first) / 8)
+    return [10.0**power for power in range(first, last + stride, stride)]
 
 
 def _moving_average(values: Sequence[float], reach: int) -> list[float]:

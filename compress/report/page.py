@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from compress.report.damage_curve import damage_curve
 from compress.report.evaluation import evaluation
 from compress.report.html import Html, h, join
 from compress.report.stages import details, headline
@@ -27,14 +28,15 @@ def render(run: dict[str, Any]) -> str:
     """The page of a run.
 
     Args:
-        run: ``title``, ``created`` and ``stages``, the ``stage.json`` objects in order. Whatever is missing shows as
-            a dash; a verb the page does not know shows as its names and values. All strings are escaped.
+        run: ``title``, ``created`` and ``stages``, the ``stage.json`` objects in order; perhaps ``pruning``, the
+            rows of a pruning benchmark (see :func:`~compress.report.damage_curve.damage_curve`). Whatever is missing
+            shows as a dash; a verb the page does not know shows as its names and values. All strings are escaped.
     """
     stages = records(run.get("stages"))
     title = string(run.get("title"))
     body = join(
         _header(run, title, stages),
-        h("main", _summary(stages), _chain(stages), _stages(stages), _reproduce(stages)),
+        h("main", _summary(stages), _chain(stages), _stages(stages), _curve(run), _reproduce(stages)),
         h("footer", "Written by compress from the records of this run."),
     )
     head = h(
@@ -104,6 +106,12 @@ def _stages(stages: Sequence[Record]) -> list[Html]:
         )
         for n, stage in enumerate(stages, start=1)
     ]
+
+
+def _curve(run: Record) -> Html | None:
+    rows = run.get("pruning")
+    drawn = damage_curve(rows) if isinstance(rows, dict) else None
+    return h("section", h("h2", "Pruning methods compared"), drawn, id="pruning") if drawn else None
 
 
 def _reproduce(stages: Sequence[Record]) -> Html | None:

@@ -96,10 +96,13 @@ def perplexity(row: object) -> str:
 
 
 def _prune(metrics: Record) -> Html:
-    original, shape = at(metrics, "original"), at(metrics, "shape")
+    original, shape, kept = (at(metrics, name) for name in ("original", "shape", "kept"))
+    groups = [len(sequence(layer)) for layer in sequence(at(kept, "kv_groups"))]
 
-    def of_original(name: str) -> str:
-        return f"{string(at(shape, name))} of {string(at(original, name))}"
+    def of_original(name: str, layers: list[int] | list[float]) -> str:
+        """What every layer keeps, or the range of the layers, where they differ."""
+        found = string(at(shape, name)) if shape is not None or not layers else _span(layers)
+        return f"{found} of {string(at(original, name))}"
 
     return join(
         h("p", string(at(metrics, "reason"))),
@@ -109,17 +112,32 @@ def _prune(metrics: Record) -> Html:
                 ("requested ratio", percent(at(metrics, "requested_ratio"))),
                 ("achieved ratio", percent(at(metrics, "achieved_ratio"))),
                 ("criterion", string(at(metrics, "criterion"))),
-                ("KV groups a layer", of_original("kv_heads")),
-                ("channels a layer", of_original("channels")),
+                ("KV groups a layer", of_original("kv_heads", groups)),
+                ("query heads a KV group", of_original("queries", numbers(at(kept, "queries_per_layer")))),
+                ("channels a layer", of_original("channels", numbers(at(kept, "channels_kept_per_layer")))),
+                *_certificate(at(metrics, "certificate")),
             ]
         ),
         h(
             "div",
             _kept_figure(metrics),
             _loss_figure(metrics, "Loss while scoring and masking"),
+            _loss_figure(at(metrics, "repair"), "Loss of repair training"),
             class_="figures",
         ),
     )
+
+
+def _certificate(certificate: object) -> list[tuple[str, str]]:
+    """What an allocation of shapes predicts, and how near to the best it is proved to be."""
+    if number(at(certificate, "damage")) is None:
+        return []
+    return [
+        ("predicted rise of the loss", f"{fixed(at(certificate, 'damage'), 3)} nats per token"),
+        ("proved lower bound", f"{fixed(at(certificate, 'lower_bound'), 3)} nats per token"),
+        ("gap", _gap(certificate)),
+        ("solver", f"{string(at(certificate, 'solver'))}, {seconds(at(certificate, 'seconds'))}"),
+    ]
 
 
 def _kept_figure(metrics: Record) -> Html | None:
@@ -140,7 +158,7 @@ def _kept_figure(metrics: Record) -> Html | None:
     )
 
 
-def _loss_figure(metrics: Record, title: str) -> Html | None:
+def _loss_figure(metrics: object, title: str) -> Html | None:
     losses = numbers(at(metrics, "losses"))
     if not losses:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.errors import CompressError
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.uneven import is_uneven
+from compress.pipelines.measure import calibration_windows
+from compress.pipelines.prune_trial import TRIAL_DRAW, TRIAL_TOKENS
+from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
+from compress.pipelines.stage import Context
+from compress.pipelines.workspace import Workspace
 from compress.prune.slice import slice_weight
 from compress.structure import LayerShape, StructureMap
 from tests.integration.common import TRAINING, assert_recorded, logits, run
@@ -81,15 +86,6 @@ def test_a_repair_by_biases_opens_in_stock_transformers(common: Common, full: Pa
             assert not silent.bias.any()
     assert "losses" not in stage["metrics"]
     assert stage["metrics"]["scoring_tokens"] == 512
-
-
-def test_biases_that_the_family_does_not_know_are_refused(text_file: Path, tmp_path: Path) -> None:
-    model = tiny_checkpoint("qwen3", tmp_path / "qwen3")
-    other = Common(run=tmp_path / "run", model=str(model), data=str(text_file), threads=1, dtype="float32")
-    with pytest.raises(CompressError, match="transformers gives a qwen3 model none") as refused:
-        run("prune", other, **BARE | {"criterion": "flap", "repair": "bias"})
-    assert "--repair refit" in refused.value.remedy
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -172,12 +168,13 @@ def test_single_query_heads_go_and_all_groups_stay(common: Common, full: Path) -
 
 
 def test_losses_of_repair_lead_to_different_models(common: Common, tmp_path: Path) -> None:
-    found = {}
-    for name, given in {
+    variants: dict[str, dict[str, Any]] = {
         "distill": {},
         "text": {"repair_loss": "text"},
         "both": {"repair_loss": "both", "repair_features": 0.5},
-    }.items():
+    }
+    found = {}
+    for name, given in variants.items():
         other = Common(
             run=tmp_path / name,
             model=common.model,
@@ -197,3 +194,33 @@ def test_losses_of_repair_lead_to_different_models(common: Common, tmp_path: Pat
     # at the first step all three read the same windows with the same model; the hidden states come on top
     assert found["distill"] != found["text"]
     assert found["both"] > (found["distill"] + found["text"]) / 2
+
+
+def test_shapes_of_nearly_one_size_are_tried_and_the_best_is_taken(common: Common, full: Path) -> None:
+    given = BARE | {"ratio": 0.5, "repair": "refit"}
+    metrics = run("prune", common, **given)["metrics"]
+    trials = metrics["trials"]
+    assert len(trials) == 4
+    best = min(trials, key=lambda trial: float(trial["loss"]))
+    assert {key: best[key] for key in ("kv_heads", "queries", "channels")} == metrics["shape"]
+    assert f"{best['channels']} of 96 channels stay" in metrics["reason"]
+    predicted = [trial["predicted"] for trial in trials]
+    assert predicted == sorted(predicted)
+
+    # a trial is the loss of the model as it would be written, on training text that scored nothing
+    workspace = Workspace(common.run)
+    context = Context(common=common, workspace=workspace, reporter=Reporter(quiet=True))
+    source = str(common.data)
+    windows = calibration_windows(context, full, source, tokens=TRIAL_TOKENS, draw=TRIAL_DRAW)
+    small = stock(workspace.stages[0].path)
+    with torch.no_grad():
+        scores = small(windows.ids).logits[:, :-1].double().log_softmax(-1)
+    loss = -scores.gather(-1, windows.ids[:, 1:, None]).mean()
+    assert best["loss"] == pytest.approx(float(loss), rel=1e-4)
+    for draw in (calibration_windows(context, full, source, tokens=512), windows):
+        assert draw.protocol["split"] == "train"
+    assert not torch.equal(calibration_windows(context, full, source, tokens=TRIAL_TOKENS).ids, windows.ids)
+
+    untried = run("prune", replace(common, redo=True), **given | {"trials": 1})["metrics"]
+    assert "trials" not in untried
+    assert untried["shape"] == {key: trials[0][key] for key in ("kv_heads", "queries", "channels")}

@@ -22,17 +22,20 @@ from tests.fresh import ForkServer
 from tests.tiny import tiny_checkpoint
 
 TRAINING = {"micro_batch": 2, "accumulation": 1, "sequence": 32, "lr": 1e-2, "rank": 4, "alpha": 8}
-PRUNE = {"ratio": 0.4, "repair_steps": 8, "calibration_tokens": 512, **TRAINING}
+PRUNE = {"ratio": 0.5, "repair_steps": 8, "calibration_tokens": 512, **TRAINING}
 GIVEN: dict[str, dict[str, Any]] = {
     "prune": PRUNE,
-    "quantize": {"budget": "7bit", "rank": "4"},
+    "quantize": {"budget": "8bit", "rank": "4"},
     "train": {"steps": 8, **TRAINING},
     "recover": {},
     "eval": {"sequence": 32, "windows": 4},
 }
 
 
-OTHERS: dict[str, dict[str, Any]] = {"lora": {**PRUNE, "criterion": "lora", "steps": 8}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "lora": {**PRUNE, "criterion": "lora", "steps": 8},
+    "rounds": {**PRUNE, "rounds": 2},
+}
 """Other ways to prune, each the first and only stage of a chain of its own."""
 
 
@@ -68,16 +71,20 @@ def reference(chains: dict[str, Common]) -> Common:
 
 
 class Bars:
-    """Stands in for ``Reporter.bar``: notes the labels, and interrupts the ``call``-th report of one of them."""
+    """Stands in for ``Reporter.bar``: notes the labels, and interrupts the ``call``-th report of one of them.
 
-    def __init__(self, label: str, call: int) -> None:
-        self.label, self.call = label, call
+    Of a label that is opened several times, the ``opening``-th is interrupted.
+    """
+
+    def __init__(self, label: str, call: int, opening: int = 1) -> None:
+        self.label, self.call, self.opening = label, call, opening
         self.opened: list[str] = []
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
         self.opened.append(label)
-        left = self.call if label == self.label else 0
+        due = label == self.label and self.opened.count(label) == self.opening
+        left = self.call if due else 0
 
         def progress(done: int, total: int, text: str) -> None:
             nonlocal left
@@ -100,35 +107,39 @@ def weights(folder: Path) -> dict[str, Any]:
     return found
 
 
-FOUND = ("score (obs)", "refit o and down", "cut")
+FOUND = ("score (obs)", "try shapes", "refit o and down", "cut")
 TRAINED = ("score and mask", "refit o and down", "cut")
 CASES = [
-    # chain, verb, label, call, labels that the resumed run does not open; None: nothing to go on from
-    ("chain", "prune", "score (obs)", 1, None),
-    ("chain", "prune", "score (obs)", 3, ()),
-    ("chain", "prune", "refit o and down", 1, ()),
-    ("chain", "prune", "cut", 5, ()),
-    ("chain", "prune", "repair", 5, FOUND),
-    ("chain", "prune", "perplexity of the model", 1, FOUND),
-    ("chain", "prune", "perplexity of the pruned model", 1, FOUND),
-    ("lora", "prune", "score and mask", 4, ()),
-    ("lora", "prune", "refit o and down", 2, ()),
-    ("lora", "prune", "cut", 5, ()),
-    ("lora", "prune", "repair", 5, TRAINED),
-    ("lora", "prune", "perplexity of the model", 1, TRAINED),
-    ("lora", "prune", "perplexity of the pruned model", 1, TRAINED),
-    ("chain", "quantize", "error tables", 2, ()),
-    ("chain", "quantize", "decompose", 2, ()),
-    ("chain", "quantize", "perplexity of the quantized model", 1, ()),
-    ("chain", "train", "train", 5, ()),
-    ("chain", "recover", "recover", 3, None),
-    ("chain", "eval", "eval quantized", 1, ("eval original", "eval pruned")),
+    # chain, verb, label, call, opening, labels that the resumed run does not open; None: nothing to go on from
+    ("chain", "prune", "score (obs)", 1, 1, None),
+    ("chain", "prune", "score (obs)", 3, 1, ()),
+    ("chain", "prune", "try shapes", 1, 1, ()),
+    ("chain", "prune", "refit o and down", 1, 1, ()),
+    ("chain", "prune", "cut", 5, 1, ()),
+    ("chain", "prune", "repair", 5, 1, FOUND),
+    ("chain", "prune", "perplexity of the model", 1, 1, FOUND),
+    ("chain", "prune", "perplexity of the pruned model", 1, 1, FOUND),
+    ("lora", "prune", "score and mask", 4, 1, ()),
+    ("lora", "prune", "refit o and down", 2, 1, ()),
+    ("lora", "prune", "cut", 5, 1, ()),
+    ("lora", "prune", "repair", 5, 1, TRAINED),
+    ("lora", "prune", "perplexity of the model", 1, 1, TRAINED),
+    ("lora", "prune", "perplexity of the pruned model", 1, 1, TRAINED),
+    ("rounds", "prune", "score (obs)", 3, 2, ()),
+    ("rounds", "prune", "repair", 2, 2, FOUND),
+    ("rounds", "prune", "perplexity of the pruned model", 1, 1, FOUND),
+    ("chain", "quantize", "error tables", 2, 1, ()),
+    ("chain", "quantize", "decompose", 2, 1, ()),
+    ("chain", "quantize", "perplexity of the quantized model", 1, 1, ()),
+    ("chain", "train", "train", 5, 1, ()),
+    ("chain", "recover", "recover", 3, 1, None),
+    ("chain", "eval", "eval quantized", 1, 1, ("eval original", "eval pruned")),
 ]
 
 
 @pytest.mark.usefixtures("forked_reopen")
 @pytest.mark.parametrize(
-    ("chain", "verb", "label", "call", "kept"),
+    ("chain", "verb", "label", "call", "opening", "kept"),
     CASES,
     ids=[f"{c[0]}: {c[1]}: {c[2]} {c[3]}" for c in CASES],
 )
@@ -137,6 +148,7 @@ def test_interrupted_and_resumed(
     verb: str,
     label: str,
     call: int,
+    opening: int,
     kept: tuple[str, ...] | None,
     chains: dict[str, Common],
     tmp_path: Path,
@@ -149,7 +161,7 @@ def test_interrupted_and_resumed(
     Workspace(common.run).drop_from(verb)
     before = sorted(path.name for path in common.run.iterdir())
 
-    bars = Bars(label, call)
+    bars = Bars(label, call, opening)
     monkeypatch.setattr(Reporter, "bar", lambda self, text: bars.bar(text))
     with pytest.raises(KeyboardInterrupt):
         run_verb(verb, common, given, quiet=True)

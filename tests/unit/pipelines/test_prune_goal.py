@@ -14,7 +14,7 @@ import torch
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores, LayerRise
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines import prune_find
+from compress.pipelines import prune_place
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
@@ -310,6 +310,10 @@ def plain(folder: Path) -> Path:
     return tiny_checkpoint("llama_gqa", folder / "plain")
 
 
+def without_biases(folder: Path) -> Path:
+    return tiny_checkpoint("qwen3", folder / "qwen3")
+
+
 LONG = "\n\n".join(f"Line {i} of a text that has no other purpose. " * 20 for i in range(60))
 
 
@@ -324,6 +328,8 @@ LONG = "\n\n".join(f"Line {i} of a text that has no other purpose. " * 20 for i 
         (uneven, {}, LONG, "differ in size already"),
         (uneven, {"params": "40K"}, LONG, "differ in size already"),
         (quantized, {}, LONG, "gptq"),
+        (without_biases, {"repair": "bias"}, LONG, "transformers gives a qwen3 model none"),
+        (without_biases, {"repair": "bias", "targets": "mlp"}, LONG, "none at mlp.down_proj"),
         (plain, {}, "One short line.\n\nAnother one.\n\nAnd a third.\n", "fewer than one window of 256"),
     ],
 )
@@ -341,7 +347,7 @@ def test_what_cannot_be_had_is_said_before_a_weight_is_read(
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(prune_find, "load_model", read)
+    monkeypatch.setattr(prune_place, "load_model", read)
     monkeypatch.setattr(Checkpoint, "read", read)
     common = Common(run=tmp_path / "run", model=str(model), data=str(tmp_path / "text.txt"), threads=1)
     with pytest.raises(CompressError) as refused:
@@ -357,7 +363,7 @@ def test_a_run_that_is_allowed_does_read_weights(tmp_path: Path, monkeypatch: py
     def read(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(prune_find, "load_model", read)
+    monkeypatch.setattr(prune_place, "load_model", read)
     common = Common(
         run=tmp_path / "run", model=str(plain(tmp_path)), data=str(tmp_path / "text.txt"), threads=1
     )

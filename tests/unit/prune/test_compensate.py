@@ -10,7 +10,7 @@ import torch
 from compress.errors import CompressError, UsageError
 from compress.importance.gram_store import GramStore
 from compress.model.architecture import Architecture, LayerShape, architecture_of
-from compress.prune.compensate import compensate, mean_biases, refit, refit_from_store
+from compress.prune.compensate import compensate, mean_biases, refit, refit_from_store, swapped
 from compress.structure import LayerStructure, StructureMap, full_layer, kept_columns, structure_map
 from tests.tiny import DENSE, VOCAB, tiny_model
 from tests.unit.importance.common import linear_inputs
@@ -197,3 +197,23 @@ def test_nothing_is_repaired_where_nothing_is_lost() -> None:
     assert mean_biases(model, arch, whole, ids) == {}
     with pytest.raises(CompressError, match="fewer than one batch"):
         mean_biases(model, arch, whole, ids[:2], batch=4)
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "gpt2"])
+def test_other_weights_for_a_while(kind: str) -> None:
+    model, arch, structure, ids = mixed(kind)
+    weights = compensate(model, arch, structure, ids, batch=2)
+    twin = copy.deepcopy(model)
+    for name, weight in weights.items():
+        twin.get_submodule(name).weight.data = weight.T.clone() if kind == "gpt2" else weight
+    with torch.no_grad():
+        plain, expected = model(ids).logits, twin(ids).logits
+        assert not torch.allclose(plain, expected)
+        with swapped(model, arch, weights):
+            assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, plain)
+        with pytest.raises(ZeroDivisionError), swapped(model, arch, weights):
+            raise ZeroDivisionError
+        with pytest.raises(AttributeError), swapped(model, arch, {**weights, "no.such": plain}):
+            raise AssertionError
+        assert torch.equal(model(ids).logits, plain)

@@ -89,11 +89,13 @@ def sample_run(layers: int = 30, steps: int = 60) -> dict[str, Any]:
                     "achieved_ratio": 0.4986,
                     "reason": "Nearest to 50.0%: 2 of 3 KV groups and 704 of 1536 channels stay.",
                     "criterion": "lora",
-                    "shape": {"kv_heads": 2, "channels": 704},
-                    "original": {"kv_heads": 3, "channels": 1536, "layers": layers},
+                    "shape": {"kv_heads": 2, "queries": 3, "channels": 704},
+                    "original": {"kv_heads": 3, "queries": 3, "channels": 1536, "layers": layers},
+                    "certificate": None,
                     "losses": losses(3.4, 3.9),
                     "kept": {
                         "kv_groups": [sorted(g.sample(range(3), 2)) for _ in range(layers)],
+                        "queries_per_layer": [3] * layers,
                         "channels_kept_per_layer": [704] * layers,
                     },
                 },
@@ -188,3 +190,19 @@ def sample_run(layers: int = 30, steps: int = 60) -> dict[str, Any]:
             ),
         ],
     }
+
+
+def sample_curve() -> dict[str, Any]:
+    """Rows of a pruning benchmark: two methods over four ratios, one of them trained too, and the dense model."""
+    rows: dict[str, Any] = {"dense": {"perplexity": 29.19, "protocol_line": PROTOCOL}}
+    for ratio in (0.1, 0.2, 0.4, 0.6):
+        for method, steepness in (("magnitude", 12.0), ("obs + refit", 4.0)):
+            rows[f"{ratio} {method} 0"] = {
+                "perplexity": 29.19 * math.exp(steepness * ratio**2),
+                "achieved_ratio": ratio + 0.003,
+                "protocol_line": PROTOCOL,
+            }
+    rows["0.6 obs + refit 100352"] = {
+        "perplexity": 40.0, "achieved_ratio": 0.603, "protocol_line": PROTOCOL
+    }  # fmt: skip
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.report.page import render, write_report
-from tests.unit.report.samples import PROTOCOL, sample_run
+from tests.unit.report.samples import PROTOCOL, sample_curve, sample_run
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -86,6 +87,62 @@ def test_every_figure_says_what_it_shows() -> None:
     assert "Heat map of 30 layers by 7 matrices" in page
 
 
+def prune_facts(**metrics: Any) -> dict[str, str]:
+    """The names and values of the prune stage."""
+    run = sample_run(layers=3)
+    run["stages"] = run["stages"][:1]
+    run["stages"][0]["metrics"] |= metrics
+    shown = elements(render(run), "dl")[0]
+    return {"".join(pair[0].itertext()): "".join(pair[1].itertext()).replace("\u202f", " ") for pair in shown}
+
+
+def test_what_pruning_kept_is_said_once_where_all_layers_are_alike() -> None:
+    found = prune_facts()
+    assert found["KV groups a layer"] == "2 of 3"
+    assert found["query heads a KV group"] == "3 of 3"
+    assert found["channels a layer"] == "704 of 1536"
+    assert "solver" not in found
+
+
+def test_what_pruning_kept_is_a_range_where_layers_differ() -> None:
+    certificate = {
+        "damage": 0.46789,
+        "lower_bound": 0.4678,
+        "gap": 9.3e-5,
+        "solver": "highs",
+        "seconds": 1.25,
+    }
+    kept = {
+        "kv_groups": [[0, 2], [], [1]],
+        "queries_per_layer": [2, 0, 1],
+        "channels_kept_per_layer": [704, 1536, 0],
+    }
+    found = prune_facts(shape=None, kept=kept, certificate=certificate)
+    assert found["KV groups a layer"] == "0 to 2 of 3"
+    assert found["query heads a KV group"] == "0 to 2 of 3"
+    assert found["channels a layer"] == "0 to 1536 of 1536"
+    assert found["predicted rise of the loss"] == "0.468 nats per token"
+    assert found["proved lower bound"] == "0.468 nats per token"
+    assert (found["gap"], found["solver"]) == ("9.3e-05", "highs, 1.2 s")
+    assert prune_facts(certificate=certificate | {"gap": 0.0})["gap"] == "0, proved optimal"
+
+
+def test_curves_of_pruning_are_drawn_for_what_was_trained() -> None:
+    run = sample_run(layers=2)
+    run["stages"] = run["stages"][:1]
+    metrics = run["stages"][0]["metrics"]
+
+    def titles() -> list[str]:
+        drawings = elements(render(run), "svg")
+        return [str(drawing.get("aria-label")).split(":")[0] for drawing in drawings[1:]]
+
+    assert titles() == ["Loss while scoring and masking"]
+    losses = metrics.pop("losses")
+    assert titles() == []
+    metrics["repair"] = {"losses": losses}
+    assert titles() == ["Loss of repair training"]
+
+
 def test_kept_map_draws_what_was_kept() -> None:
     run = sample_run(layers=3)
     metrics = run["stages"][0]["metrics"]
@@ -138,6 +195,144 @@ def _replace_strings(value: Any, hostile: Iterator[str], *, keys: bool) -> Any:
     if isinstance(value, list):
         return [_replace_strings(v, hostile, keys=keys) for v in value]
     return next(hostile) if isinstance(value, str) and value not in VERBS else value
+
+
+def chart(rows: Any) -> ElementTree.Element:
+    page = render(sample_run(layers=2) | {"pruning": rows})
+    return next(e for e in elements(page, "svg") if "share of parameters removed" in e.get("aria-label", ""))
+
+
+def parts(drawing: ElementTree.Element, name: str) -> list[ElementTree.Element]:
+    return [e for e in drawing.iter() if e.tag.rsplit("}", 1)[-1] == name]
+
+
+def test_the_curve_has_a_line_a_method_on_a_logarithmic_axis() -> None:
+    rows = sample_curve()
+    drawing = chart(rows)
+    lines = [g for g in parts(drawing, "g") if "line" in (g.get("class") or "").split()]
+    assert [g.get("class") for g in lines] == ["line c0", "line c1", "line c2"]
+    names = ["".join(e.itertext()).replace("\u202f", " ") for e in parts(drawing, "text")]
+    for name in ("magnitude", "obs + refit", "obs + refit, 100.4 K tokens", "not pruned", "20 %", "60 %"):
+        assert names.count(name) == 1
+
+    ticks = {
+        float(str(e.text).replace(",", "")): float(e.get("y", 0)) - 4
+        for e in parts(drawing, "text")
+        if e.get("class") == "tick end"
+    }
+    assert set(ticks) >= {50, 100, 1000}
+    assert ticks[100] - ticks[1000] == pytest.approx(2 * (ticks[50] - ticks[100]) / math.log10(4), rel=1e-3)
+
+    def height(value: float) -> float:
+        return ticks[100] + (ticks[1000] - ticks[100]) * math.log10(value / 100)
+
+    for group, method in zip(lines[:2], ("magnitude", "obs + refit"), strict=True):
+        dots = parts(group, "circle")
+        expected = [rows[f"{ratio} {method} 0"]["perplexity"] for ratio in (0.1, 0.2, 0.4, 0.6)]
+        assert [float(dot.get("cy", 0)) for dot in dots] == pytest.approx(
+            [height(v) for v in expected], abs=0.1
+        )
+        xs = [float(dot.get("cx", 0)) for dot in dots]
+        assert (xs[3] - xs[2]) == pytest.approx(2 * (xs[1] - xs[0]), rel=1e-3)
+        notes = ["".join(e.itertext()).replace("\u202f", " ") for e in parts(group, "title")]
+        assert notes[0] == f"{method}: 10 %, {expected[0]:,.4g}"
+        curve, sample = parts(group, "path")
+        assert str(curve.get("d")).count("L") == 3
+        assert str(sample.get("d")).count("L") == 1
+    assert len(parts(lines[2], "circle")) == 1
+    assert len(parts(lines[2], "path")) == 1  # its sample under the chart: one point makes no line
+    (mark,) = [e for e in parts(drawing, "line") if "mark" in (e.get("class") or "")]
+    assert float(mark.get("y1", 0)) == pytest.approx(height(29.19), abs=0.1)
+    alt = str(drawing.get("aria-label")).replace("\u202f", " ")
+    assert "obs + refit 30.38 at 10.3 % to 123.20 at 60.3 %" in alt
+    assert "not pruned 29.19" in alt
+
+
+def test_seeds_are_averaged_and_other_rows_left_out() -> None:
+    rows = {
+        "0.5 ours 0 seed 0": {"perplexity": 60.0, "achieved_ratio": 0.5, "protocol_line": PROTOCOL},
+        "0.5 ours 0 seed 1": {"perplexity": 64.0, "achieved_ratio": 0.5, "protocol_line": PROTOCOL},
+        "0.5 lost 0": {"perplexity": None, "achieved_ratio": 0.5},
+        "0.5 negative 0": {"perplexity": -1, "achieved_ratio": 0.5},
+        "0.5 nowhere 0": {"perplexity": 3.0},
+        "half ours 0": {"perplexity": 3.0, "achieved_ratio": 0.5},
+        "speed": {"seconds": 3},
+        "0.5 text 0": "text",
+    }
+    alt = str(chart(rows).get("aria-label"))
+    assert alt.endswith("by method: ours 62.00 at 50.0\u202f%.")
+
+
+def test_curves_on_different_protocols_are_kept_apart() -> None:
+    rows = sample_curve()
+    for name, row in rows.items():
+        if name.startswith(("0.6", "dense")):
+            row["protocol_line"] = "another text"
+    page = render({"stages": [], "pruning": rows})
+    charts = [str(e.get("aria-label")) for e in elements(page, "svg")]
+    assert len(charts) == 2
+    assert "40.6" not in charts[0].replace("\u202f", "")
+    assert ["not pruned" in alt for alt in charts] == [False, True]
+    captions = ["".join(e.itertext()) for e in elements(page, "figcaption")]
+    assert [PROTOCOL in captions[0], "another text" in captions[1]] == [True, True]
+
+
+@pytest.mark.parametrize("rows", [None, {}, [], "x", {"dense": {"perplexity": 3.0}}, {"0.5 ours 0": {}}])
+def test_without_results_there_is_no_curve(rows: Any) -> None:
+    assert "Pruning methods compared" not in render(sample_run(layers=2) | {"pruning": rows})
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 20])
+def test_many_methods_have_lines_of_their_own(count: int) -> None:
+    rows = {
+        f"{ratio} method {n} 0": {"perplexity": 10.0 + n, "achieved_ratio": ratio}
+        for ratio in (0.2, 0.5)
+        for n in range(count)
+    }
+    drawing = chart(rows)
+    classes = [str(g.get("class")) for g in parts(drawing, "g")]
+    assert len(set(classes[:16])) == len(classes[:16]) == min(count, 16)
+    bottom = float(str(drawing.get("viewBox")).split()[3])
+    assert all(float(e.get("y", 0)) < bottom for e in parts(drawing, "text"))
+
+
+def test_names_under_the_curve_do_not_run_into_each_other() -> None:
+    short = {
+        f"{r} method {n} 0": {"perplexity": 9.0, "achieved_ratio": r} for n in (1, 2) for r in (0.2, 0.5)
+    }
+    for rows, columns in ((short, 2), (short | {f"0.5 {'long ' * 9}name 0": short["0.5 method 1 0"]}, 1)):
+        found = [e for e in parts(chart(rows), "text") if "method" in (e.text or "")]
+        places = {(e.get("x"), e.get("y")) for e in found}
+        assert len(places) == 2
+        assert len({x for x, _ in places}) == columns
+
+
+@given(
+    st.dictionaries(
+        st.one_of(
+            st.sampled_from(
+                ["dense", "0.5 ours 0", "0.2 ours 0", "0.5 a b 100", "0.2 <b> 1000 seed 3", "1 2 3"]
+            ),
+            st.text(max_size=8),
+        ),
+        st.one_of(
+            st.none(),
+            st.fixed_dictionaries(
+                {
+                    "perplexity": st.one_of(st.floats(), st.floats(1e-3, 1e6), st.text(max_size=3)),
+                    "achieved_ratio": st.one_of(st.floats(), st.floats(0, 1), st.none()),
+                    "protocol_line": st.sampled_from(["one", "<two>", 3]),
+                }
+            ),
+        ),
+        max_size=8,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_any_rows_give_a_page(rows: dict[str, Any]) -> None:
+    page = render({"stages": [], "pruning": rows})
+    parse(page)
+    assert "nan" not in re.sub(r"<style>.*</style>", "", page, flags=re.S)
 
 
 VERBS = ("prune", "quantize", "train", "recover", "eval")
@@ -275,6 +470,7 @@ def test_contrast_in_light_dark_and_print() -> None:
     assert len(themes) == 3
     pairs = [("ink", "card"), ("soft", "card"), ("soft", "page"), ("accent", "card"), ("accent", "page")]
     pairs += [("before", "card"), ("after", "card"), ("ink", "code")]
+    pairs += [(f"c{n}", "card") for n in range(8)]
     pairs += [(f"h{n}", "on-light" if n < 4 else "on-dark") for n in range(7)]
     for theme in themes:
         for one, other in pairs:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.report.allocation import locate
-from compress.report.figure import nice_ticks
+from compress.report.figure import log_ticks, nice_ticks
 from compress.report.html import h, join
 from compress.report.values import change, count, fixed, general, percent, seconds, size
 
@@ -56,6 +56,32 @@ def test_ticks_enclose_and_rise(low: float, span: float) -> None:
     assert ticks[0] <= low + slack
     assert ticks[-1] >= low + span - slack
     assert 2 <= len(ticks) <= 12
+    assert all(b > a for a, b in itertools.pairwise(ticks))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (29.0, 450.0, [20, 50, 100, 200, 500]),
+        (10.0, 100.0, [10, 20, 50, 100]),
+        (29.0, 9000.0, [20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000]),
+        (3.0, 3.0, [2, 5]),
+        (2.0, 2.0, [2, 5]),
+        (0.7, 0.9, [0.5, 1]),
+        (5.0, 4e6, [1, 10, 100, 1000, 10**4, 10**5, 10**6, 10**7]),
+        (1.0, 1e16, [10 ** (2 * n) for n in range(9)]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(low: float, high: float, expected: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(expected)
+
+
+@given(st.floats(1e-6, 1e200), st.floats(1, 1e60))
+def test_logarithmic_ticks_enclose_and_rise(low: float, factor: float) -> None:
+    ticks = log_ticks(low, low * factor)
+    assert ticks[0] <= low * (1 + 1e-6)
+    assert ticks[-1] >= low * factor * (1 - 1e-6)
+    assert 2 <= len(ticks) <= 9
     assert all(b > a for a, b in itertools.pairwise(ticks))
 
 
