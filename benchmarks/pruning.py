@@ -207,17 +207,25 @@ def cut(bench: Bench, name: str, ratio: float, out: Path, settings: PruneSetting
 
 
 def run_method(
-    bench: Bench, rows: Rows, name: str, ratio: float, folder: Path, *, timed: bool, suffix: str = ""
+    bench: Bench,
+    rows: Rows,
+    name: str,
+    ratio: float,
+    folder: Path,
+    *,
+    timed: bool,
+    recovery: bool,
+    suffix: str = "",
 ) -> None:
-    """Both rows of one method at one ratio; ``suffix`` ends their names."""
+    """The rows of one method at one ratio, with or without ``recovery``; ``suffix`` ends their names."""
     method = METHODS[name]
     before, after = f"{ratio} {name} 0{suffix}", f"{ratio} {name} {bench.recovery_tokens}{suffix}"
     steps = bench.steps
-    if method.trained is not None and not rows.has(after):
+    if recovery and method.trained is not None and not rows.has(after):
         settings = bench.settings(ratio, steps=steps, **method.trained)
         facts = cut(bench, name, ratio, folder / "trained", settings)
         rows.put(after, {**bench.measured(folder / "trained"), **facts})
-    recovers = method.recovers and method.trained is None
+    recovers = recovery and method.recovers and method.trained is None
     if rows.has(before) and (not recovers or rows.has(after)):
         return
     calibration_steps = max(1, bench.calibration_tokens // (MICRO_BATCH * SEQUENCE))
@@ -292,6 +300,7 @@ def main() -> int:
     parser.add_argument("--part", choices=("table", "headline"), default="table")
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--ratios", default="0.5,0.2")
+    parser.add_argument("--no-recovery", action="store_true", help="only the rows before recovery training")
     parser.add_argument("--only", help="methods, separated by ;")
     parser.add_argument(
         "--table", type=Path, default=Path("pruning-table.json"), help="where headline finds the two best"
@@ -335,7 +344,16 @@ def main() -> int:
                     folder = Path(work) / "method"
                     folder.mkdir()
                     timed = arguments.part == "table" and name == "ours"
-                    run_method(bench, rows, name, ratio, folder, timed=timed, suffix=_suffix(seed, seeds))
+                    run_method(
+                        bench,
+                        rows,
+                        name,
+                        ratio,
+                        folder,
+                        timed=timed,
+                        recovery=not arguments.no_recovery,
+                        suffix=_suffix(seed, seeds),
+                    )
                     shutil.rmtree(folder)
     for seed in seeds:
         print(table(rows, ratios, int(sizes["recovery_tokens"]), _suffix(seed, seeds)))

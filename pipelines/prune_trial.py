@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compress.data.windows import Windows
 from compress.evaluate.perplexity import mean_loss
 from compress.importance.base import GroupScores
-from compress.importance.gram_store import GramStore
+from compress.importance.gram_store import GramStore, fits
+from compress.importance.moments import OUTPUTS
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.prune_place import BATCH, Place
-from compress.prune.compensate import compensate, refit_from_store, swapped
+from compress.prune.compensate import compensate, gather_moments, refit_from_store, swapped
 from compress.prune.mask import GroupMasks
 from compress.prune.select import select
 from compress.prune.shape import ShapePlan
@@ -80,21 +82,29 @@ def try_shapes(
 def _repaired(
     place: Place, goal: Goal, network: PreTrainedModel, structure: StructureMap, store: GramStore | None
 ) -> dict[str, Tensor]:
-    """New weights of o and down for a structure; none where the repair has none."""
+    """New weights of o and down for a structure; none where the repair has none.
+
+    Moments are gathered once for all trials and the refit itself, where the store can hold them.
+    """
     arch = goal.model.architecture
     if goal.settings.repair != "refit":
         return {}
-    if store is not None and store.complete(arch):
-        transposed = {
-            arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed
-        }
+    if store is None or not fits(arch, OUTPUTS):
+        windows = _calibration(place, goal)
+        return compensate(network, arch, structure, windows.ids, batch=min(BATCH, len(windows)))
+    if not store.complete(arch):
+        windows = _calibration(place, goal)
+        gather_moments(network, arch, windows.ids, store, batch=min(BATCH, len(windows)))
+    transposed = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
 
-        def weight_of(name: str) -> Tensor:
-            stored: Tensor = network.get_submodule(name).get_parameter("weight").detach().cpu()
-            return stored.t() if name in transposed else stored
+    def weight_of(name: str) -> Tensor:
+        stored: Tensor = network.get_submodule(name).get_parameter("weight").detach().cpu()
+        return stored.t() if name in transposed else stored
 
-        return refit_from_store(weight_of, arch, structure, store)
-    windows = calibration_windows(
+    return refit_from_store(weight_of, arch, structure, store)
+
+
+def _calibration(place: Place, goal: Goal) -> Windows:
+    return calibration_windows(
         place.context, goal.model.path, place.source, tokens=goal.settings.calibration_tokens
     )
-    return compensate(network, arch, structure, windows.ids, batch=min(BATCH, len(windows)))

@@ -134,6 +134,39 @@ def _weight(layer: nn.Module, spec: LinearSpec) -> Tensor:
 
 
 @torch.no_grad()
+def gather_moments(
+    model: nn.Module,
+    arch: Architecture,
+    ids_NS: Tensor,
+    store: GramStore,
+    *,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> None:
+    """Fill ``store`` with the second moments that :func:`refit_from_store` needs for any structure.
+
+    Args:
+        model: The full model; left as it is.
+        arch: Its architecture.
+        ids_NS: Calibration tokens, int64 [N, S].
+        store: Where they go.
+        batch: Windows per forward pass; an incomplete last batch is left out.
+        progress: Called after every layer.
+
+    Raises:
+        CompressError: There are fewer windows than one batch.
+    """
+    walk = LayerWalk(model, arch, ids_NS, batch=batch)
+    for index, layer in enumerate(walk.layers):
+        outputs = [spec for spec in arch.linears_at(index) if spec.role in OUTPUTS]
+        with gathered_grams(layer, dict.fromkeys(outputs)) as grams:
+            walk.advance(index)
+        store.put(index, grams)
+        if progress is not None:
+            progress(index + 1, arch.layers, f"layer {index}")
+
+
+@torch.no_grad()
 def refit_from_store(
     weight_of: Callable[[str], Tensor],
     arch: Architecture,

@@ -119,6 +119,7 @@ REFUSED: list[tuple[tuple[str, ...], int, str]] = [
     (("prune", "--repair", "lora", "--steps", "0"), 2, "--steps is 0"),
     (("prune", "--one-shot"), 2, "--one-shot is about training with masks"),
     (("prune", "--int8", "--criterion", "wanda"), 2, "--int8 is about training with masks"),
+    (("prune", "--trials", "0"), 2, "--trials 0"),
     (("prune", "--rounds", "2", "--shape", "global"), 2, "2 rounds needs plain models"),
     (("prune", "--repair-loss", "text", "--repair-features", "1"), 2, "--repair-loss text does not"),
     (("prune", "--targets", "heads,norms"), 2, "heads,norms"),

@@ -113,7 +113,7 @@ def test_rows_that_are_there_are_not_measured_again(name: str, tmp_path: Path, b
     missing = Bench(
         place=bench.place, model=tmp_path / "no-model", calibration_tokens=1024, recovery_tokens=1024
     )
-    run_method(missing, rows, name, 0.5, tmp_path / "no-folder", timed=True, suffix=" seed 1")
+    run_method(missing, rows, name, 0.5, tmp_path / "no-folder", timed=True, recovery=True, suffix=" seed 1")
     assert path.read_bytes() == before
     assert not (tmp_path / "no-folder").exists()
 
@@ -127,7 +127,7 @@ def test_a_method_is_measured_before_and_after_training(
 ) -> None:
     rows = Rows(tmp_path / "rows.json", {})
     (tmp_path / "method").mkdir()
-    run_method(bench, rows, name, 0.4, tmp_path / "method", timed=False)
+    run_method(bench, rows, name, 0.4, tmp_path / "method", timed=False, recovery=True)
     found: dict[str, dict[str, Any]] = Rows(tmp_path / "rows.json", {}).rows
     assert set(found) == {f"0.4 {name} {count}" for count in counts}
     for row in found.values():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 from compress.importance.activations import Moments
 from compress.importance.base import GroupScores, create_criterion
 from compress.importance.collect import collect
@@ -74,6 +74,35 @@ def test_scores_equal_the_formula_on_whole_matrices(name: str, kind: str, normal
     collect(criterion, model, arch, text(), loss=None, batch=2)
     expected = reference(name, model, arch, text(), normalize=normalize)
     torch.testing.assert_close(vectors(criterion.scores()), vectors(expected), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "phi3"])
+def test_wanda_can_look_at_the_outputs_alone(kind: str) -> None:
+    model = tiny_model(kind)
+    arch = model_architecture(model)
+    criterion = create_criterion("wanda", arch, linears="outputs", normalize=False)
+    collect(criterion, model, arch, text(), loss=None, batch=5)
+    inputs: dict[tuple[int, str], list[torch.Tensor]] = {}
+
+    def watch(key: tuple[int, str]) -> Any:
+        return lambda _, args: inputs.setdefault(key, []).append(args[0].flatten(0, -2).double())
+
+    places = [
+        (layer, spec) for layer in range(arch.layers) for spec in arch.linears if spec.role in ("o", "down")
+    ]
+    for layer, spec in places:
+        module = model.get_submodule(arch.module_name(layer, spec))
+        module.register_forward_pre_hook(watch((layer, spec.role)))
+    with torch.no_grad():
+        model(text())
+    for layer, spec in places:
+        weight = model.get_submodule(arch.module_name(layer, spec)).weight.detach().double()
+        columns = weight.abs().sum(dim=0) * torch.cat(inputs[layer, spec.role]).norm(dim=0)
+        scores = criterion.scores().layers[layer]
+        found = scores.kv_groups if spec.role == "o" else scores.channels
+        torch.testing.assert_close(found, columns.view(len(found), -1).sum(dim=1), rtol=1e-4, atol=1e-9)
+    with pytest.raises(UsageError, match="no linears 'some'"):
+        create_criterion("wanda", arch, linears="some")
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "llama_mqa"])

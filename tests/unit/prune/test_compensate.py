@@ -10,7 +10,14 @@ import torch
 from compress.errors import CompressError, UsageError
 from compress.importance.gram_store import GramStore
 from compress.model.architecture import Architecture, LayerShape, architecture_of
-from compress.prune.compensate import compensate, mean_biases, refit, refit_from_store, swapped
+from compress.prune.compensate import (
+    compensate,
+    gather_moments,
+    mean_biases,
+    refit,
+    refit_from_store,
+    swapped,
+)
 from compress.structure import LayerStructure, StructureMap, full_layer, kept_columns, structure_map
 from tests.tiny import DENSE, VOCAB, tiny_model
 from tests.unit.importance.common import linear_inputs
@@ -185,6 +192,12 @@ def test_moments_that_are_there_already_give_the_same_refit(kind: str, tmp_path:
     for name, matrix in found.items():
         assert (matrix.dtype, matrix.shape) == (torch.float32, expected[name].shape)
         assert torch.equal(matrix == 0, expected[name] == 0)
+        torch.testing.assert_close(matrix, expected[name], rtol=1e-2, atol=1e-4)
+    again = GramStore(tmp_path / "again")
+    assert not again.complete(arch)
+    gather_moments(model, arch, ids, again, batch=4)
+    assert again.complete(arch)
+    for name, matrix in refit_from_store(weight_of, arch, structure, again).items():
         torch.testing.assert_close(matrix, expected[name], rtol=1e-2, atol=1e-4)
     with pytest.raises(UsageError, match="damping"):
         refit_from_store(weight_of, arch, structure, store, damping=0)
