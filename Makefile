@@ -64,7 +64,7 @@ demo: $(MODEL)
 	unset COMPRESS_RUN
 	cd demo
 	line() { printf '%-10s %5d s of %3d s\n' "$$1" $$(( $$(date +%s) - $$2 )) "$$3"; }
-	table="$$(line install $(STARTED) 130)"
+	table="$$(line install $(STARTED) 75)"
 	stage() {  # seconds allotted, then the command
 	  local allotted=$$1 from=$$(date +%s)
 	  shift
@@ -72,10 +72,10 @@ demo: $(MODEL)
 	  $(BIN)/compress "$$@"
 	  table+=$$'\n'"$$(line "$$1" $$from $$allotted)"
 	}
-	stage 130 prune --ratio 0.5
-	stage  65 quantize --budget 2.75bit
-	stage  85 recover
-	stage  65 eval
+	stage 200 prune --ratio 0.5
+	stage  60 quantize --budget 2.75bit
+	stage  65 recover
+	stage  75 eval
 	stage   5 report
 	printf '\nSeconds taken, of those allotted\n%s\n%s\n' "$$table" "$$(line total $(STARTED) 480)"
 	echo "Report: $$(find "$$PWD/compress-run" -maxdepth 1 -name '*.html')"
