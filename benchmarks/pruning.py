@@ -180,6 +180,7 @@ def cut(bench: Bench, name: str, ratio: float, out: Path, settings: PruneSetting
             ratio,
             importance="taylor",
             calibration_ids=windows.ids,
+            heads=name == PEER,
         )
         small.to(torch.bfloat16).save_pretrained(out)
         copy_side_files(bench.model, out)
