@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.adapters.attach import attach_lora
 from compress.adapters.train import FitConfig, fit
@@ -24,14 +25,16 @@ from compress.benchmarks.protocol import LENGTH, TOKENS, Rows, calibration, scor
 from compress.data.windows import Windows
 from compress.importance.base import Criterion, GroupScores, create_criterion
 from compress.importance.collect import collect
+from compress.importance.gram_store import GramStore
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model, load_tokenizer, preferred_dtype, resolve
 from compress.pipelines.dispatch import prepare_torch, quiet_libraries
 from compress.pipelines.measure import CALIBRATION_SEED
 from compress.pipelines.prune_find import summed_loss
+from compress.pipelines.prune_refit import stored_weight
 from compress.pipelines.settings import Common
-from compress.prune.compensate import compensate, swapped
+from compress.prune.compensate import gather_moments, refit_from_store, swapped
 from compress.prune.mask import GroupMasks
 from compress.prune.plan import plan_shapes
 from compress.prune.select import select
@@ -77,11 +80,22 @@ def scores_of(name: str, path: Path, arch: Architecture, windows: Windows, dtype
 
 
 def curve(
-    path: Path, rows: Rows, ratios: list[float], windows: Windows, test: Windows, say: Callable[[str], None]
+    path: Path,
+    rows: Rows,
+    ratios: list[float],
+    windows: Windows,
+    test: Windows,
+    store: GramStore,
+    say: Callable[[str], None],
 ) -> None:
-    """Every row that is not there yet."""
-    arch, dtype = checkpoint_architecture(Checkpoint(path)), preferred_dtype("cpu")
+    """Every row that is not there yet; the moments for the refit go into ``store``."""
+    checkpoint, dtype = Checkpoint(path), preferred_dtype("cpu")
+    arch = checkpoint_architecture(checkpoint)
     network = load_model(path, dtype=dtype)
+
+    def weight_of(module: str) -> Tensor:
+        return stored_weight(checkpoint, arch, module)
+
     if not rows.has("dense"):
         rows.put("dense", score(network, test))
     for name in CRITERIA:
@@ -90,13 +104,14 @@ def curve(
         if not wanted:
             continue
         scores = scores_of(name, path, arch, windows, dtype)
+        if any(label == REFIT for label, _ in wanted):
+            gather_moments(network, arch, windows.ids, store)
         for label, ratio in wanted:
             plan = plan_shapes("uniform", arch, ratio, scores=scores)
             layers = select(arch, scores, plan.shapes)
             if label == REFIT:
-                weights = compensate(
-                    network, arch, structure_map(arch, layers, base_fingerprint=""), windows.ids
-                )
+                structure = structure_map(arch, layers, base_fingerprint="")
+                weights = refit_from_store(weight_of, arch, structure, store)
                 with swapped(network, arch, weights), GroupMasks(network, arch, layers):
                     found = score(network, test)
             else:
@@ -125,7 +140,9 @@ def main() -> int:
     test = test_windows(tokenizer, tokens=scored)
     identity = {"benchmark": "pruning curve", "model": Checkpoint(path).fingerprint()}
     rows = Rows(arguments.out, {**identity, "calibration": dict(windows.protocol), "test_length": LENGTH})
-    curve(path, rows, [float(part) for part in arguments.ratios.split(",")], windows, test, print)
+    ratios = [float(part) for part in arguments.ratios.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        curve(path, rows, ratios, windows, test, GramStore(Path(folder)), print)
     return 0
 
 

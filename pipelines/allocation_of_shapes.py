@@ -21,13 +21,10 @@ class LayerDamage:
     Attributes:
         attention: (KV groups, query heads in each) -> damage; all of them: 0. No KV group: the attention is gone.
         mlp: Channels -> damage; all of them: 0. No channel: the MLP is gone.
-        drop: Damage of leaving the whole layer out, measured as one; None: not offered, or, where both branches
-            may be removed, the sum of the two.
     """
 
     attention: Mapping[tuple[int, int], float]
     mlp: Mapping[int, float]
-    drop: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +54,8 @@ def allocate_shapes(
 ) -> ShapeAllocation:
     """The shapes with the least summed damage that keep at most ``budget`` weights.
 
-    The choices of a layer are the pairs of its attention and MLP choices, with their damages added up, and the whole
-    layer left out, with its own damage.
+    The choices of a layer are the pairs of its attention and MLP choices, with their damages added up; a layer that
+    loses both is left out.
 
     Args:
         layers: Damages of each layer.
@@ -99,15 +96,9 @@ def allocate_shapes(
 
 def _choices(layer: LayerDamage, allow_drop: bool) -> list[tuple[LayerShape, float]]:
     """Every shape the layer may take and its damage, whole layers first (ties go to the first)."""
-    found = []
-    for (kv_heads, queries), attention in sorted(layer.attention.items(), reverse=True):
-        for channels, mlp in sorted(layer.mlp.items(), reverse=True):
-            gone = (not kv_heads) + (not channels)
-            if (gone and not allow_drop) or (gone == 2 and layer.drop is not None):
-                continue
-            shape = LayerShape(kv_heads=kv_heads, queries=queries, channels=channels)
-            found.append((shape, attention + mlp))
-    if allow_drop and layer.drop is not None:
-        queries = max(pair[1] for pair in layer.attention)
-        found.append((LayerShape(kv_heads=0, queries=queries, channels=0), layer.drop))
-    return found
+    return [
+        (LayerShape(kv_heads=kv_heads, queries=queries, channels=channels), attention + mlp)
+        for (kv_heads, queries), attention in sorted(layer.attention.items(), reverse=True)
+        for channels, mlp in sorted(layer.mlp.items(), reverse=True)
+        if allow_drop or (kv_heads and channels)
+    ]

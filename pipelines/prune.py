@@ -72,8 +72,8 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         after = validation_perplexity(context, pruned.to(dtype), validation, "the pruned model")
         del pruned
         reopened = check_reopens(folder)
-        for name in folder.glob("round-*"):
-            shutil.rmtree(name)
+        for scratch in folder.glob("round-*"):
+            shutil.rmtree(scratch)
         small = Checkpoint(folder)
         return {
             "before": size_metrics(model.checkpoint) | before,
@@ -185,12 +185,10 @@ def _prune_once(
     if not (here / MEASURED).is_file():
         shutil.rmtree(cut, ignore_errors=True)
         store = GramStore(here / "moments")
-        found = find_structure(
-            place, goal, here / "scoring", store=store if settings.repair == "refit" else None
-        )
+        found = find_structure(place, goal, here / "scoring", store)
         deltas, biases = found.deltas, None
         if settings.repair == "refit":
-            deltas = refit_deltas(place, model, found.structure, settings.calibration_tokens, store)
+            deltas = refit_deltas(place, model, found.structure, store, settings.calibration_tokens)
         elif settings.repair == "bias":
             biases = bias_additions(place, model, found.structure, settings.calibration_tokens)
         with context.reporter.bar("cut") as progress:
@@ -207,7 +205,7 @@ def _prune_once(
             "requested_ratio": found.plan.requested,
             "achieved_ratio": found.plan.achieved,
             "reason": found.plan.reason,
-            "certificate": goal.certificate or None,
+            "certificate": found.plan.certificate,
             **found.measured,
         }
         shutil.rmtree(store.folder, ignore_errors=True)

@@ -51,20 +51,24 @@ class Found:
     measured: dict[str, Any]
 
 
-def find_structure(place: Place, goal: Goal, state_dir: Path, *, store: GramStore | None = None) -> Found:
+def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) -> Found:
     """Score the groups of ``goal.model`` and choose what stays.
 
     Args:
         place: Where to compute and what to read.
         goal: What to aim at.
         state_dir: Where training is resumed from.
-        store: Where a criterion that gathers second moments of the inputs may leave them.
+        store: Where the moments of the inputs that the refit needs are left when scoring gathers them.
     """
     settings, model = goal.settings, goal.model
     network = place.load(model.path)
     options: dict[str, Any] = {"seed": place.context.common.seed, **parse_options(settings.criterion_options)}
     criterion = create_criterion(settings.criterion, model.architecture, **options)
-    if isinstance(criterion, ObsCriterion) and store is not None and fits(model.architecture, OUTPUTS):
+    if (
+        isinstance(criterion, ObsCriterion)
+        and settings.repair == "refit"
+        and fits(model.architecture, OUTPUTS)
+    ):
         criterion.store = store
     windows: Windows | None = None
     if criterion.needs != "adapters":

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores
-from compress.model.architecture import LayerShape, resized_config
+from compress.model.architecture import Architecture, LayerShape, resized_config
 from compress.model.uneven_config import can_be_uneven, refuse_uneven
 from compress.pipelines.allocation_of_shapes import LayerDamage, allocate_shapes
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import PruneSettings
-from compress.prune.candidates import candidates
 from compress.prune.goal import parse_count, ratio_for_bytes, ratio_for_parameters
 from compress.prune.plan import plan_shapes
 from compress.prune.shape import NEAR, Choices, ShapePlan, check_ratio, choices_of, unit_parameters
-from compress.prune.slice import check_biases
+from compress.prune.slice import with_biases
 from compress.prune.uniform import uniform_plan
 from compress.solvers.budget import parse_budget
 
@@ -27,7 +26,7 @@ Measure = Callable[[GroupScores], GroupScores]
 DEFAULT_RATIO = 0.5
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
     """What one pruning of a model aims at.
 
@@ -37,7 +36,6 @@ class Goal:
         settings: Targets, shape and the rest.
         targets: The parsed targets.
         multiple: Channel counts are multiples of this.
-        certificate: Filled in by an allocation: damage, bound, gap, solver.
     """
 
     model: ModelInput
@@ -45,7 +43,6 @@ class Goal:
     settings: PruneSettings
     targets: tuple[str, ...]
     multiple: int
-    certificate: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Say at once, before anything is scored, what cannot be had.
@@ -55,9 +52,7 @@ class Goal:
         """
         kind, arch = self.settings.shape, self.model.architecture
         refuse_uneven(arch)
-        if self.settings.repair == "bias":
-            role = {"heads": "o", "mlp": "down"}
-            check_biases(self.model.checkpoint, arch, [role[target] for target in self.targets])
+        self._repaired()
         if kind != "uniform" and (reason := can_be_uneven(self.model.checkpoint.config, arch)):
             raise CompressError(
                 f"--shape {kind} makes layers of different sizes, which this model cannot have: {reason}.",
@@ -94,9 +89,11 @@ class Goal:
 
     def _check_rounds(self) -> None:
         """Refuse rounds that would each remove less than the smallest step there is."""
-        rounds, reach = self.settings.rounds, self._choices().reach()
-        share = 1 - (1 - self.ratio) ** (1 / rounds)
-        if rounds > 1 and reach is not None and share < reach[0] / (1 - self.ratio) + 2 * NEAR:
+        rounds = self.settings.rounds
+        if rounds == 1:
+            return
+        reach, share = self._choices().reach(), 1 - (1 - self.ratio) ** (1 / rounds)
+        if reach is not None and share < reach[0] / (1 - self.ratio) + 2 * NEAR:
             raise UsageError(
                 f"Each of {rounds} rounds would remove {share:.1%} of what is left, and the smallest step is "
                 f"{reach[0]:.1%} of the whole.",
@@ -120,10 +117,11 @@ class Goal:
 
     def _accepts(self, shape: LayerShape) -> bool:
         """Whether a stock configuration describes a model with this shape in every layer."""
+        config, arch = self._repaired()
         try:
             resized_config(
-                self.model.checkpoint.config,
-                self.model.architecture,
+                config,
+                arch,
                 heads=shape.kv_heads * shape.queries,
                 kv_heads=shape.kv_heads,
                 channels=shape.channels,
@@ -132,16 +130,26 @@ class Goal:
             return False
         return True
 
+    def _repaired(self) -> tuple[Mapping[str, Any], Architecture]:
+        """Config and architecture with the biases that the repair adds, which not every config class takes."""
+        model = self.model
+        if self.settings.repair != "bias":
+            return model.checkpoint.config, model.architecture
+        role = {"heads": "o", "mlp": "down"}
+        return with_biases(model.checkpoint, model.architecture, [role[target] for target in self.targets])
+
     def _allocate(self, scores: GroupScores) -> ShapePlan:
         arch, units = self.model.architecture, unit_parameters(self.model.architecture)
-        found = candidates(
-            arch, targets=self.targets, multiple=self.multiple, grid=1 << 30, head_unit=self.settings.head_unit,
-            allow_drop=True,
-        )  # fmt: skip
+        choices = self._choices()
+        pairs, widths = choices.pairs, choices.widths
+        if "heads" in self.targets and arch.prunable_heads:
+            pairs += ((0, arch.queries_per_group),)
+        if "mlp" in self.targets and arch.prunable_channels:
+            widths += (0,)
         damages = [
             LayerDamage(
-                attention={pair: float(rise.attention[pair]) for pair in found.attention},
-                mlp={count: float(rise.channels[count]) for count in found.channels},
+                attention={pair: float(rise.attention[pair]) for pair in pairs},
+                mlp={count: float(rise.channels[count]) for count in widths},
             )
             for rise in scores.rises or ()
         ]
@@ -149,7 +157,6 @@ class Goal:
         budget = round((1 - self.ratio) * total)
         allocation = allocate_shapes(damages, units.of, budget, allow_drop=True, solver=self.settings.solver)
         achieved = 1 - allocation.parameters / total
-        self.certificate = {"damage": allocation.damage, **allocation.certificate}
         gone = (
             sum(not shape.kv_heads for shape in allocation.shapes),
             sum(not shape.channels for shape in allocation.shapes),
@@ -159,7 +166,13 @@ class Goal:
             f"{self.multiple} channels and whole heads; predicted rise of the loss {allocation.damage:.3f} nats per "
             f"token; {gone[0]} layers lose their attention and {gone[1]} their MLP."
         )
-        return ShapePlan(shapes=allocation.shapes, requested=self.ratio, achieved=achieved, reason=reason)
+        return ShapePlan(
+            shapes=allocation.shapes,
+            requested=self.ratio,
+            achieved=achieved,
+            reason=reason,
+            certificate={"damage": allocation.damage, **allocation.certificate},
+        )
 
 
 def goal_of(model: ModelInput, settings: PruneSettings, targets: tuple[str, ...], multiple: int) -> Goal:

@@ -18,9 +18,10 @@ from compress.pipelines.measure import calibration_windows, training_windows
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_find import Deltas
 from compress.pipelines.prune_place import BATCH, Place
+from compress.pipelines.prune_refit import refitted, stored_weight
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.training import fit_config, training_metrics
-from compress.prune.compensate import compensate, mean_biases, refit_from_store
+from compress.prune.compensate import mean_biases
 from compress.structure import StructureMap
 
 TEXT_SHARE = {"distill": 0.0, "both": 0.5, "text": 1.0}
@@ -28,30 +29,18 @@ TEXT_SHARE = {"distill": 0.0, "both": 0.5, "text": 1.0}
 
 
 def refit_deltas(
-    place: Place, model: ModelInput, structure: StructureMap, tokens: int, store: GramStore
+    place: Place, model: ModelInput, structure: StructureMap, store: GramStore, tokens: int
 ) -> Deltas:
-    """What refitting o and down to the model's own activations adds to their weights, by module.
-
-    Second moments that scoring has left in ``store`` are used; else ``tokens`` tokens are read.
-    """
-    arch = model.architecture
-    transposed = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
-
-    def original(name: str) -> Tensor:
-        stored = model.checkpoint.read(f"{name}.weight").float()
-        return stored.t() if name in transposed else stored
-
-    if store.complete(arch):
-        with place.context.reporter.bar("refit o and down") as progress:
-            weights = refit_from_store(original, arch, structure, store, progress=progress)
-    else:
-        windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
-        network, batch = place.load(model.path), min(BATCH, len(windows))
-        with place.context.reporter.bar("refit o and down") as progress:
-            weights = compensate(network, arch, structure, windows.ids, batch=batch, progress=progress)
+    """What refitting o and down to the model's own activations adds to their weights, by module."""
+    with place.context.reporter.bar("refit o and down") as progress:
+        weights = refitted(place, model, structure, store, tokens=tokens, progress=progress)
 
     def delta(name: str) -> Tensor | None:
-        return weights[name] - original(name) if name in weights else None
+        return (
+            weights[name] - stored_weight(model.checkpoint, model.architecture, name)
+            if name in weights
+            else None
+        )
 
     return delta
 

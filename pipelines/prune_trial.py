@@ -5,22 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.data.windows import Windows
 from compress.evaluate.perplexity import mean_loss
 from compress.importance.base import GroupScores
-from compress.importance.gram_store import GramStore, fits
-from compress.importance.moments import OUTPUTS
+from compress.importance.gram_store import GramStore
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.prune_place import BATCH, Place
-from compress.prune.compensate import compensate, gather_moments, refit_from_store, swapped
+from compress.pipelines.prune_refit import refitted
+from compress.prune.compensate import swapped
 from compress.prune.mask import GroupMasks
 from compress.prune.select import select
 from compress.prune.shape import ShapePlan
-from compress.structure import StructureMap, structure_map
+from compress.structure import structure_map
 
 TRIAL_TOKENS = 4096
 TRIAL_DRAW = 1
@@ -33,7 +31,7 @@ def try_shapes(
     network: PreTrainedModel,
     scores: GroupScores,
     plan: ShapePlan,
-    store: GramStore | None,
+    store: GramStore,
 ) -> tuple[ShapePlan, list[dict[str, Any]]]:
     """The best of the first ``--trials`` candidates of a uniform plan, by their loss on training text.
 
@@ -45,7 +43,7 @@ def try_shapes(
         network: The full model; as it was afterwards.
         scores: Scores of its groups.
         plan: With candidates, best first.
-        store: Second moments of the inputs, where they were kept.
+        store: Where the moments of the inputs are, for the refit.
 
     Returns:
         The plan with the best shape, and what every trial measured; the same plan and nothing for one candidate.
@@ -63,7 +61,18 @@ def try_shapes(
         for done, candidate in enumerate(candidates, start=1):
             layers = select(arch, scores, [candidate.layer] * arch.layers)
             structure = structure_map(arch, layers, base_fingerprint="")
-            weights = _repaired(place, goal, network, structure, store)
+            weights = (
+                refitted(
+                    place,
+                    goal.model,
+                    structure,
+                    store,
+                    tokens=goal.settings.calibration_tokens,
+                    network=network,
+                )
+                if goal.settings.repair == "refit"
+                else {}
+            )
             with swapped(network, arch, weights), GroupMasks(network, arch, layers):
                 loss = mean_loss(network, windows, batch_size=min(BATCH, len(windows)))
             shape = {
@@ -77,34 +86,3 @@ def try_shapes(
     chosen = candidates[losses.index(min(losses))]
     rest = tuple(candidate for candidate in plan.candidates if candidate is not chosen)
     return replace(goal.uniform(chosen.layer), candidates=(chosen, *rest)), found
-
-
-def _repaired(
-    place: Place, goal: Goal, network: PreTrainedModel, structure: StructureMap, store: GramStore | None
-) -> dict[str, Tensor]:
-    """New weights of o and down for a structure; none where the repair has none.
-
-    Moments are gathered once for all trials and the refit itself, where the store can hold them.
-    """
-    arch = goal.model.architecture
-    if goal.settings.repair != "refit":
-        return {}
-    if store is None or not fits(arch, OUTPUTS):
-        windows = _calibration(place, goal)
-        return compensate(network, arch, structure, windows.ids, batch=min(BATCH, len(windows)))
-    if not store.complete(arch):
-        windows = _calibration(place, goal)
-        gather_moments(network, arch, windows.ids, store, batch=min(BATCH, len(windows)))
-    transposed = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
-
-    def weight_of(name: str) -> Tensor:
-        stored: Tensor = network.get_submodule(name).get_parameter("weight").detach().cpu()
-        return stored.t() if name in transposed else stored
-
-    return refit_from_store(weight_of, arch, structure, store)
-
-
-def _calibration(place: Place, goal: Goal) -> Windows:
-    return calibration_windows(
-        place.context, goal.model.path, place.source, tokens=goal.settings.calibration_tokens
-    )

@@ -92,7 +92,7 @@ class OutputGradients:
     def root(self, layer: int, spec: LinearSpec) -> Tensor:
         """``root^T root = S``, float64 [K, O]; K is at most O."""
         total = self._sums[layer, spec].double() / self._tokens
-        if spec_width(self._arch, spec) > SKETCH_ROWS:
+        if self._arch.hidden > SKETCH_ROWS:
             scale: float = self._tokens**0.5  # a sketch holds rows, not their products
             return total * scale
         values, vectors = torch.linalg.eigh(total)
@@ -100,8 +100,7 @@ class OutputGradients:
         return root
 
     def _add(self, place: Place, gradient_TO: Tensor) -> None:
-        width = spec_width(self._arch, place[1])
-        if width > SKETCH_ROWS:
+        if self._arch.hidden > SKETCH_ROWS:
             draw = torch.randint(0, 2, (SKETCH_ROWS, len(gradient_TO)), generator=self._generator)
             signs = (2 * draw - 1).to(gradient_TO) / SKETCH_ROWS**0.5
             part = signs @ gradient_TO
@@ -138,8 +137,3 @@ class OutputGradients:
                 handle.remove()
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-
-
-def spec_width(arch: Architecture, spec: LinearSpec) -> int:
-    """Outputs of a linear."""
-    return arch.linear_shape(spec)[0]

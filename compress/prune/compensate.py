@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.importance.gram_store import GramStore
+from compress.importance.moments import OUTPUTS
 from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams, gathered_sums
 from compress.progress import Progress
 from compress.structure import LayerStructure, StructureMap, kept_columns
-
-OUTPUTS = ("o", "down")
-"""Roles whose input columns pruning removes."""
 
 
 def refit(weight_OC: Tensor, gram_CK: Tensor, kept_K: Tensor, damping: float) -> Tensor:

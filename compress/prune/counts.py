@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 
-from compress.model.architecture import Architecture, LayerShape
-from compress.structure import ATTENTION_ROLES, StructureMap, kept_columns, kept_rows
-
-
-def unit_sizes(arch: Architecture) -> tuple[int, int]:
-    """Decoder linear weights that one KV group and one MLP channel hold in one layer."""
-    group = channel = 0
-    for spec in arch.linears:
-        rows, columns = arch.linear_shape(spec)
-        if spec.role in ATTENTION_ROLES:
-            group += rows * columns // arch.kv_heads
-        else:
-            channel += rows * columns // arch.channels
-    return group, channel
-
-
-def shape_parameters(arch: Architecture, shape: LayerShape) -> int:
-    """Decoder linear weights (no biases) of one layer of the given shape."""
-    small = replace(arch, layers=1, layer_shapes=(shape,))
-    return small.decoder_linear_parameters()
+from compress.model.architecture import Architecture
+from compress.structure import StructureMap, kept_columns, kept_rows
 
 
 def kept_linear_parameters(arch: Architecture, structure: StructureMap) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from compress.errors import CompressError, UsageError
 from compress.model.architecture import Architecture
@@ -93,6 +93,7 @@ class ShapePlan:
         achieved: The fraction these shapes remove.
         reason: One sentence: why the two differ, or that they do not.
         candidates: The near-ties a uniform shape was chosen from, best first; else empty.
+        certificate: Of an allocation: damage, lower bound, gap, solver, seconds; else None.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -100,6 +101,7 @@ class ShapePlan:
     achieved: float
     reason: str
     candidates: tuple[Shape, ...] = ()
+    certificate: Mapping[str, Any] | None = None
 
     @property
     def uniform(self) -> LayerShape | None:

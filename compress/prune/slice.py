@@ -123,15 +123,18 @@ def slice_checkpoint(
     structure.save(target / FILE_NAME)
 
 
-def check_biases(source: Checkpoint, arch: Architecture, roles: Collection[str]) -> None:
-    """Refuse to add biases to the outputs of these roles where the family has none; nothing is read for it.
+def with_biases(
+    source: Checkpoint, arch: Architecture, roles: Collection[str]
+) -> tuple[dict[str, Any], Architecture]:
+    """Config and architecture of the model once the outputs of these roles have biases; no weight is read.
 
     Raises:
         CompressError: The family's configuration has no such biases.
     """
     whole = structure_map(arch, [full_layer(arch)] * arch.layers, base_fingerprint="")
     modules = [arch.module_name(0, spec) for spec in arch.linears if spec.role in roles]
-    _plan_biases(source, arch, whole, dict.fromkeys(modules, torch.zeros(arch.hidden)))
+    plan = _plan_biases(source, arch, whole, dict.fromkeys(modules, torch.zeros(arch.hidden)))
+    return plan.config, plan.arch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 class Stop(KeyboardInterrupt):
-    pass
+    """What Ctrl-C raises, told apart from the user's own."""
 
 
 def stopping_at(model: nn.Module, forward: int) -> Any:
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_from_its_last_saved_state(tmp_path: Path) -> None:
     expected = fit(whole, windows(), CONFIG)
 
     class Kill(Exception):
-        pass
+        """Ends the process as far as the run can tell."""
 
     def kill(done: int, total: int, label: str) -> None:
         if done == 5:

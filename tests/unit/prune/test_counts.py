@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.model.architecture import LayerShape
-from compress.prune.counts import kept_linear_parameters, shape_parameters, unit_sizes
+from compress.prune.counts import kept_linear_parameters
+from compress.prune.shape import unit_parameters
 from compress.structure import full_shape
 from tests.unit.prune.common import FUSED, SPECS, architecture
 from tests.unit.uneven import layer_of, structure_of
@@ -19,19 +20,16 @@ def test_a_shape_has_the_parameters_its_structures_keep(
     arch = architecture(linears=FUSED if fused else SPECS, layers=3)
     shape = LayerShape(kv_heads=kv_heads, queries=queries, channels=channels)
     by_hand = 32 * 4 * (2 * kv_heads * queries + 2 * kv_heads) + 3 * 32 * channels
-    assert shape_parameters(arch, shape) == by_hand
-    full = full_shape(arch)
+    units, full = unit_parameters(arch), full_shape(arch)
+    assert units.of(shape) == by_hand
     structure = structure_of(arch, [full, shape, full], seed)
-    assert kept_linear_parameters(arch, structure) == by_hand + 2 * shape_parameters(arch, full)
+    assert kept_linear_parameters(arch, structure) == by_hand + 2 * units.of(full)
 
 
 def test_everything_is_counted_once() -> None:
     arch = architecture()
-    full = full_shape(arch)
-    assert shape_parameters(arch, full) * arch.layers == arch.decoder_linear_parameters()
-    group, channel = unit_sizes(arch)
-    fewer = LayerShape(kv_heads=full.kv_heads - 1, queries=full.queries, channels=full.channels - 2)
-    assert shape_parameters(arch, full) - shape_parameters(arch, fewer) == group + 2 * channel
+    whole = structure_of(arch, [full_shape(arch)] * arch.layers, 0)
+    assert kept_linear_parameters(arch, whole) == arch.decoder_linear_parameters()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,60 @@
+"""The refit of o and down, for trials and for the cut: from moments on disk where these can be kept."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.importance.gram_store import GramStore, fits
+from compress.importance.moments import OUTPUTS
+from compress.model.architecture import Architecture
+from compress.model.checkpoint import Checkpoint
+from compress.pipelines.measure import calibration_windows
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.prune_place import BATCH, Place
+from compress.progress import Progress
+from compress.prune.compensate import compensate, gather_moments, refit_from_store
+from compress.structure import StructureMap
+
+
+def refitted(
+    place: Place,
+    model: ModelInput,
+    structure: StructureMap,
+    store: GramStore,
+    *,
+    tokens: int,
+    network: PreTrainedModel | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """New weights of o and down for ``structure``, float32 [out, in] at full size, by module.
+
+    The moments of the inputs are gathered on ``tokens`` tokens when they are not in ``store`` yet; a model too wide
+    to keep them is run again for every structure.
+
+    Args:
+        place: Where to compute and what to read.
+        model: The model that is pruned.
+        structure: What is kept.
+        store: Where the moments are.
+        tokens: Calibration tokens.
+        network: ``model`` when it is loaded already, without masks.
+        progress: Called after every layer.
+    """
+    arch, keeps = model.architecture, fits(model.architecture, OUTPUTS)
+    if not keeps or not store.complete(arch):
+        windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
+        loaded, batch = network or place.load(model.path), min(BATCH, len(windows))
+        if not keeps:
+            return compensate(loaded, arch, structure, windows.ids, batch=batch, progress=progress)
+        gather_moments(loaded, arch, windows.ids, store, batch=batch, progress=progress)
+    return refit_from_store(
+        lambda name: stored_weight(model.checkpoint, arch, name), arch, structure, store, progress=progress
+    )
+
+
+def stored_weight(checkpoint: Checkpoint, arch: Architecture, name: str) -> Tensor:
+    """A decoder linear's weight on disk, float32 [out, in]."""
+    turned = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
+    weight = checkpoint.read(f"{name}.weight").float()
+    return weight.t() if name in turned else weight
