@@ -11,18 +11,24 @@ from compress.solvers.problem import Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """Position per item (the caller repairs a small overrun of the budget) and a proved bound, or -inf."""
+    """What a solver found.
 
-    positions: Ints
+    Attributes:
+        positions: Position per item, None when it found nothing; the caller repairs a small overrun of the budget.
+        lower_bound: What is proved about the cost of every choice, or -inf.
+    """
+
+    positions: Ints | None
     lower_bound: float
 
 
 class Backend(Protocol):
-    """Solve the core.
+    """Solve what the exact pass left open, or (raw) the whole problem.
 
     Args:
-        items: The core: every item has the candidates that matter, one item or more has two.
-        start: A choice that fits in the budget, returned when nothing better is found.
+        items: At least one. The core: the candidates that matter, two or more for one item or more. Raw: all
+            candidates, in any order.
+        start: A known choice that fits in the budget.
         multiplier: Lagrangian price of one unit of size.
         time_limit: Seconds.
         gap: Relative gap at which the search may stop.

@@ -43,7 +43,7 @@ def solve_dynamic(items: Items, start: Ints, multiplier: float, *, time_limit: f
         smallest = best
     fits = np.flatnonzero(smallest <= items.budget)
     if not fits.size:  # rounding put the known choice itself just past the last level
-        return Answer(positions=start, lower_bound=-math.inf)
+        return Answer(positions=None, lower_bound=-math.inf)
     level = int(fits[0])
     bound = cheapest + level * step
     positions = np.zeros(len(items), dtype=np.int64)

@@ -26,30 +26,68 @@ class Relaxation:
     chosen: Ints
 
 
-def relax(items: Items) -> Relaxation:
-    """Solve the linear relaxation exactly; the smallest choice must fit in the budget."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HullSteps:
+    """Every step up the lower convex hull of an item, steepest first; an item's own steps stay in order.
+
+    Attributes:
+        owner: [S] item.
+        before: [S] position that the step leaves.
+        after: [S] position that it reaches.
+        growth: [S] what it adds to the size.
+        slope: [S] what it saves per unit of size.
+    """
+
+    owner: Ints
+    before: Ints
+    after: Ints
+    growth: Ints
+    slope: Floats
+
+
+def hull_steps(items: Items) -> HullSteps:
+    """The steps of all items that the linear relaxation may take."""
     slopes: list[float] = []
     owner: list[int] = []
-    target: list[int] = []
-    growth: list[int] = []
+    before: list[int] = []
+    after: list[int] = []
     for i, (cost, size) in enumerate(zip(items.costs, items.sizes, strict=True)):
         corners, steps = _hull(cost, size)
-        for before, after, slope in zip(corners, corners[1:], steps, strict=False):
-            slopes.append(slope)
-            owner.append(i)
-            target.append(after)
-            growth.append(int(size[after] - size[before]))
-    order = np.argsort(-np.array(slopes), kind="stable")  # stable: an item's own steps stay in order
+        slopes += steps
+        owner += [i] * len(steps)
+        before += corners[:-1]
+        after += corners[1:]
+    growth = [
+        int(items.sizes[i][b] - items.sizes[i][a]) for i, a, b in zip(owner, before, after, strict=True)
+    ]
+    order = np.argsort(-np.array(slopes), kind="stable")
+    owners, befores, afters, growths = (
+        np.array(values, dtype=np.int64)[order] for values in (owner, before, after, growth)
+    )
+    return HullSteps(
+        owner=owners,
+        before=befores,
+        after=afters,
+        growth=growths,
+        slope=np.array(slopes, dtype=np.float64)[order],
+    )
+
+
+def relax(items: Items) -> Relaxation:
+    """Solve the linear relaxation exactly; the smallest choice must fit in the budget."""
+    steps = hull_steps(items)
     positions = np.zeros(len(items), dtype=np.int64)
+    used = items.size(positions) + np.cumsum(steps.growth)
+    taken = int(
+        np.searchsorted(used, items.budget, side="right")
+    )  # the steps before the first that does not fit
+    np.maximum.at(positions, steps.owner[:taken], steps.after[:taken])
+    chosen, bound = items.chosen(positions), items.cost(positions)
+    if taken == used.size:
+        return Relaxation(multiplier=0.0, lower_bound=bound, chosen=chosen)
+    multiplier = float(steps.slope[taken])
     slack = items.budget - items.size(positions)
-    for step in order:
-        if growth[step] > slack:
-            multiplier = slopes[step]
-            bound = items.cost(positions) - multiplier * slack
-            return Relaxation(multiplier=multiplier, lower_bound=bound, chosen=items.chosen(positions))
-        slack -= growth[step]
-        positions[owner[step]] = target[step]
-    return Relaxation(multiplier=0.0, lower_bound=items.cost(positions), chosen=items.chosen(positions))
+    return Relaxation(multiplier=multiplier, lower_bound=bound - multiplier * slack, chosen=chosen)
 
 
 def reduced_costs(items: Items, relaxation: Relaxation) -> list[Floats]:
@@ -62,9 +100,14 @@ def reduced_costs(items: Items, relaxation: Relaxation) -> list[Floats]:
 
 def allowance(items: Items, relaxation: Relaxation, cost: float) -> float:
     """How much reduced cost a choice no dearer than ``cost`` may have, with room for rounding."""
+    distance = max(cost - relaxation.lower_bound, 0.0)
+    return distance * (1 + 1e-9) + rounding_error(items, relaxation, cost)
+
+
+def rounding_error(items: Items, relaxation: Relaxation, cost: float) -> float:
+    """More than sums of costs about ``cost`` can be off."""
     at = items.find(relaxation.chosen)
-    magnitude = abs(cost) + sum(abs(float(c[p])) for c, p in zip(items.costs, at, strict=True))
-    return max(cost - relaxation.lower_bound, 0.0) * (1 + 1e-9) + 1e-13 * magnitude
+    return 1e-13 * (abs(cost) + sum(abs(float(c[p])) for c, p in zip(items.costs, at, strict=True)))
 
 
 def narrow(items: Items, relaxation: Relaxation, positions: Ints) -> Items:
@@ -73,8 +116,14 @@ def narrow(items: Items, relaxation: Relaxation, positions: Ints) -> Items:
     return items.keep([extra <= room for extra in reduced_costs(items, relaxation)])
 
 
-def complete(items: Items, positions: Ints) -> Ints:
-    """Make a choice fit in the budget, then improve it by single changes and by exchanges of two items."""
+def complete(items: Items, positions: Ints, *, improve: bool = True) -> Ints:
+    """Make a choice fit in the budget; then improve it by single changes and by exchanges of two items.
+
+    Args:
+        items: What to choose from, reduced or not.
+        positions: The choice; it may exceed the budget, if the smallest does not.
+        improve: Whether to go on once it fits.
+    """
     positions = positions.copy()
     owner = np.repeat(np.arange(len(items)), [c.size for c in items.costs])
     place = np.concatenate([np.arange(c.size) for c in items.costs])
@@ -93,7 +142,7 @@ def complete(items: Items, positions: Ints) -> Ints:
             shrinking = np.flatnonzero(larger < 0)
             moves = [int(shrinking[np.argmin(dearer[shrinking] / -larger[shrinking])])]
         else:
-            moves = _best_moves(owner, dearer, larger, slack, smallest_gain)
+            moves = _best_moves(owner, dearer, larger, slack, smallest_gain) if improve else []
         if not moves:
             return positions
         for move in moves:

@@ -16,11 +16,15 @@ from compress.solvers.quiet import native_output_discarded
 
 FEASIBILITY_TOLERANCE = 1e-6
 """HiGHS and CBC accept a constraint missed by this much."""
+DUAL_TOLERANCE, CUTOFF_TOLERANCE = 1e-7, 1e-6
+"""HiGHS accepts reduced costs below zero by the one, and drops branches within the other of its best choice."""
+COST_RANGE = 1024.0
+"""Largest cost in a program: what the tolerances above, which are absolute, are small against."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BinaryProgram:
-    """Minimise ``cost @ x`` with one 1 per item and ``size @ x <= room``; coefficients lie in [0, 1].
+    """Minimise ``cost @ x`` with one 1 per item and ``size @ x <= room``; sizes lie in [0, 1].
 
     Each item's smallest cost and size are taken out and the rest is scaled, so that the solver's absolute
     tolerances mean the same for every model.
@@ -41,12 +45,12 @@ class BinaryProgram:
 
 
 def binary_program(items: Items) -> BinaryProgram:
-    """Conditioned coefficients of the program for ``items``, which has a candidate to spare somewhere."""
+    """Conditioned coefficients of the program for ``items``."""
     cost = np.concatenate([c - c.min() for c in items.costs])
     size = np.concatenate([s - s.min() for s in items.sizes])
     # Powers of two, so that whole numbers arrive exact.
     size_scale = 2.0 ** math.frexp(float(size.max()))[1]
-    cost_scale = 2.0 ** math.frexp(float(cost.max()))[1]
+    cost_scale = 2.0 ** math.frexp(float(cost.max()))[1] / COST_RANGE
     return BinaryProgram(
         cost=cost / cost_scale,
         size=size / size_scale,
@@ -83,6 +87,8 @@ def solve_highs(items: Items, start: Ints, multiplier: float, *, time_limit: flo
     if result.mip_dual_bound is not None:
         # The bound is that of a budget larger by the tolerance; its price turns it into one of ours.
         tolerated = multiplier * FEASIBILITY_TOLERANCE * program.size_scale
+        # And it may be too high: by one reduced cost per item, as one variable of each is 1, and by the cutoff.
+        tolerated += program.cost_scale * (len(items) * DUAL_TOLERANCE + CUTOFF_TOLERANCE)
         bound = program.cost_offset + program.cost_scale * float(result.mip_dual_bound) - tolerated
-    positions = start if result.x is None else program.positions(result.x, items)
+    positions = None if result.x is None else program.positions(result.x, items)
     return Answer(positions=positions, lower_bound=bound)

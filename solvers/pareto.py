@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,13 @@ from compress.solvers.problem import Floats, Ints, Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Items:
-    """Undominated candidates of every item; an item is one matrix or one merged group.
+    """Candidates of every item; an item is one matrix or one merged group.
 
     A *position* counts within these arrays, a *candidate* is the index in the problem.
 
     Attributes:
-        costs: Per item, strictly falling.
-        sizes: Per item, strictly rising.
+        costs: Per item, once reduced strictly falling.
+        sizes: Per item, once reduced strictly rising.
         candidates: Per item, the candidate index of each position.
         members: Per item, the matrices it stands for; items are in order of their first matrix.
         budget: Largest allowed summed size.
@@ -51,12 +52,12 @@ class Items:
         pairs = zip(self.candidates, chosen, strict=True)
         return np.array([np.flatnonzero(have == want)[0] for have, want in pairs], dtype=np.int64)
 
-    def keep(self, masks: list[npt.NDArray[np.bool_]]) -> Items:
-        """The same items with only the positions where the mask is true."""
+    def keep(self, kept: Sequence[npt.NDArray[np.bool_] | Ints]) -> Items:
+        """The same items with only some positions, given as a mask or in order."""
         return Items(
-            costs=tuple(a[m] for a, m in zip(self.costs, masks, strict=True)),
-            sizes=tuple(a[m] for a, m in zip(self.sizes, masks, strict=True)),
-            candidates=tuple(a[m] for a, m in zip(self.candidates, masks, strict=True)),
+            costs=tuple(a[k] for a, k in zip(self.costs, kept, strict=True)),
+            sizes=tuple(a[k] for a, k in zip(self.sizes, kept, strict=True)),
+            candidates=tuple(a[k] for a, k in zip(self.candidates, kept, strict=True)),
             members=self.members,
             budget=self.budget,
         )
@@ -79,23 +80,22 @@ def undominated(costs: Floats, sizes: Ints) -> Ints:
     return order[sorted_costs < cheapest_before].astype(np.int64)
 
 
-def reduce(problem: Problem) -> Items:
-    """Merge the equal groups into one item each and drop dominated candidates."""
+def merge(problem: Problem) -> Items:
+    """Merge the equal groups into one item each; every candidate stays, in the problem's order."""
     grouped = {matrix for group in problem.equal_groups for matrix in group}
     alone = [(matrix,) for matrix in range(len(problem.names)) if matrix not in grouped]
     members = sorted([*(tuple(sorted(group)) for group in problem.equal_groups), *alone])
-    costs, sizes, candidates = [], [], []
-    for group in members:
-        cost: Floats = np.stack([problem.costs[m] for m in group]).sum(axis=0, dtype=np.float64)
-        size: Ints = np.stack([problem.sizes[m] for m in group]).sum(axis=0, dtype=np.int64)
-        kept = undominated(cost, size)
-        costs.append(cost[kept])
-        sizes.append(size[kept])
-        candidates.append(kept)
+    costs: list[Floats] = [np.sum([problem.costs[m] for m in group], 0, np.float64) for group in members]
+    sizes: list[Ints] = [np.sum([problem.sizes[m] for m in group], 0, np.int64) for group in members]
     return Items(
         costs=tuple(costs),
         sizes=tuple(sizes),
-        candidates=tuple(candidates),
+        candidates=tuple(np.arange(cost.size, dtype=np.int64) for cost in costs),
         members=tuple(members),
         budget=problem.budget,
     )
+
+
+def reduce(merged: Items) -> Items:
+    """Drop dominated candidates and sort the others by rising size."""
+    return merged.keep([undominated(*table) for table in zip(merged.costs, merged.sizes, strict=True)])

@@ -26,23 +26,25 @@ def solve_cbc(items: Items, start: Ints, multiplier: float, *, time_limit: float
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
     choose = [model.add_variable(f"x{n}", cat=pulp.LpBinary) for n in range(program.cost.size)]
     model.setObjective(pulp.LpAffineExpression(zip(choose, program.cost.tolist(), strict=True)))
-    for i in range(len(items)):
-        model.addConstraint(pulp.lpSum(choose[n] for n in np.flatnonzero(program.item == i)) == 1)
+    first = 0
+    for cost in items.costs:
+        model.addConstraint(pulp.lpSum(choose[first : first + cost.size]) == 1)
+        first += cost.size
     model.addConstraint(
         pulp.LpAffineExpression(zip(choose, program.size.tolist(), strict=True)) <= program.room
     )
+    # Without "threads": CBC is serial then; with threads=1 it has a worker, and sometimes waits 10 s to be woken.
     command = pulp.COIN_CMD(
         path=_executable(),
         msg=False,
         timeLimit=time_limit,
         gapRel=gap,
-        threads=1,
         options=["preprocess off"],  # CBC 2.10's loses optima of small knapsacks
     )
     model.solve(command)
     values = np.array([variable.value() or 0.0 for variable in choose])
     found = model.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
-    positions = program.positions(values, items) if found else start
+    positions = program.positions(values, items) if found else None
     return Answer(positions=positions, lower_bound=-math.inf)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -11,7 +12,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from compress.errors import CompressError, UsageError
-from compress.solvers.problem import Problem
+from compress.solvers.backend import Answer
+from compress.solvers.dynamic import LEVELS
+from compress.solvers.pareto import Items
+from compress.solvers.problem import Ints, Problem
 from compress.solvers.solve import SOLVERS, solve
 from tests.unit.solvers.instances import brute_force, model_like, problem, problems, trade_offs
 
@@ -97,6 +101,127 @@ def test_five_runs_one_answer(solver: str) -> None:
 def test_exact_solvers_agree() -> None:
     p = model_like(60, 60, seed=11)
     assert len({solve(p, solver=solver).choices for solver in EXACT}) == 1
+
+
+@pytest.mark.parametrize("groups", [(), tuple((i, i + 1, i + 2) for i in range(0, 60, 5))])
+def test_reduced_and_raw_solvers_agree_on_a_large_problem(groups: tuple[tuple[int, ...], ...]) -> None:
+    p = model_like(60, 60, seed=11)
+    p = Problem(names=p.names, costs=p.costs, sizes=p.sizes, budget=p.budget, equal_groups=groups)
+    ours = solve(p)
+    assert ours.status == "optimal"
+    for solver, excess in (("highs", 1e-4), ("cbc", 1e-4), ("dynamic", 1e-3)):
+        raw = solve(p, solver=solver, raw=True)
+        assert raw.size == p.size_of(raw.choices) <= p.budget
+        assert all(len({raw.choices[m] for m in group}) == 1 for group in groups)
+        assert raw.lower_bound <= ours.cost <= raw.cost <= ours.cost * (1 + excess)
+        assert raw.gap == pytest.approx(1 - raw.lower_bound / raw.cost, abs=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "examples"), [("highs", 60), ("cbc", 25), ("dynamic", 100)])
+def test_raw_solvers_against_brute_force(solver: str, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.one_of(problems(), trade_offs()))
+    def check(p: Problem) -> None:
+        expected = brute_force(p)
+        assume(expected is not None)
+        assert expected is not None
+        found = solve(p, solver=solver, raw=True, gap=0.0)
+        optimum = p.cost_of(expected)
+        grid = 12 * len(p.costs) * len(p.costs) / LEVELS if solver == "dynamic" else 0
+        assert found.size == p.size_of(found.choices) <= p.budget
+        assert all(len({found.choices[m] for m in group}) == 1 for group in p.equal_groups)
+        assert found.lower_bound - 1e-9 <= optimum <= found.cost
+        # A solver's tolerance may overrun a budget of millions by one or two; the repair then loses the optimum.
+        if solver == "dynamic" or p.budget < 100_000:
+            assert found.cost <= optimum + grid
+
+    check()
+
+
+@pytest.mark.parametrize("solver", EXACT)
+def test_what_the_passes_leave_open_goes_to_the_solver(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.solvers.solve.WORK", (1,))
+    p = model_like(60, 60, seed=11)
+    asked = []
+    module, function = str(SOLVERS[solver]).split(":")
+    backend = getattr(importlib.import_module(module), function)
+
+    def counted(items: Items, start: Ints, multiplier: float, *, time_limit: float, gap: float) -> Answer:
+        asked.append(sum(cost.size for cost in items.costs))
+        answer: Answer = backend(items, start, multiplier, time_limit=time_limit, gap=gap)
+        return answer
+
+    monkeypatch.setattr(f"{module}.{function}", counted)
+    found = solve(p, solver=solver, gap=1e-7)
+    monkeypatch.undo()
+    best = solve(p, gap=1e-7)
+    assert len(asked) == 1
+    assert 60 < asked[0] < 60 * 60 / 4  # the core, not the problem
+    assert best.status == "optimal"
+    assert found.lower_bound <= best.cost <= found.cost <= best.cost * (1 + 1e-4)
+    assert p.size_of(found.choices) == found.size <= p.budget
+
+
+@pytest.mark.parametrize("solver", ["highs", "cbc"])
+def test_a_raw_solver_that_finds_nothing_in_time_says_so(solver: str) -> None:
+    with pytest.raises(CompressError, match=r"no choice within 1e-06 seconds"):
+        solve(model_like(60, 60, seed=1), solver=solver, raw=True, time_limit=1e-6)
+
+
+def test_the_greedy_choice_has_no_raw_form() -> None:
+    with pytest.raises(UsageError, match="raw solver 'lagrangian'") as caught:
+        solve(problem([[1.0]], [[1]], 1), solver="lagrangian", raw=True)
+    assert "highs, cbc, dynamic" in caught.value.remedy
+
+
+@pytest.mark.parametrize("groups", [(), tuple((i, i + 1, i + 2) for i in range(0, 224, 7))])
+def test_at_the_size_of_a_real_model_the_optimum_is_proved_each_time(
+    groups: tuple[tuple[int, ...], ...],
+) -> None:
+    p = model_like(224, 432, seed=5)
+    p = Problem(names=p.names, costs=p.costs, sizes=p.sizes, budget=p.budget, equal_groups=groups)
+    runs = [solve(p) for _ in range(5)]
+    assert runs[0].status == "optimal"
+    assert len({run.choices for run in runs}) == 1
+    assert all(len({runs[0].choices[m] for m in group}) == 1 for group in groups)
+    assert runs[0].cost <= solve(p, solver="lagrangian").cost
+
+
+@pytest.mark.parametrize("budget", ["smallest", "one more", "one less than the largest"])
+def test_budgets_at_the_ends_of_a_large_problem(budget: str) -> None:
+    p = model_like(100, 100, seed=2)
+    smallest = sum(int(size.min()) for size in p.sizes)
+    largest = sum(int(size[np.argmin(cost)]) for cost, size in zip(p.costs, p.sizes, strict=True))
+    limit = {"smallest": smallest, "one more": smallest + 1}.get(budget, largest - 1)
+    found = solve(Problem(names=p.names, costs=p.costs, sizes=p.sizes, budget=limit))
+    assert found.status == "optimal"
+    assert found.size <= limit
+    if budget == "smallest":
+        assert found.choices == tuple(int(np.argmin(size)) for size in p.sizes)
+
+
+def test_degenerate_tables_of_a_large_problem() -> None:
+    p = model_like(100, 100, seed=2)
+    flat = tuple(np.ones_like(cost) for cost in p.costs)
+    found = solve(Problem(names=p.names, costs=flat, sizes=p.sizes, budget=p.budget))
+    assert found.choices == tuple(int(np.argmin(size)) for size in p.sizes)
+    free = tuple(np.zeros_like(size) for size in p.sizes)
+    found = solve(Problem(names=p.names, costs=p.costs, sizes=free, budget=0))
+    assert found.choices == tuple(int(np.argmin(cost)) for cost in p.costs)
+    group = (tuple(range(100)),)  # all equal: one column of sums, small enough to try everything
+    found = solve(Problem(names=p.names, costs=p.costs, sizes=p.sizes, budget=p.budget, equal_groups=group))
+    sizes, costs = np.sum(p.sizes, axis=0), np.sum(p.costs, axis=0)
+    best = int(np.argmin(np.where(sizes <= p.budget, costs, np.inf)))
+    assert set(found.choices) == {best}
+
+
+def test_matrices_that_are_all_alike_are_certified() -> None:
+    g = np.random.default_rng(0)
+    cost, size = np.sort(g.uniform(0, 1, 30))[::-1].copy(), np.sort(g.integers(1, 1000, 30))
+    p = Problem(names=tuple(map(str, range(80))), costs=(cost,) * 80, sizes=(size,) * 80, budget=80 * 400)
+    found = solve(p)
+    assert found.gap <= 1e-4
+    assert list(found.choices) == sorted(found.choices)
 
 
 def test_ties_between_equal_matrices_go_to_the_first_candidates_first() -> None:
