@@ -24,9 +24,8 @@ from compress.model.layerwise import LayerWalk, gathered_grams, gathered_sums
 from compress.progress import Progress
 from compress.structure import LayerStructure, StructureMap, kept_columns
 
-
-DAMPING = 0.1
-"""Ridge of the refit, chosen on validation text: with less, weak directions of the inputs are overfitted."""
+DAMPING = 0.02
+"""Ridge of the refit: on validation text 0.03 was best of 16,384 calibration tokens, 0.01 of 32,768; both are flat."""
 
 
 def refit(weight_OC: Tensor, gram_CK: Tensor, kept_K: Tensor, damping: float) -> Tensor:
@@ -213,7 +212,7 @@ def _refitted(weight_OC: Tensor, gram_CK: Tensor, columns: Tensor, damping: floa
 
 def _check_damping(damping: float) -> None:
     if not damping > 0:
-        raise UsageError(f"The damping is {damping}.", "Give a number above zero, such as 0.1.")
+        raise UsageError(f"The damping is {damping}.", "Give a number above zero, such as 0.01.")
 
 
 @torch.no_grad()
