@@ -195,6 +195,8 @@ def _execute(verb: str, values: dict[str, Any]) -> None:
         raise typer.Exit(1) from None
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
+    if not result.get("ok", True):
+        raise typer.Exit(1)
 
 
 def _complain(cause: str, remedy: str) -> None:
@@ -361,6 +363,16 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about the chain."""
+
+
+@_verb("verify", PLACE)
+def verify(
+    path: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of stages, models or adapters (default: the whole chain)."),
+    ] = None,
+) -> None:
+    """Check every recorded hash, size and error against what lies on disk."""
 
 
 @_verb("run", EVERYWHERE)

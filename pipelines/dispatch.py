@@ -26,19 +26,25 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
     """Run one verb and return its result as JSON values.
 
     Args:
-        verb: One of the stage verbs, ``report`` or ``run``.
+        verb: One of the stage verbs, ``report``, ``verify`` or ``run``.
         common: Options that mean the same to every verb.
         given: The verb's own options; None means not given.
         quiet: Print nothing.
 
     Returns:
-        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have.
+        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. ``report``,
+        ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
 
     Raises:
         CompressError: Whatever the verb refuses, with cause and remedy.
     """
-    workspace = Workspace(common.run)
     reporter = Reporter(quiet=quiet)
+    if verb == "verify":
+        from compress.pipelines.verify import verify
+
+        quiet_libraries()
+        return verify(reporter, common.run, given.get("path") or ())
+    workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report
 

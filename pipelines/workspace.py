@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compress.errors import CompressError, UsageError
+from compress.pipelines.integrity import describe_files
 
 FORMAT_VERSION = 1
 MODEL_VERBS = ("prune", "quantize")
@@ -81,6 +82,12 @@ class Stage:
     def id(self) -> str:
         """Sha256 over verb, configuration and the identities of its inputs."""
         return str(self.record["id"])
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Sha256 of a stage's record as it reads from disk, but for ``record_sha256``, which holds the result."""
+    plain = json.loads(json.dumps(record, default=str))
+    return digest({key: value for key, value in plain.items() if key != "record_sha256"})
 
 
 def stage_id(verb: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -243,7 +250,9 @@ class Workspace:
             shutil.rmtree(partial)
 
     def complete(self, partial: Path, record: Mapping[str, Any]) -> Stage:
-        """Turn a finished partial folder into the chain's last stage: record, rename, list."""
+        """Turn a finished partial folder into the chain's last stage: record, with the files' hashes, rename, list."""
+        record = {**record, "files": describe_files(partial)}
+        record["record_sha256"] = record_digest(record)
         final = self.root / f"{self._next_number():02d}-{record['verb']}"
         if final.exists():  # left unlisted by a run that was killed between the rename and the listing
             shutil.rmtree(final)

@@ -21,7 +21,7 @@ from compress.errors import UsageError
 from tests.fresh import ForkServer
 from tests.tiny import tiny_checkpoint
 
-VERBS = ("prune", "quantize", "train", "recover", "eval", "report", "run")
+VERBS = ("prune", "quantize", "train", "recover", "eval", "report", "verify", "run")
 SHORT = ("--steps", "2", "--micro-batch", "2", "--sequence", "32", "--rank", "4", "--alpha", "8")
 PRUNE = ("prune", "--ratio", "0.4", "--repair-steps", "2", "--calibration-tokens", "256", *SHORT)
 QUANTIZE = ("quantize", "--budget", "4.5bit")
