@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,7 +13,15 @@ import torch
 from compress.errors import CompressError, UsageError
 from compress.quantize.config import FACTOR_8BIT, MENU, QuantConfig
 from compress.quantize.decompose import factor_bits, squared_norm
-from compress.quantize.rank_ratios import decomposed_ratios, estimated_ratios
+from compress.quantize.dominated import MARGIN, finer_twins
+from compress.quantize.lowrank import truncated_svd
+from compress.quantize.rank_ratios import (
+    decomposed_shares,
+    mean_shares,
+    noise_shares,
+    refitted_shares,
+    storage_error,
+)
 from compress.quantize.rounding_errors import rounding_errors
 
 Effort = Literal["quick", "standard", "paper"]
@@ -21,9 +29,9 @@ Effort = Literal["quick", "standard", "paper"]
 RANKS = (0, 4, 8, 16, 32, 64)
 """Ranks offered to the allocation."""
 
-ESTIMATE = "rank 0 exact; rank r estimated from the singular values of W and one rounding of the rest"
+ESTIMATE = "roundings of W and of what its leading factors leave; the gain of further rounds estimated"
 DECOMPOSED = (
-    "rank 0 exact; rank r from a decomposition of five iterations per width, scaled to each configuration"
+    "roundings of W and of what its leading factors leave; further rounds as in a decomposition per width"
 )
 
 
@@ -39,6 +47,10 @@ class ErrorTable:
         bits: Stored bits including the factors, int64 [C, R].
         weight_norm: Squared Frobenius norm of the matrix.
         method: How the errors of ranks above 0 were obtained.
+        skipped: Positions (rows of ``errors``) that were not computed, at one rank at least, because another
+            configuration of the same size has the smaller bound; they hold that one's errors and a millionth more,
+            so no choice of least cost takes them.
+        sample: Share or number of rows that were read; None: all.
     """
 
     shape: tuple[int, int]
@@ -48,6 +60,8 @@ class ErrorTable:
     bits: npt.NDArray[np.int64]
     weight_norm: float
     method: str
+    skipped: tuple[int, ...] = ()
+    sample: float | None = None
 
     def choice(self, index: int) -> tuple[QuantConfig, int]:
         """Configuration and rank of an entry of the flattened (row-major) tables."""
@@ -65,6 +79,8 @@ class ErrorTable:
             "bits": self.bits.tolist(),
             "weight_norm": self.weight_norm,
             "method": self.method,
+            "skipped": list(self.skipped),
+            "sample": self.sample,
         }
 
     @classmethod
@@ -87,6 +103,8 @@ class ErrorTable:
             bits=np.asarray(values["bits"], dtype=np.int64),
             weight_norm=float(values["weight_norm"]),
             method=values["method"],
+            skipped=tuple(values.get("skipped", ())),
+            sample=values.get("sample"),
         )
 
 
@@ -134,22 +152,28 @@ def error_table(
     effort: Effort = "quick",
     factor_config: QuantConfig | None = FACTOR_8BIT,
     seed: int = 0,
+    sample: float | None = None,
 ) -> ErrorTable:
     """Errors and stored bits of every configuration and rank for one matrix.
 
-    Rank 0 is always exact. Higher ranks are estimated (``quick``, ``standard``: on the side of too much
-    error, 4 to 36 % above five iterations of decomposition on a trained model) or decomposed (``paper``).
+    One SVD serves all configurations and ranks. Of rank r, what its leading factors leave is rounded with every
+    configuration; that is exact, and exact for rank 0 as a whole. What the further rounds of a decomposition take
+    from it is estimated (``quick``, ``standard``: rather too little) or found by decompositions (``paper``).
+    Configurations that :func:`finer_twins` rules out are not computed.
 
     Args:
         weight: [O, I], any floating type.
         configs: The menu, for instance ``menu(effort)``.
         ranks: Offered ranks; those not below half of the smaller side are left out, 0 is always in.
-        effort: Whether ranks above 0 are estimated or decomposed.
+        effort: Whether the gain of further rounds is estimated or decomposed.
         factor_config: How the factors are stored; None keeps them in 16 bits.
-        seed: Of the randomized SVDs.
+        seed: Of the randomized SVDs and of the sample.
+        sample: Share (float) or number (int) of rows that the roundings are estimated from; None: all rows. The
+            entries that matter in the end can be had exactly with :func:`refined`.
 
     Raises:
-        UsageError: There is no such effort, or the menu is empty.
+        UsageError: There is no such effort, the menu is empty, or the sample is not positive.
+        CompressError: A weight is not finite.
     """
     if effort not in get_args(Effort) or not configs:
         raise UsageError(
@@ -159,13 +183,10 @@ def error_table(
     wide = weight.detach().float()
     shape = (wide.shape[0], wide.shape[1])
     offered = offered_ranks(shape, ranks)
-    plain = rounding_errors(wide, configs)
-    errors = np.repeat(plain[:, None], len(offered), axis=1)
+    errors = np.empty((len(configs), len(offered)))
+    errors[:, 0], skipped = _roundings(wide, configs, sample, seed)
     if len(offered) > 1:
-        measure = decomposed_ratios if effort == "paper" else estimated_ratios
-        ratios = measure(wide, configs, offered, factor_config, seed)
-        for at, config in enumerate(configs):
-            errors[at] *= ratios(config, float(plain[at]))
+        skipped |= _add_ranks(wide, configs, offered, errors, effort, factor_config, seed, sample)
     return ErrorTable(
         shape=shape,
         configs=tuple(configs),
@@ -174,4 +195,106 @@ def error_table(
         bits=stored_bits(shape, configs, offered, factor_config),
         weight_norm=squared_norm(wide),
         method=DECOMPOSED if effort == "paper" else ESTIMATE,
+        skipped=tuple(sorted(skipped)),
+        sample=sample,
     )
+
+
+def _roundings(
+    rest: torch.Tensor, configs: Sequence[QuantConfig], sample: float | None, seed: int
+) -> tuple[npt.NDArray[np.float64], set[int]]:
+    """Rounding errors [C], and which of them are those of a twin with a margin."""
+    twins = finer_twins(rest, configs)
+    kept = [at for at in range(len(configs)) if at not in twins]
+    errors = np.empty(len(configs))
+    errors[kept] = rounding_errors(rest, [configs[at] for at in kept], sample=sample, seed=seed)
+    skipped = {at for at, twin in twins.items() if errors[twin] > 0}
+    for at in skipped:
+        errors[at] = errors[twins[at]] * (1 + MARGIN)
+    if others := [at for at in twins if at not in skipped]:  # a margin on no error would be none
+        errors[others] = rounding_errors(rest, [configs[at] for at in others], sample=sample, seed=seed)
+    return errors, skipped
+
+
+def _add_ranks(
+    wide: torch.Tensor,
+    configs: Sequence[QuantConfig],
+    ranks: Sequence[int],
+    errors: npt.NDArray[np.float64],
+    effort: Effort,
+    factor_config: QuantConfig | None,
+    seed: int,
+    sample: float | None,
+) -> set[int]:
+    """Fill the columns of ``errors`` [C, R] behind the first, which holds the errors of rank 0; what was skipped.
+
+    Q rounded against the stored factors forgoes the further rounds, but not more than plain rounding loses.
+    """
+    u, s, vh = truncated_svd(wide, max(ranks), seed=seed, power_iterations=1)
+    left, right = u * s.sqrt(), s.sqrt()[:, None] * vh
+    noise: npt.NDArray[np.float64] | None = None
+    skipped: set[int] = set()
+    for at in range(len(ranks) - 1, 0, -1):  # the largest rank first: it gives the spectrum of the noise
+        rank = ranks[at]
+        rest = torch.addmm(wide, left[:, :rank], right[:rank], alpha=-1)
+        first, twins = _roundings(rest, configs, sample, seed)
+        skipped |= twins
+        if effort == "paper":
+            found = first * decomposed_shares(wide, rest, rank, configs, factor_config, seed)
+        else:
+            noise = noise_shares(rest, ranks, seed) if noise is None else noise
+            means = mean_shares(rest, configs)
+            left_over = refitted_shares(first, squared_norm(rest), noise[at], means, configs)
+            found = first * left_over + storage_error(left[:, :rank], right[:rank], factor_config)
+        errors[:, at] = np.minimum(np.minimum(first, found), errors[:, 0])
+    return skipped
+
+
+def _finest(table: ErrorTable, config: int, rank: int) -> int:
+    """The configuration of the same width and block size that loses least: the further rounds go by it."""
+    kind = table.configs[config].bits, table.configs[config].block_size
+    same = [at for at, other in enumerate(table.configs) if (other.bits, other.block_size) == kind]
+    return min(same, key=lambda at: float(table.errors[at, rank]))
+
+
+def refined(
+    table: ErrorTable,
+    weight: torch.Tensor,
+    entries: Sequence[int],
+    *,
+    effort: Effort = "quick",
+    factor_config: QuantConfig | None = FACTOR_8BIT,
+    seed: int = 0,
+) -> ErrorTable:
+    """The table with some entries computed from all rows, such as those an allocation picked from a sampled table.
+
+    Roundings are exact then; what the further rounds take from them is estimated as before.
+
+    Args:
+        table: Of ``weight``.
+        weight: [O, I], any floating type.
+        entries: Positions in the flattened table.
+        effort: As for :func:`error_table`.
+        factor_config: As for :func:`error_table`.
+        seed: As for :func:`error_table`.
+
+    Raises:
+        CompressError: A weight is not finite.
+    """
+    picked = [divmod(entry, len(table.ranks)) for entry in sorted(set(entries))]
+    if not picked:
+        return table
+    configs = sorted({at for config, rank in picked for at in (config, _finest(table, config, rank))})
+    ranks = [table.ranks[rank] for _, rank in picked]
+    exact = error_table(
+        weight,
+        [table.configs[config] for config in configs],
+        ranks,
+        effort=effort,
+        factor_config=factor_config,
+        seed=seed,
+    )
+    errors = table.errors.copy()
+    for config, rank in picked:
+        errors[config, rank] = exact.errors[configs.index(config), exact.ranks.index(table.ranks[rank])]
+    return replace(table, errors=errors)

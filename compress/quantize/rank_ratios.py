@@ -1,14 +1,14 @@
-"""How much of the rounding error factors of each rank leave: estimated, or from decompositions."""
+"""How much of the rounding error further rounds of a decomposition leave: estimated, or from decompositions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import QuantConfig
 from compress.quantize.decompose import decompose, read_factor, squared_norm, store_factor
 from compress.quantize.lowrank import truncated_svd
@@ -16,96 +16,123 @@ from compress.quantize.rounding_errors import rounding_errors
 
 EXACT_ITERATIONS = 5
 
-Ratios = Callable[[QuantConfig, float], npt.NDArray[np.float64]]
-"""(configuration, its rank-0 error) -> ratio of rank-r to rank-0 error for each rank, [R]."""
+_FURTHER, _FADES = 0.5, 0.3
+"""First refits that the further rounds of a decomposition are worth at least, and the share of the noise that factors
+take at which they are worth nothing; measured on heavy-tailed, Gaussian and trained matrices."""
+
+_ROWS = 256
+"""Rows on which the mean rounding errors are measured."""
 
 
-@cache
-def _white_share(shape: tuple[int, int], rank: int) -> float:
-    """Share of white noise's squared norm that factors of this rank, found as in a decomposition, take."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    _, s, _ = truncated_svd(noise, rank, seed=0)
-    return squared_norm(s[None]) / squared_norm(noise)
+def noise_shares(rest: torch.Tensor, ranks: Sequence[int], seed: int) -> npt.NDArray[np.float64]:
+    """Share of a rounding error's squared norm that factors of each rank take away, [R].
 
+    Measured on one rounding at 4 bits, whose error is noise without a mean; errors of all widths and block sizes have
+    that spectrum, apart from their means.
 
-def _probe_of(config: QuantConfig) -> tuple[int, int]:
-    """What the effect of a rank on rounding depends on: 2 bits or more, and the block size."""
-    return min(config.bits, 3), config.block_size
-
-
-def estimated_ratios(
-    weight: torch.Tensor,
-    configs: Sequence[QuantConfig],
-    ranks: Sequence[int],
-    factor_config: QuantConfig | None,
-    seed: int,
-) -> Ratios:
-    """Ratios of rank-r to rank-0 error as a function of the configuration and its rank-0 error, [R].
-
-    With L the rank-r part of W, rounding W - L in place of W lowers every block's scale: by a factor that
-    hardly depends on anything but the block size and is measured at 2 and at 3 bits. The factors are then
-    fitted once more, to what the rounding left. A share of that, as large as the relative rounding error,
-    lies along W - L, where L took the leading directions already; the rest is close to white noise, of which
-    the factors take what they take of white noise. The further rounds of a decomposition are not credited,
-    which keeps the estimate above what it will find. Factors add their own storage error, measured here,
-    unless Q is rounded against them, which forgoes the second fit.
+    Args:
+        rest: [O, I], what the factors leave to be rounded.
+        ranks: R ranks, 0 for none.
+        seed: Of the randomized SVD.
     """
-    u, s, vh = truncated_svd(weight, max(ranks), seed=seed, power_iterations=1)
-    root = s.sqrt()
-    left, right = u * root, root[:, None] * vh
-    probes: dict[tuple[int, int], QuantConfig] = {}
-    for config in configs:
-        probes.setdefault(_probe_of(config), config)
-    plain = rounding_errors(weight, list(probes.values()))
-    shrink = np.ones((len(probes), len(ranks)))
-    stored = np.zeros(len(ranks))
-    refit = np.ones((len(probes), len(ranks)))
-    for at, rank in enumerate(ranks):
-        if rank == 0:
-            continue
-        product = left[:, :rank] @ right[:rank]
-        kept_out, kept_in = (read_factor(store_factor(f[:rank], factor_config)) for f in (left.T, right))
-        stored[at] = squared_norm(product - kept_out.T @ kept_in)
-        rest = weight - product
-        after = rounding_errors(rest, list(probes.values()))
-        white = 1 - after / max(squared_norm(rest), float(after.max()), torch.finfo(rest.dtype).tiny)
-        refit[:, at] = 1 - white * _white_share((weight.shape[0], weight.shape[1]), rank)
-        shrink[:, at] = np.divide(after, plain, out=np.ones(len(probes)), where=plain > 0)
-    measured = dict(zip(probes, zip(shrink, refit, strict=True), strict=True))
-
-    def ratios(config: QuantConfig, error: float) -> npt.NDArray[np.float64]:
-        if error <= 0:
-            return np.ones(len(ranks))
-        first, again = measured[_probe_of(config)]
-        second = first * again + stored / error
-        lower: npt.NDArray[np.float64] = np.minimum(np.minimum(first, second), 1.0)
-        return lower
-
-    return ratios
+    noise = rest - quantize_dequantize(rest, QuantConfig(bits=4))
+    total = squared_norm(noise)
+    if total == 0:
+        return np.zeros(len(ranks))
+    energy = truncated_svd(noise, max(ranks), seed=seed, power_iterations=1)[1].double().square().cumsum(0)
+    return np.asarray([float(energy[rank - 1]) / total if rank else 0.0 for rank in ranks])
 
 
-def decomposed_ratios(
-    weight: torch.Tensor,
+def refitted_shares(
+    first: npt.NDArray[np.float64],
+    norm: float,
+    noise: float,
+    means: npt.NDArray[np.float64],
     configs: Sequence[QuantConfig],
-    ranks: Sequence[int],
+) -> npt.NDArray[np.float64]:
+    """What the rounds of a decomposition leave of the first rounding's error, [C].
+
+    Of that error a share as large as the relative error itself lies along what was rounded, where the factors took
+    the leading directions already. The rest is noise, of which a refit takes what factors take of noise, but for the
+    means of the rows, which it takes whole. What coarse scales add sits in single weights; of it, factors take half
+    as much.
+
+    Args:
+        first: Squared errors of the first rounding, [C].
+        norm: Squared norm of what was rounded.
+        noise: From :func:`noise_shares`.
+        means: From :func:`mean_shares`, [C].
+        configs: C configurations.
+    """
+    kinds = [(config.bits, config.block_size) for config in configs]
+    finest = {
+        kind: min(e for e, other in zip(first, kinds, strict=True) if other == kind) for kind in set(kinds)
+    }
+    fine = np.asarray([finest[kind] for kind in kinds]) / np.maximum(first, np.finfo(np.float64).tiny)
+    white = 1 - first / max(norm, float(first.max()), float(np.finfo(np.float64).tiny))
+    taken = np.minimum((noise + means) * white, 1.0)
+    exponent = 1 + _FURTHER * max(0.0, 1 - noise / _FADES)
+    left: npt.NDArray[np.float64] = (1 - taken) ** (exponent * (1 + fine) / 2)
+    return left
+
+
+def mean_shares(rest: torch.Tensor, configs: Sequence[QuantConfig]) -> npt.NDArray[np.float64]:
+    """Share of the rounding error's squared norm that lies in the means of the rows, [C].
+
+    The table of 2 bits is so lopsided that its errors have a mean that goes with the scales of the row: a part of
+    rank one, which the first refit takes whole. Means depend on width and block size alone.
+
+    Args:
+        rest: [O, I], what is rounded; some rows are looked at.
+        configs: C configurations.
+    """
+    some = rest[:: -(-len(rest) // _ROWS)]
+    columns = some.shape[1]
+    found: dict[tuple[int, int], float] = {}
+    for bits, size in {(config.bits, config.block_size) for config in configs}:
+        error = some - quantize_dequantize(some, QuantConfig(bits=bits, block_size=size))
+        total = squared_norm(error)
+        means = float(error.double().mean(1).square().sum())
+        found[bits, size] = max(0.0, means * columns / total - 1 / columns) if total > 0 else 0.0
+    return np.asarray([found[config.bits, config.block_size] for config in configs])
+
+
+def storage_error(left: torch.Tensor, right: torch.Tensor, factor_config: QuantConfig | None) -> float:
+    """Squared error that storing the factors L1 [O, r] and L2 [r, I] adds to their product."""
+    kept_left = read_factor(store_factor(left.T.contiguous(), factor_config)).T
+    kept_right = read_factor(store_factor(right, factor_config))
+    # L1 L2 - K1 K2 = [L1 - K1, K1] [L2; L2 - K2]: its norm from two small Gram matrices.
+    tall = torch.cat((left - kept_left, kept_left), dim=1).double()
+    wide = torch.cat((right, right - kept_right)).double()
+    return max(0.0, float(((tall.T @ tall) * (wide @ wide.T)).sum()))
+
+
+def decomposed_shares(
+    weight: torch.Tensor,
+    rest: torch.Tensor,
+    rank: int,
+    configs: Sequence[QuantConfig],
     factor_config: QuantConfig | None,
     seed: int,
-) -> Ratios:
-    """The same function from decompositions of every width and rank with blocks of 64."""
-    table: dict[int, npt.NDArray[np.float64]] = {}
-    for bits in sorted({config.bits for config in configs}):
-        config = QuantConfig(bits=bits)
-        found = [
-            decompose(
-                weight,
-                config,
-                rank=rank,
-                factor_config=factor_config,
-                iterations=EXACT_ITERATIONS,
-                seed=seed,
-            ).error
-            for rank in ranks
-        ]
-        table[bits] = np.asarray(found) / found[0] if found[0] > 0 else np.ones(len(ranks))
-    floor = {bits: np.minimum(found, 1.0) for bits, found in table.items()}
-    return lambda config, error: floor[config.bits]
+) -> npt.NDArray[np.float64]:
+    """What a decomposition of five iterations leaves of the first rounding's error, [C].
+
+    One is done for every width, with blocks of 64.
+
+    Args:
+        weight: [O, I].
+        rest: What the leading factors of ``weight`` leave.
+        rank: Of the decomposition.
+        configs: C configurations.
+        factor_config: How the factors are stored.
+        seed: Of the randomized SVDs.
+    """
+    probes = [QuantConfig(bits=bits) for bits in sorted({config.bits for config in configs})]
+    first = rounding_errors(rest, probes)
+    left = {}
+    for probe, error in zip(probes, first, strict=True):
+        found = decompose(
+            weight, probe, rank=rank, factor_config=factor_config, iterations=EXACT_ITERATIONS, seed=seed
+        ).error
+        left[probe.bits] = found / float(error) if error > 0 else 1.0
+    return np.asarray([left[config.bits] for config in configs])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kendalltau
 
 from compress.errors import CompressError, UsageError
 from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import FACTOR_8BIT, MENU, QuantConfig
 from compress.quantize.decompose import decompose, factor_bits
-from compress.quantize.error_table import ErrorTable, error_table, menu, offered_ranks
+from compress.quantize.error_table import ErrorTable, error_table, menu, offered_ranks, refined
 from compress.quantize.rounding_errors import rounding_errors
-from tests.unit.quantize.test_decompose import trained
+from compress.solvers.problem import Problem
+from compress.solvers.solve import solve
+from tests.unit.quantize.test_decompose import squared, trained
 
 
 def test_menus_nest() -> None:
@@ -31,14 +35,6 @@ def test_ranks_stay_below_half_of_the_smaller_side() -> None:
     assert offered_ranks((64, 576)) == (0, 4, 8, 16)
     assert offered_ranks((6, 6), (4, 2)) == (0, 2)
     assert offered_ranks((576, 576), (32, 8)) == (0, 8, 32)
-
-
-@pytest.mark.parametrize("shape", [(37, 53), (64, 128), (2, 5)])
-def test_rounding_errors_are_exact_for_the_whole_menu(shape: tuple[int, int]) -> None:
-    weight = trained(shape)
-    weight[0, : shape[1] // 2] = 0
-    expected = [(weight.double() - quantize_dequantize(weight, c)).square().sum().item() for c in MENU[::7]]
-    np.testing.assert_allclose(rounding_errors(weight, MENU[::7]), expected, rtol=1e-4)
 
 
 def test_sizes_are_those_of_the_decompositions() -> None:
@@ -79,8 +75,11 @@ def test_the_paper_effort_decomposes() -> None:
         for r, rank in enumerate(table.ranks):
             found = decompose(weight, configs[c], rank=rank, iterations=5).error
             assert table.errors[c, r] == pytest.approx(found, rel=1e-4)
-    ratio = table.errors / table.errors[:, :1]
-    np.testing.assert_allclose(ratio[2], ratio[1], rtol=1e-12)
+    for r, rank in enumerate(table.ranks[1:], start=1):
+        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        rest = weight - ((u[:, :rank] * s[:rank]) @ vh[:rank]).float()
+        wide, narrow = (squared(rest - quantize_dequantize(rest, config)) for config in configs[1:])
+        assert table.errors[2, r] == pytest.approx(table.errors[1, r] * narrow / wide, rel=0.02)
     assert table.method != error_table(weight, configs, (0, 4)).method
 
 
@@ -106,6 +105,7 @@ def test_a_rank_is_not_said_to_pay_on_noise() -> None:
 def test_zero_matrices_have_no_error(effort: str) -> None:
     table = error_table(torch.zeros(40, 64), [QuantConfig(bits=2)], effort=effort)  # type: ignore[arg-type]
     assert not table.errors.any()
+    assert error_table(torch.zeros(40, 64), MENU, (0,)).skipped == ()
 
 
 def test_tables_survive_json_and_are_deterministic() -> None:
@@ -133,3 +133,66 @@ def test_factor_storage_is_part_of_the_estimate() -> None:
         for config in (None, FACTOR_8BIT, coarse)
     ]
     assert errors[0] < errors[1] < errors[2]
+
+
+def test_estimates_start_from_an_exact_rounding_of_what_the_factors_leave() -> None:
+    weight = trained((96, 160), 4)
+    configs = menu("standard")
+    table = error_table(weight, configs, (0, 8), factor_config=None)
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    rest = weight - ((u[:, :8] * s[:8]) @ vh[:8]).float()
+    first = rounding_errors(rest, configs)
+    start = np.minimum(first, table.errors[:, 0])
+    assert (table.errors[:, 1] < 1.01 * start).all()
+    assert (table.errors[:, 1] > 0.5 * start).all()
+    assert kendalltau(table.errors[:, 1], start).statistic > 0.97
+
+
+def test_what_is_skipped_is_never_chosen() -> None:
+    weights = [trained((48, 128), seed) for seed in range(2)]
+    tables = [error_table(weight, MENU, (0, 8), sample=32) for weight in weights]
+    for table in tables:
+        assert {MENU[at].scale_dtype for at in table.skipped} == {"bfloat16"}
+        assert len(table.skipped) == 144
+        twin = [MENU.index(replace(MENU[at], scale_dtype="float16")) for at in table.skipped]
+        skipped = list(table.skipped)
+        np.testing.assert_array_equal(table.bits[skipped], table.bits[twin])
+        assert (table.errors[skipped] > table.errors[twin]).all()
+        np.testing.assert_allclose(table.errors[skipped], table.errors[twin], rtol=1e-5)
+        read = ErrorTable.from_dict(json.loads(json.dumps(table.to_dict())))
+        assert (read.skipped, read.sample) == (table.skipped, 32)
+    for bits in (2.4, 3.1, 4.3, 6.0):
+        found = solve(
+            Problem(
+                names=("a", "b"),
+                costs=tuple(table.errors.ravel() for table in tables),
+                sizes=tuple(table.bits.ravel() for table in tables),
+                budget=int(bits * 2 * 48 * 128),
+            )
+        )
+        for table, choice in zip(tables, found.choices, strict=True):
+            assert table.choice(choice)[0].scale_dtype != "bfloat16"
+
+
+def test_sampled_tables_keep_the_order_and_finalists_are_exact() -> None:
+    weight = trained((256, 192))
+    full = error_table(weight, menu("standard"), (0, 8))
+    sampled = error_table(weight, menu("standard"), (0, 8), sample=0.25, seed=5)
+    np.testing.assert_allclose(sampled.errors, full.errors, rtol=0.3)
+    assert kendalltau(sampled.errors.ravel(), full.errors.ravel()).statistic > 0.96
+    assert not np.array_equal(sampled.errors, full.errors)
+    picked = [3, 40, 41]
+    exact = refined(sampled, weight, picked)
+    np.testing.assert_allclose(exact.errors.ravel()[picked], full.errors.ravel()[picked], rtol=2e-3)
+    others = np.setdiff1d(np.arange(full.errors.size), picked)
+    np.testing.assert_array_equal(exact.errors.ravel()[others], sampled.errors.ravel()[others])
+    assert refined(sampled, weight, []) is sampled
+    whole = error_table(weight, menu("standard"), (0, 8), sample=1.0)
+    np.testing.assert_allclose(whole.errors, full.errors, rtol=1e-9)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    weight = trained((40, 50))
+    weight[3, 7] = torch.nan
+    with pytest.raises(CompressError, match="not finite"):
+        error_table(weight, menu("quick"))
