@@ -30,8 +30,7 @@ from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model, load_tokenizer, preferred_dtype, resolve
 from compress.pipelines.dispatch import prepare_torch, quiet_libraries
-from compress.pipelines.measure import CALIBRATION_SEED
-from compress.pipelines.prune_find import summed_loss
+from compress.pipelines.measure import CALIBRATION_SEED, summed_loss
 from compress.pipelines.prune_refit import stored_weight
 from compress.pipelines.settings import Common
 from compress.prune.compensate import gather_moments, refit_from_store, swapped

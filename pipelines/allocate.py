@@ -22,10 +22,16 @@ from compress.quantize.config import FACTOR_8BIT, QuantConfig
 from compress.quantize.decompose import factor_bits
 from compress.quantize.error_table import RANKS, ErrorTable, error_table, menu, offered_ranks
 from compress.quantize.hessian import InputStatistics
-from compress.quantize.output_aware import output_error_table
+from compress.quantize.output_table import learned_menu, output_error_table
 from compress.solvers.budget import Budget
 from compress.solvers.problem import Problem
 from compress.solvers.solve import SOLVERS, solve
+
+COSTS = {
+    "frobenius": "squared error of the weights",
+    "hessian": "predicted rise of the loss, nats per token",
+}
+"""What the choice for each objective costs, and the allocation sums."""
 
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
@@ -56,8 +62,8 @@ class Choice:
     config: QuantConfig
     rank: int
     bits: int
-    expected_error: float
-    weight_norm: float
+    expected_cost: float
+    squared_norm: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,7 @@ class Allocation:
     limit_bits: int
     certificate: Mapping[str, Any]
     plain: Mapping[str, Any] | None
+    objective: str
 
     @property
     def bits_per_weight(self) -> float:
@@ -82,6 +89,7 @@ class Allocation:
             "format_version": FORMAT_VERSION,
             "budget": {"text": self.budget.text, "kind": self.budget.kind, "value": self.budget.value},
             "budget_includes": self.includes,
+            "cost": COSTS[self.objective],
             "limit_bits": self.limit_bits,
             "bits_per_weight": self.bits_per_weight,
             "certificate": dict(self.certificate),
@@ -94,12 +102,17 @@ class Allocation:
                     "rank": c.rank,
                     "stored_bits": c.bits,
                     "bits_per_weight": c.bits / c.matrix.numel,
-                    "expected_squared_error": c.expected_error,
-                    "squared_norm": c.weight_norm,
+                    "expected_cost": c.expected_cost,
+                    "squared_norm": c.squared_norm,
                 }
                 for c in self.choices
             ],
         }
+
+
+def offered(settings: QuantizeSettings) -> tuple[QuantConfig, ...]:
+    """The configurations to choose from."""
+    return learned_menu(settings.menu) if settings.objective == "hessian" else menu(settings.menu)
 
 
 def matrices_of(model: ModelInput) -> list[Matrix]:
@@ -160,7 +173,7 @@ def limit_in_bits(
         )
     smallest = 0
     for matrix in matrices:
-        least = min(config.storage_bits(matrix.shape) for config in menu(settings.menu))
+        least = min(config.storage_bits(matrix.shape) for config in offered(settings))
         rank = ranks_for(matrix.shape, fixed_rank)[0] if settings.budget_includes == "factors" else 0
         smallest += least + factor_bits(matrix.shape, rank, FACTOR_8BIT)
     if limit < smallest:
@@ -185,6 +198,7 @@ def build_tables(
     fixed_rank: int | None,
     folder: Path,
     walk: HessianWalk | None,
+    minds: Mapping[str, Tensor],
 ) -> list[ErrorTable]:
     """One error table per matrix; finished ones are read back from ``folder``.
 
@@ -196,6 +210,7 @@ def build_tables(
         fixed_rank: The one rank to offer; None: all of them.
         folder: Where finished tables lie.
         walk: Input statistics of the model as it is; None for the objective ``frobenius``.
+        minds: With a walk, what a unit of squared output error costs, [O] by module.
     """
     folder.mkdir(exist_ok=True)
     ranks = RANKS if fixed_rank is None else (fixed_rank,)
@@ -205,14 +220,17 @@ def build_tables(
             group = list(members)
             paths = {matrix.module: folder / f"{matrix.module}.json" for matrix in group}
             missing = [matrix for matrix in group if not paths[matrix.module].is_file()]
-            statistics = walk.statistics(layer) if walk is not None and missing else {}
+            statistics: Mapping[str, InputStatistics] = {}
+            if walk is not None and missing:
+                statistics = walk.statistics(layer, advance=True)
+            elif walk is not None:
+                walk.advance(layer)
             for matrix in missing:
+                seen = statistics.get(matrix.module)
                 table = _table(
-                    model, matrix, settings, ranks, context.common.seed, statistics.get(matrix.module)
+                    model, matrix, settings, ranks, context.common.seed, seen, minds.get(matrix.module)
                 )
                 write_json(paths[matrix.module], table.to_dict())
-            if walk is not None:
-                walk.advance(layer)
             tables += [ErrorTable.from_dict(read_json(paths[matrix.module])) for matrix in group]
             progress(len(tables), len(matrices), f"layer {layer}")
     return tables
@@ -225,11 +243,12 @@ def _table(
     ranks: Sequence[int],
     seed: int,
     statistics: InputStatistics | None,
+    minds: Tensor | None,
 ) -> ErrorTable:
-    weight, configs = read_matrix(model, matrix), menu(settings.menu)
+    weight, configs = read_matrix(model, matrix), offered(settings)
     if statistics is None:
         return error_table(weight, configs, ranks, effort=settings.menu, seed=seed)
-    return output_error_table(weight, configs, statistics, ranks, seed=seed)
+    return output_error_table(weight, configs, statistics, ranks, row_weights=minds, seed=seed)
 
 
 def allocate(
@@ -242,11 +261,10 @@ def allocate(
 ) -> Allocation:
     """Solve for the choice with the least summed cost within the limit.
 
-    The cost is the squared error of the weights (``frobenius``, LQ-LoRA's own), or the squared error of the outputs
-    as a share of the outputs (``hessian``), which has one meaning in every layer.
+    The cost is the squared error of the weights (``frobenius``, LQ-LoRA's own), or the rise of the loss that the
+    errors of the outputs predict (``hessian``), which has one meaning in every layer.
     """
-    relative = settings.objective == "hessian"
-    costs = [t.errors.reshape(-1) / (t.weight_norm or 1.0 if relative else 1.0) for t in tables]
+    costs = [table.errors.reshape(-1) for table in tables]
     candidates: list[list[int]] = []
     sizes = []
     for matrix, table in zip(matrices, tables, strict=True):
@@ -276,8 +294,8 @@ def allocate(
                 config=config,
                 rank=rank,
                 bits=int(table.bits.reshape(-1)[index]),
-                expected_error=float(table.errors.reshape(-1)[index]),
-                weight_norm=table.weight_norm,
+                expected_cost=float(table.errors.reshape(-1)[index]),
+                squared_norm=table.weight_norm,
             )
         )
     return Allocation(
@@ -286,7 +304,8 @@ def allocate(
         includes=settings.budget_includes,
         limit_bits=limit_bits,
         certificate=solution.certificate(),
-        plain=None if relative else plain_rounding(matrices, tables, limit_bits),
+        plain=plain_rounding(matrices, tables, limit_bits) if settings.objective == "frobenius" else None,
+        objective=settings.objective,
     )
 
 

@@ -1,4 +1,4 @@
-"""Input statistics of every decoder matrix, layer by layer, on calibration text."""
+"""What calibration text tells of every decoder matrix: its inputs, layer by layer, and what the loss minds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.load import load_model
-from compress.pipelines.measure import calibration_windows
+from compress.pipelines.measure import calibration_windows, summed_loss
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.quantize.hessian import InputStatistics, input_statistics
+from compress.quantize.sensitivity import output_sensitivities
 
 SHARED_INPUT = {
     "q": "attention",
@@ -27,6 +28,9 @@ SHARED_INPUT = {
 }
 """Roles that read the same hidden states, and so have the same statistics."""
 BATCH = 4
+GRADIENT_BATCH = 2
+GRADIENT_SHARE = 0.5
+"""Share of the calibration windows that go through the backward pass."""
 
 
 class HessianWalk:
@@ -54,18 +58,24 @@ class HessianWalk:
         self._network = load_model(model.path, dtype=dtype, device=device)
         windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
         self.protocol = dict(windows.protocol)
+        self.tokens = (
+            len(windows) // min(BATCH, len(windows)) * min(BATCH, len(windows)) * windows.ids.shape[1]
+        )
         with torch.no_grad():
             self._walk = LayerWalk(self._network, self._arch, windows.ids, batch=min(BATCH, len(windows)))
 
     @torch.no_grad()
-    def statistics(self, layer: int) -> dict[str, InputStatistics]:
-        """Module name -> statistics of its inputs, for every linear of ``layer``."""
+    def statistics(self, layer: int, *, advance: bool = False) -> dict[str, InputStatistics]:
+        """Module name -> statistics of its inputs, for every linear of ``layer``.
+
+        With ``advance`` the same pass goes on to the next layer, through this one as it is.
+        """
         first: dict[str, LinearSpec] = {}
         for spec in self._arch.linears_at(layer):
             first.setdefault(SHARED_INPUT.get(spec.role, spec.name), spec)
         with gathered_grams(self._walk.layers[layer], dict.fromkeys(first.values())) as grams:
-            self._walk.look(layer)
-        found = {name: input_statistics(grams[spec]) for name, spec in first.items()}
+            (self._walk.advance if advance else self._walk.look)(layer)
+        found = {name: input_statistics(grams[spec] / self.tokens) for name, spec in first.items()}
         return {
             self._arch.module_name(layer, spec): found[SHARED_INPUT.get(spec.role, spec.name)]
             for spec in self._arch.linears_at(layer)
@@ -80,3 +90,33 @@ class HessianWalk:
                 parameter = self._network.get_parameter(f"{name}.weight")
                 parameter.copy_(weights[name].t() if spec.transposed else weights[name])
         self._walk.advance(layer)
+
+
+def sensitivities(
+    context: Context, model: ModelInput, settings: QuantizeSettings, source: str, device: str, dtype: Any
+) -> dict[str, Tensor]:
+    """What a unit of squared output error costs, in nats per token: half the mean squared gradient there, float32 [O].
+
+    Args:
+        context: Gives the seed and the reporter.
+        model: The model to quantize.
+        settings: Give the number of calibration tokens, of which :data:`GRADIENT_SHARE` are used.
+        source: Text source; its training split is read.
+        device: Where the model runs.
+        dtype: In which precision.
+
+    Returns:
+        By module name.
+    """
+    network = load_model(model.path, dtype=dtype, device=device)
+    windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
+    count = max(1, round(GRADIENT_SHARE * len(windows)))
+    with context.reporter.bar("sensitivities") as progress:
+        found = output_sensitivities(
+            network,
+            model.architecture,
+            windows.ids[:count].to(device).split(GRADIENT_BATCH),
+            summed_loss(network),
+            progress=progress,
+        )
+    return {name: (0.5 * mean).float().cpu() for name, mean in found.items()}

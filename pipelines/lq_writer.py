@@ -34,6 +34,7 @@ def decompose_layers(
     settings: QuantizeSettings,
     folder: Path,
     walk: HessianWalk | None,
+    minds: Mapping[str, Tensor],
 ) -> list[dict[str, Any]]:
     """Decompose every matrix; one file per finished layer in ``folder``, read back when it is there.
 
@@ -45,6 +46,7 @@ def decompose_layers(
         folder: Where finished layers lie.
         walk: Input statistics, in front of the first layer; each layer is then fed by the quantized ones before
             it. None for the objective ``frobenius``.
+        minds: With a walk, what a unit of squared output error costs, [O] by module.
 
     Returns:
         What became of each matrix, in the allocation's order.
@@ -58,7 +60,7 @@ def decompose_layers(
             path = layer_file(folder, layer)
             if not path.is_file():
                 statistics = walk.statistics(layer) if walk is not None else {}
-                _decompose_layer(model, choices, settings, context.common.seed, path, statistics)
+                _decompose_layer(model, choices, settings, context.common.seed, path, statistics, minds)
             with safe_open(path, framework="pt") as file:
                 records += json.loads(file.metadata()["matrices"])
             if walk is not None:
@@ -101,6 +103,7 @@ def _decompose_layer(
     seed: int,
     path: Path,
     statistics: Mapping[str, InputStatistics],
+    minds: Mapping[str, Tensor],
 ) -> None:
     tensors: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
@@ -108,7 +111,12 @@ def _decompose_layer(
         weight, output_error = read_matrix(model, choice.matrix), {}
         if choice.matrix.module in statistics:
             aware = decompose_outputs(
-                weight, choice.config, statistics[choice.matrix.module], rank=choice.rank, seed=seed
+                weight,
+                choice.config,
+                statistics[choice.matrix.module],
+                rank=choice.rank,
+                row_weights=minds.get(choice.matrix.module),
+                seed=seed,
             )
             result = aware.decomposition
             share = aware.output_error / aware.output_norm if aware.output_norm else 0.0
@@ -125,6 +133,7 @@ def _decompose_layer(
                 "scale_bits": choice.config.scale_bits,
                 "block_size": choice.config.block_size,
                 "group_size": choice.config.group_size,
+                "codebook": choice.config.codebook,
                 "rank": result.rank,
                 "stored_bits": result.storage_bits,
                 "bits_per_weight": result.storage_bits / choice.matrix.numel,

@@ -6,12 +6,15 @@ Stages look at validation text only; the test text is read by ``compress eval`` 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.adapters.loss import TokenLoss
 from compress.data.windows import Windows, token_windows
 from compress.errors import UsageError
 from compress.evaluate.perplexity import perplexity
@@ -132,3 +135,14 @@ def expected_protocol(windows: Windows, dtype: torch.dtype, device: str) -> dict
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.device(device).type,
     }
+
+
+def summed_loss(network: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Summed next-token loss of a batch without its full table of logits."""
+    token_loss = TokenLoss(network)
+
+    def loss(_: nn.Module, ids_BS: Tensor) -> Tensor:
+        total: Tensor = token_loss(ids_BS, ids_BS)
+        return total
+
+    return loss

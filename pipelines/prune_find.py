@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.adapters.attach import attach_lora, lora_delta
-from compress.adapters.loss import TokenLoss
 from compress.adapters.train import fit
 from compress.data.windows import Windows
 from compress.importance.base import Criterion, GroupScores, create_criterion
@@ -20,7 +19,7 @@ from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
 from compress.importance.obs import ObsConfig, ObsCriterion, rank_groups
 from compress.model.int8 import to_int8
-from compress.pipelines.measure import calibration_windows, training_windows
+from compress.pipelines.measure import calibration_windows, summed_loss, training_windows
 from compress.pipelines.prune_goal import Goal, parse_options
 from compress.pipelines.prune_place import BATCH, Place
 from compress.pipelines.prune_trial import try_shapes
@@ -130,17 +129,6 @@ def _measured(place: Place, goal: Goal, scores: GroupScores) -> GroupScores:
             ranked=scores,
             progress=progress,
         )
-
-
-def summed_loss(network: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Summed next-token loss of a batch without its full table of logits."""
-    token_loss = TokenLoss(network)
-
-    def loss(_: nn.Module, ids_BS: Tensor) -> Tensor:
-        total: Tensor = token_loss(ids_BS, ids_BS)
-        return total
-
-    return loss
 
 
 def _train(

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
@@ -19,16 +22,18 @@ from compress.pipelines.allocate import (
     limit_in_bits,
     matrices_of,
 )
-from compress.pipelines.hessian_walk import HessianWalk
+from compress.pipelines.hessian_walk import HessianWalk, sensitivities
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
 from compress.pipelines.measure import known_perplexity, validation_perplexity, validation_windows
-from compress.pipelines.model_input import current, device_and_dtype
+from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.workspace import read_json, write_json
 from compress.solvers.budget import parse_budget
+
+SENSITIVITIES = "sensitivities.safetensors"
 
 
 def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
@@ -62,10 +67,13 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
                 return None
             return HessianWalk(context, model, settings, source, device, dtype)
 
-        tables = build_tables(context, model, matrices, settings, fixed_rank, folder / "tables", walk())
+        minds = known_sensitivities(context, model, settings, source, device, dtype, folder / "tables")
+        tables = build_tables(
+            context, model, matrices, settings, fixed_rank, folder / "tables", walk(), minds
+        )
         allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank)
         record_allocation(allocation, folder)
-        records = decompose_layers(context, model, allocation, settings, folder / "layers", walk())
+        records = decompose_layers(context, model, allocation, settings, folder / "layers", walk(), minds)
         write_checkpoint(model, allocation, folder / "layers", folder)
         network = load_model(folder, dtype="float32", device=device)
         record_logits(network, check_ids(model.architecture.vocab, context.common.seed), folder)
@@ -105,6 +113,29 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
+
+
+def known_sensitivities(
+    context: Context,
+    model: ModelInput,
+    settings: QuantizeSettings,
+    source: str,
+    device: str,
+    dtype: Any,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """What the loss minds, by module, kept in ``folder``; nothing for ``frobenius``."""
+    if settings.objective == "frobenius":
+        return {}
+    folder.mkdir(exist_ok=True)
+    path = folder / SENSITIVITIES
+    if not path.is_file():
+        found = sensitivities(context, model, settings, source, device, dtype)
+        temporary = path.with_suffix(".tmp")
+        save_file(found, temporary)
+        temporary.replace(path)
+    known: dict[str, Tensor] = load_file(path)
+    return known
 
 
 def record_allocation(allocation: Allocation, folder: Path) -> None:

@@ -9,6 +9,16 @@ from compress.registry import Registry
 CRITERIA: Registry[type[Any]] = Registry(
     "criterion",
     "compress.importance",
-    helpers=("activations", "base", "collect", "gram_store", "modules", "moments", "reduce", "surgeon"),
+    helpers=(
+        "activations",
+        "base",
+        "collect",
+        "gram_store",
+        "modules",
+        "moments",
+        "output_gradients",
+        "reduce",
+        "surgeon",
+    ),
 )
 """Name -> subclass of :class:`compress.importance.base.Criterion`; listing the names imports no torch."""

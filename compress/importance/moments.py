@@ -6,16 +6,15 @@ Shapes: N windows, S tokens, T tokens of a batch, C input columns, O outputs, K 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.importance.base import Criterion, Loss, Needs
-from compress.importance.modules import decoder_linear, plain_model
+from compress.importance.output_gradients import Place, backward_passes
 from compress.model.architecture import Architecture, LinearSpec
 from compress.progress import Progress
 
@@ -23,8 +22,6 @@ OUTPUTS = ("o", "down")
 """Roles whose outputs are added to the residual stream and whose input columns belong to groups."""
 SKETCH_ROWS = 1024
 """Wider outputs are sketched to this many rows; narrower ones are kept exactly."""
-
-Place = tuple[int, LinearSpec]
 
 
 class MomentCriterion(Criterion):
@@ -82,12 +79,9 @@ class OutputGradients:
         progress: Progress | None = None,
     ) -> None:
         """Run forward and backward over ``batches`` of tokens [B, S]; ``loss`` is the summed next-token loss."""
-        with self._watching(model), torch.enable_grad():
-            for done, ids_BS in enumerate(batches, start=1):
-                loss(model, ids_BS).backward()
-                self._tokens += ids_BS.numel()
-                if progress is not None:
-                    progress(done, len(batches), "output gradients")
+        self._tokens += backward_passes(
+            model, self._arch, OUTPUTS, batches, loss, self._add, progress=progress
+        )
 
     def root(self, layer: int, spec: LinearSpec) -> Tensor:
         """``root^T root = S``, float64 [K, O]; K is at most O."""
@@ -107,33 +101,3 @@ class OutputGradients:
         else:
             part = gradient_TO.T @ gradient_TO
         self._sums[place] = self._sums[place] + part if place in self._sums else part
-
-    @contextmanager
-    def _watching(self, model: nn.Module) -> Iterator[None]:
-        """Hooks at the outputs; nothing but the embeddings' output asks for a gradient."""
-
-        def hook(place: Place) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
-            def take(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
-                self._add(place, gradients[0].detach().flatten(0, -2).float())
-
-            return take
-
-        def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            return output.requires_grad_(True)
-
-        plain: Any = plain_model(model)
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        model.requires_grad_(False)
-        handles = [plain.get_input_embeddings().register_forward_hook(begin)]
-        for layer in range(self._arch.layers):
-            for spec in self._arch.linears_at(layer):
-                if spec.role in OUTPUTS:
-                    module = decoder_linear(model, self._arch, layer, spec)
-                    handles.append(module.register_full_backward_hook(hook((layer, spec))))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)

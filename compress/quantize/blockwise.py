@@ -1,4 +1,4 @@
-"""Blockwise NormalFloat quantization with double-quantized scales (LQ-LoRA, arXiv 2311.12023, §3.2).
+"""Blockwise quantization to a look-up table with double-quantized scales (LQ-LoRA, arXiv 2311.12023, §3.2).
 
 Shapes: O out, I in, N blocks in a row, B weights in a block, G second-level groups of the matrix.
 """
@@ -11,7 +11,8 @@ import torch
 
 from compress.errors import CompressError, UsageError
 from compress.kernels.dispatch import backend
-from compress.kernels.reference import PackedMatrix
+from compress.kernels.reference import Grid, PackedMatrix
+from compress.quantize.codebook import fitted_grid
 from compress.quantize.config import QuantConfig
 from compress.quantize.normal_float import normal_float_grid
 from compress.quantize.packing import pack, unpack
@@ -79,18 +80,21 @@ def _checked(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _codes(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, Scales]:
-    """Codes [O * N, B], not packed, and scales of a matrix."""
+def _codes(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, Scales, Grid]:
+    """Codes [O * N, B], not packed, scales and table of a matrix."""
     blocks = row_blocks(_checked(weight), config.block_size)
-    absmax = blocks.abs().amax(1)
-    if not bool(absmax.isfinite().all()):
+    ranges = blocks.abs().amax(1)
+    if not bool(ranges.isfinite().all()):
         raise CompressError(
             "The matrix to be quantized holds a value that is not finite.",
             "Check the checkpoint or the training that produced it.",
         )
-    scales = compress_scales(absmax, config)
     grid = normal_float_grid(config.bits, weight.device)
-    return backend().quantize_blocks(blocks, scales.values(config), grid), scales
+    if config.codebook == "learned":
+        grid, factor = fitted_grid(blocks, ranges, torch.ones_like(blocks[:1, :1]), grid)
+        ranges = factor * ranges
+    scales = compress_scales(ranges, config)
+    return backend().quantize_blocks(blocks, scales.values(config), grid), scales, grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,7 @@ class QuantizedTensor:
         scale_codes: uint8 1-D, packed.
         scale_max: [G] in the configuration's scale dtype.
         offset: float32 [1].
+        table: float32 [2 ** bits] of a learned codebook, else None.
     """
 
     shape: tuple[int, int]
@@ -112,6 +117,7 @@ class QuantizedTensor:
     scale_codes: torch.Tensor
     scale_max: torch.Tensor
     offset: torch.Tensor
+    table: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by name; their bytes are ``config.storage_bytes(shape)``."""
@@ -120,16 +126,19 @@ class QuantizedTensor:
             "scale_codes": self.scale_codes,
             "scale_max": self.scale_max,
             "offset": self.offset,
+            **({} if self.table is None else {"table": self.table}),
         }
 
     @property
     def storage_bits(self) -> int:
-        """Stored bits: codes with row padding, both scale levels, offset."""
+        """Stored bits: codes with row padding, both scale levels, offset, own table."""
         return self.config.storage_bits(self.shape)
 
     def packed(self) -> PackedMatrix:
         """The kernels' view: packed codes and dequantized scales."""
-        blocks = self.config.blocks(self.shape)
+        blocks, table = self.config.blocks(self.shape), self.table
+        if table is None:
+            table = normal_float_grid(self.config.bits, self.codes.device).table
         scales = Scales(
             codes=unpack(self.scale_codes, self.config.scale_bits, blocks),
             maxima=self.scale_max,
@@ -138,7 +147,7 @@ class QuantizedTensor:
         return PackedMatrix(
             codes=self.codes,
             scales=scales.values(self.config).view(self.shape[0], -1),
-            table=normal_float_grid(self.config.bits, self.codes.device).table,
+            table=table,
             bits=self.config.bits,
             block_size=self.config.block_size,
             rows=self.shape[0],
@@ -158,7 +167,7 @@ def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTe
     """Quantize a matrix.
 
     A block's weights are divided by its *dequantized* scale and rounded to the nearest table entry. Blocks
-    never cross rows. All arithmetic is float32.
+    never cross rows. All arithmetic is float32. A learned codebook is fitted to the matrix first.
 
     Args:
         weight: [O, I], any floating type.
@@ -168,22 +177,36 @@ def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTe
         UsageError: The tensor is not a floating-point matrix or is empty.
         CompressError: A weight is not finite.
     """
-    codes, scales = _codes(weight, config)
+    return stored(*_codes(weight, config), (weight.shape[0], weight.shape[1]), config)
+
+
+def stored(
+    codes: torch.Tensor, scales: Scales, grid: Grid, shape: tuple[int, int], config: QuantConfig
+) -> QuantizedTensor:
+    """Pack what was found for a matrix [O, I].
+
+    Args:
+        codes: uint8 [O * N, B], rows padded to whole blocks.
+        scales: First-level scales as stored.
+        grid: The table; kept where the configuration has its own.
+        shape: (O, I).
+        config: How it was quantized.
+    """
     return QuantizedTensor(
-        shape=(weight.shape[0], weight.shape[1]),
+        shape=shape,
         config=config,
         codes=pack(codes, config.bits),
         scale_codes=pack(scales.codes, config.scale_bits),
         scale_max=scales.maxima,
         offset=scales.offset,
+        table=grid.table if config.codebook == "learned" else None,
     )
 
 
 def quantize_dequantize(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
     """``quantize_blockwise(weight, config).dequantize()`` bit for bit, without packing; float32 [O, I]."""
-    codes, scales = _codes(weight, config)
-    table = normal_float_grid(config.bits, weight.device).table
-    values = table.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
+    codes, scales, grid = _codes(weight, config)
+    values = grid.table.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
     values *= scales.values(config)[:, None]
     columns = weight.shape[1]
     return values.view(weight.shape[0], -1)[:, :columns].contiguous()

@@ -91,6 +91,7 @@ def _quantized_layout(
         "scale_codes": torch.uint8,
         "scale_max": config.torch_scale_dtype,
         "offset": torch.float32,
+        "table": torch.float32,
     }
     for part, size in config.storage_bytes(shape).items():
         yield f"{name}_{part}", ((size // types[part].itemsize,), types[part])

@@ -15,6 +15,7 @@ from compress.quantize.normal_float import TABLE_BITS
 from compress.quantize.packing import packed_bytes
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
+Codebook = Literal["normal", "learned"]
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -25,7 +26,7 @@ _DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig:
-    """A NormalFloat grid with double-quantized block scales.
+    """A look-up table of values with double-quantized block scales.
 
     Attributes:
         bits: Width b of a weight's code: 2, 3, 4 or 8.
@@ -33,6 +34,8 @@ class QuantConfig:
         scale_dtype: Type b1 of the second-level scales.
         block_size: B0, weights of one row that share a scale; a multiple of 8.
         group_size: B1, consecutive blocks in row-major order that share a second-level scale.
+        codebook: ``normal``: the NormalFloat table. ``learned``: a table fitted to the matrix and stored with it
+            (float32; up to 4 bits).
 
     Raises:
         UsageError: A value outside of these.
@@ -43,6 +46,7 @@ class QuantConfig:
     scale_dtype: ScaleDtype = "float32"
     block_size: int = 64
     group_size: int = 256
+    codebook: Codebook = "normal"
 
     def __post_init__(self) -> None:
         for name in ("bits", "scale_bits"):
@@ -56,6 +60,12 @@ class QuantConfig:
             raise UsageError(f"block_size is {self.block_size!r}.", "Choose a positive multiple of 8.")
         if self.group_size < 1:
             raise UsageError(f"group_size is {self.group_size!r}.", "Choose a positive number.")
+        if self.codebook not in get_args(Codebook):
+            raise UsageError(f"codebook is {self.codebook!r}.", f"Choose {', '.join(get_args(Codebook))}.")
+        if self.codebook == "learned" and self.bits > 4:
+            raise UsageError(
+                f"A learned codebook of {self.bits} bits is not offered.", "Choose 2, 3 or 4 bits, or normal."
+            )
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -64,7 +74,7 @@ class QuantConfig:
 
     @property
     def nominal_bits(self) -> float:
-        """Bits per weight as the paper counts: b + b0/B0 + b1/(B0 B1); no padding, no offset."""
+        """Bits per weight as the paper counts: b + b0/B0 + b1/(B0 B1); no padding, no offset, no table."""
         b1 = self.torch_scale_dtype.itemsize * 8
         return self.bits + self.scale_bits / self.block_size + b1 / (self.block_size * self.group_size)
 
@@ -76,15 +86,17 @@ class QuantConfig:
     def storage_bytes(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Bytes of each stored tensor of a matrix [out, in]."""
         blocks = self.blocks(shape)
+        table = {"table": 4 * 2**self.bits} if self.codebook == "learned" else {}
         return {
             "codes": packed_bytes(blocks * self.block_size, self.bits),
             "scale_codes": packed_bytes(blocks, self.scale_bits),
             "scale_max": -(-blocks // self.group_size) * self.torch_scale_dtype.itemsize,
             "offset": 4,
+            **table,
         }
 
     def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Stored bits of a matrix [out, in]: codes with row padding, both scale levels, fp32 offset."""
+        """Stored bits of a matrix [out, in]: codes with row padding, both scale levels, fp32 offset, own table."""
         return 8 * sum(self.storage_bytes(shape).values())
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:

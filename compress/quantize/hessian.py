@@ -27,11 +27,13 @@ class InputStatistics:
         order: Columns from the strongest input to the weakest, int64 [I]; the order of rounding.
         upper: U [I, I] float32, upper triangular in that order, with ``inverse(H) = U^T U``.
         weights: d [I] float32, in the matrix's own column order.
+        gram: H [I, I] float32, damped, in the matrix's own column order.
     """
 
     order: Tensor
     upper: Tensor
     weights: Tensor
+    gram: Tensor
 
     def whiten(self, error_OI: Tensor) -> Tensor:
         """``E L``: its squared norm is the squared output error; columns in rounding order."""
@@ -52,10 +54,10 @@ class InputStatistics:
 
 
 def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatistics:
-    """Factor the summed outer products of a matrix's inputs.
+    """Factor the second moment of a matrix's inputs.
 
     Args:
-        gram_II: ``H = X X^T``, float64.
+        gram_II: ``H = X X^T``, summed or averaged over tokens, float64.
         damping: Added to the diagonal, as a share of its mean. Columns that are never fed count as the weakest.
 
     Raises:
@@ -70,11 +72,9 @@ def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatisti
     mean = diagonal.mean()
     ridge = damping * mean if mean > 0 else torch.ones_like(mean)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = gram_II[order][:, order] + ridge * torch.eye(
-        len(order), dtype=torch.float64, device=gram_II.device
-    )
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    damped = gram_II + ridge * torch.eye(len(order), dtype=torch.float64, device=gram_II.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
     upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     weights = torch.empty_like(diagonal)
     weights[order] = upper.diagonal().square().reciprocal()
-    return InputStatistics(order=order, upper=upper.float(), weights=weights.float())
+    return InputStatistics(order=order, upper=upper.float(), weights=weights.float(), gram=damped.float())

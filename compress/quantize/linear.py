@@ -77,6 +77,7 @@ class LQLinear(nn.Linear):
             scale_codes=self.get_buffer(f"{name}_scale_codes"),
             scale_max=self.get_buffer(f"{name}_scale_max"),
             offset=self.get_buffer(f"{name}_offset"),
+            table=self.get_buffer(f"{name}_table") if config.codebook == "learned" else None,
         )
 
     def quantized(self) -> QuantizedTensor:

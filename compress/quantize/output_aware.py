@@ -1,20 +1,18 @@
-"""Q + L1 L2 for the least error of a matrix's *outputs*, and the table that predicts it (METHODS §3.4).
+"""Q + L1 L2 for the least error of a matrix's *outputs* (METHODS §3.4).
 
-One pass: error-feedback rounding, then the low-rank factors of what it left, in the whitened space. Factors fitted
-before the rounding, as alternation does, take from the weights what feedback would have dealt with for nothing.
+Error-feedback rounding and coordinate descent; for ranks above 0 then factors of what that left, in the whitened
+space, a fresh rounding of what the factors leave, and factors of what this left. Starting from the factors of W, as
+LQ-LoRA does, or alternating further gains nothing on trained matrices: feedback has dealt with what they would take.
 
 Shapes: O out, I in, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import FACTOR_8BIT, QuantConfig
 from compress.quantize.decompose import (
     Decomposition,
@@ -23,14 +21,14 @@ from compress.quantize.decompose import (
     squared_norm,
     store_factor,
 )
-from compress.quantize.error_table import RANKS, ErrorTable, offered_ranks, stored_bits
 from compress.quantize.hessian import InputStatistics
 from compress.quantize.lowrank import truncated_svd
-from compress.quantize.rounding import round_with_feedback
-from compress.quantize.rounding_errors import rounding_errors
+from compress.quantize.rounding import Rounded, refine, round_with_feedback
 
-METHOD = "squared output error, estimated from one plain rounding weighed by the conditional input variances"
-PROBE_BITS = 3
+LEAST_ROOT = 1e-3
+
+PASSES = 1
+"""Passes of coordinate descent after each rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +46,6 @@ class OutputAware:
     output_norm: float
 
 
-def typical_range(config: QuantConfig) -> float:
-    """The block range the search of ``rounding`` settles on, as a share of the largest weight.
-
-    Means over trained matrices; a table made at the full range would call narrow widths worse than they are.
-    """
-    if config.bits == 2:
-        return {16: 0.70, 32: 0.62, 64: 0.56}.get(config.block_size, 0.56)
-    return {3: 0.85, 4: 0.95}.get(config.bits, 1.0)
-
-
 def decompose_outputs(
     weight: torch.Tensor,
     config: QuantConfig,
@@ -65,6 +53,7 @@ def decompose_outputs(
     *,
     rank: int,
     factor_config: QuantConfig | None = FACTOR_8BIT,
+    row_weights: torch.Tensor | None = None,
     seed: int = 0,
 ) -> OutputAware:
     """Split a matrix into quantized weights and low-rank factors with the least output error.
@@ -75,24 +64,32 @@ def decompose_outputs(
         statistics: Of the matrix's inputs.
         rank: r; 0 is error-feedback rounding alone.
         factor_config: How the factors are stored; None keeps them in 16 bits.
+        row_weights: How much the loss minds a squared error at each output, [O], for the choice of the factors;
+            None: all the same.
         seed: Of the randomized SVD.
     """
     wide = weight.detach().float()
-    quantized = round_with_feedback(wide, config, statistics)
-    rest = wide - quantized.dequantize()
+    rounded = _rounded(wide, config, statistics)
     factor_out: Factor | None = None
     factor_in: Factor | None = None
-    iterates = [squared_norm(rest)]
+    iterates = [squared_norm(wide - rounded.values())]
     if rank > 0:
-        u, s, vh = truncated_svd(statistics.whiten(rest), rank, seed=seed)
-        root = s.sqrt()
-        factor_out = store_factor((u * root).T, factor_config)
-        factor_in = store_factor(statistics.unwhiten(root[:, None] * vh), factor_config)
-        rest = rest - read_factor(factor_out).T @ read_factor(factor_in)
+        product = _product(
+            *_factors(wide - rounded.values(), statistics, rank, factor_config, row_weights, seed)
+        )
+        rounded = _rounded(wide - product, config, statistics, rounded)
+        left = wide - rounded.values()
+        factor_out, factor_in = _factors(left, statistics, rank, factor_config, row_weights, seed)
+        product = _product(factor_out, factor_in)
+        iterates.append(squared_norm(left - product))
+        rounded = refine(wide - product, rounded, statistics, passes=PASSES)
+        rest = wide - rounded.values() - product
         iterates.append(squared_norm(rest))
+    else:
+        rest = wide - rounded.values()
     return OutputAware(
         decomposition=Decomposition(
-            quantized=quantized,
+            quantized=rounded.store(),
             factor_out=factor_out,
             factor_in=factor_in,
             rank=rank,
@@ -105,40 +102,37 @@ def decompose_outputs(
     )
 
 
-def output_error_table(
-    weight: torch.Tensor,
-    configs: Sequence[QuantConfig],
-    statistics: InputStatistics,
-    ranks: Sequence[int] = RANKS,
-    *,
-    factor_config: QuantConfig | None = FACTOR_8BIT,
-    seed: int = 0,
-) -> ErrorTable:
-    """Estimated squared output errors and stored bits of every configuration and rank for one matrix.
+def _rounded(
+    wide: torch.Tensor, config: QuantConfig, statistics: InputStatistics, known: Rounded | None = None
+) -> Rounded:
+    """Feedback, then descent; with the table of ``known`` when there is one."""
+    grid = None if known is None else known.grid
+    return refine(wide, round_with_feedback(wide, config, statistics, grid), statistics, passes=PASSES)
 
-    ``errors`` and ``weight_norm`` of the result are ``tr(E H E^T)`` and ``tr(W H W^T)``. The share that factors of a
-    rank take away is measured on one plain rounding at three bits in the whitened space.
-    """
-    wide = weight.detach().float()
-    shape = (wide.shape[0], wide.shape[1])
-    offered = offered_ranks(shape, ranks)
-    plain = rounding_errors(wide, configs, column_weights=statistics.weights, ranges=typical_range)
-    left = np.ones(len(offered))
-    if max(offered) > 0:
-        probe = QuantConfig(bits=PROBE_BITS)
-        noise = (wide - quantize_dequantize(wide, probe)) * statistics.weights.sqrt()
-        total = squared_norm(noise)
-        energy = (
-            truncated_svd(noise, max(offered), seed=seed, power_iterations=1)[1].double().square().cumsum(0)
-        )
-        if total > 0:
-            left = np.array([1.0 - (float(energy[r - 1]) / total if r else 0.0) for r in offered])
-    return ErrorTable(
-        shape=shape,
-        configs=tuple(configs),
-        ranks=offered,
-        errors=plain[:, None] * left[None, :],
-        bits=stored_bits(shape, configs, offered, factor_config),
-        weight_norm=statistics.output_error(wide),
-        method=METHOD,
+
+def _factors(
+    rest: torch.Tensor,
+    statistics: InputStatistics,
+    rank: int,
+    factor_config: QuantConfig | None,
+    row_weights: torch.Tensor | None,
+    seed: int,
+) -> tuple[Factor, Factor]:
+    """Stored factors [r, O] and [r, I] of ``rest``, the best of their rank for the outputs."""
+    white = statistics.whiten(rest)
+    roots = torch.ones(len(rest), device=rest.device)
+    if row_weights is not None and float(row_weights.max()) > 0:
+        roots = row_weights.to(rest).sqrt()
+        roots = roots.clamp(
+            min=LEAST_ROOT * float(roots.max())
+        )  # rows nobody minds still have to be un-scaled
+    u, s, vh = truncated_svd(roots[:, None] * white, rank, seed=seed)
+    root = s.sqrt()
+    return (
+        store_factor((u * root / roots[:, None]).T, factor_config),
+        store_factor(statistics.unwhiten(root[:, None] * vh), factor_config),
     )
+
+
+def _product(factor_out: Factor, factor_in: Factor) -> torch.Tensor:
+    return read_factor(factor_out).T @ read_factor(factor_in)

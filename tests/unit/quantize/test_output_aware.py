@@ -12,12 +12,12 @@ from compress.errors import CompressError
 from compress.quantize.blockwise import compress_scales, quantize_dequantize, row_blocks
 from compress.quantize.config import QuantConfig
 from compress.quantize.hessian import InputStatistics, input_statistics
-from compress.quantize.normal_float import normal_float_table
-from compress.quantize.output_aware import decompose_outputs, output_error_table, typical_range
+from compress.quantize.normal_float import normal_float_grid, normal_float_table
+from compress.quantize.output_aware import decompose_outputs
 from compress.quantize.rounding import RANGES, round_with_feedback, searched_ranges
-from compress.quantize.rounding_errors import rounding_errors
 
 DAMPING = 0.01
+CPU = torch.device("cpu")
 
 
 def correlated(columns: int, tokens: int, seed: int) -> Tensor:
@@ -101,9 +101,9 @@ def test_feedback_equals_the_naive_recurrence(bits: int, columns: int, block_siz
     weight, hessian, statistics = case(rows=9, columns=columns, seed=bits)
     config = QuantConfig(bits=bits, block_size=block_size)
     found = round_with_feedback(weight, config, statistics)
-    scales = found.packed().scales
+    scales = found.by_block.T
     expected = naive_feedback(weight, config, hessian, statistics.order, scales)
-    differing = (found.dequantize().double() - expected).abs() > 1e-5
+    differing = (found.values().double() - expected).abs() > 1e-5
     # float32 may break a near-tie the other way, and the rest of that row then follows another path
     assert int(differing.any(1).sum()) <= 1
 
@@ -112,20 +112,20 @@ def test_without_correlations_feedback_is_rounding_at_the_searched_ranges() -> N
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
     statistics = input_statistics(torch.eye(40, dtype=torch.float64))
     config = QuantConfig(bits=3, block_size=16)
-    ranges = searched_ranges(weight, config, statistics.weights)
+    ranges = searched_ranges(weight, config, statistics.weights, normal_float_grid(3, CPU))
     scales = compress_scales(ranges, config).values(config)
     blocks = row_blocks(weight, 16)
     table = normal_float_table(3)
     codes = (blocks[..., None] / scales[:, None, None] - table).abs().argmin(-1)
     expected = (table[codes] * scales[:, None]).view(6, -1)[:, :40]
-    torch.testing.assert_close(round_with_feedback(weight, config, statistics).dequantize(), expected)
+    torch.testing.assert_close(round_with_feedback(weight, config, statistics).values(), expected)
 
 
 def test_searched_ranges_are_the_best_of_those_tried() -> None:
     generator = torch.Generator().manual_seed(4)
     weight, cost = torch.randn(3, 24, generator=generator), torch.rand(24, generator=generator)
     config = QuantConfig(bits=2, block_size=16)
-    found = searched_ranges(weight, config, cost).view(3, 2)
+    found = searched_ranges(weight, config, cost, normal_float_grid(2, CPU)).view(3, 2)
     table = normal_float_table(2)
     for row in range(3):
         for block, columns in enumerate((slice(0, 16), slice(16, 24))):
@@ -144,16 +144,14 @@ def test_feedback_beats_plain_rounding_on_correlated_inputs(seed: int, bits: int
     weight, _, statistics = case(columns=columns, seed=seed)
     config = QuantConfig(bits=bits, block_size=16)
     plain = statistics.output_error(weight - quantize_dequantize(weight, config))
-    assert (
-        statistics.output_error(weight - round_with_feedback(weight, config, statistics).dequantize()) < plain
-    )
+    assert statistics.output_error(weight - round_with_feedback(weight, config, statistics).values()) < plain
 
 
 def test_zero_blocks_and_padding_stay_zero() -> None:
     weight, _, statistics = case(columns=40)
     weight[:, 16:32] = 0
     weight[3] = 0
-    found = round_with_feedback(weight, QuantConfig(bits=3, block_size=16, scale_bits=8), statistics)
+    found = round_with_feedback(weight, QuantConfig(bits=3, block_size=16, scale_bits=8), statistics).store()
     assert bool(found.dequantize().isfinite().all())
     assert found.storage_bits == QuantConfig(bits=3, block_size=16).storage_bits((24, 40))
 
@@ -164,35 +162,28 @@ def test_factors_are_the_best_of_their_rank_in_the_whitened_space(rank: int) -> 
     config = QuantConfig(bits=2, block_size=16)
     plain = decompose_outputs(weight, config, statistics, rank=0)
     found = decompose_outputs(weight, config, statistics, rank=rank, factor_config=None)
-    rest = weight - plain.decomposition.dequantize()
+    rest = weight - found.decomposition.quantized.dequantize()
     tail = float(torch.linalg.svdvals(statistics.whiten(rest).double())[rank:].square().sum())
-    assert found.output_error == pytest.approx(tail, rel=2e-2)
+    assert tail * (1 - 1e-3) <= found.output_error <= 1.15 * tail  # codes moved once more after the factors
     assert found.output_error < plain.output_error
     error = statistics.output_error(weight - found.decomposition.dequantize())
     assert found.output_error == pytest.approx(error, rel=1e-3)
 
 
-def test_table_predicts_what_rounding_reaches() -> None:
-    weight, _, statistics = case(rows=96, columns=128, seed=7)
-    configs = [QuantConfig(bits=b, block_size=s) for b in (2, 3, 4) for s in (16, 64)]
-    table = output_error_table(weight, configs, statistics, ranks=(0, 8))
-    for at, config in enumerate(configs):
-        for rank_at, rank in enumerate(table.ranks):
-            found = decompose_outputs(weight, config, statistics, rank=rank)
-            assert 0.5 < table.errors[at, rank_at] / found.output_error < 2.0
-            assert table.bits[at, rank_at] == found.decomposition.storage_bits
-            assert table.weight_norm == pytest.approx(found.output_norm)
-
-
-def test_weighted_rounding_errors_match_a_direct_computation() -> None:
-    weight, _, statistics = case(columns=40)
-    configs = [QuantConfig(bits=b, block_size=s) for b in (2, 4, 8) for s in (16, 32)]
-    found = rounding_errors(weight, configs, column_weights=statistics.weights, ranges=typical_range)
-    for config, value in zip(configs, found, strict=True):
-        blocks = row_blocks(weight, config.block_size)
-        scales = compress_scales(typical_range(config) * blocks.abs().amax(1), config).values(config)
-        table = normal_float_table(config.bits)
-        codes = (blocks[..., None] / scales[:, None, None] - table).abs().argmin(-1)
-        rounded = (table[codes] * scales[:, None]).view(24, -1)[:, :40]
-        expected = ((rounded - weight).double().square() * statistics.weights.double()).sum()
-        assert value == pytest.approx(float(expected), rel=1e-5)
+def test_factors_follow_the_rows_that_the_loss_minds() -> None:
+    weight, _, statistics = case(rows=16)
+    minds = torch.ones(16)
+    minds[3] = 1e4
+    config = QuantConfig(bits=2, block_size=16)
+    errors = []
+    for row_weights in (None, minds):
+        found = decompose_outputs(
+            weight, config, statistics, rank=1, factor_config=None, row_weights=row_weights
+        )
+        rest = weight - found.decomposition.dequantize()
+        errors.append(statistics.output_error(rest[3:4]))
+    assert errors[1] < 0.2 * errors[0]
+    none = decompose_outputs(
+        weight, config, statistics, rank=2, factor_config=None, row_weights=torch.zeros(16)
+    )
+    assert bool(none.decomposition.dequantize().isfinite().all())
