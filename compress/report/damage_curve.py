@@ -10,6 +10,9 @@ from compress.report.figure import Line, figure, log_chart
 from compress.report.html import Html, join
 from compress.report.values import at, count, fixed, number, percent
 
+MOST = 1e300
+"""Perplexities from here on are not drawn: a power of ten above them is no number any more."""
+
 _KEY = re.compile(r"([0-9.]+) (.+?) ([0-9]+)(?: seed [0-9]+)?", re.ASCII)
 
 Points = dict[str, dict[str, list[tuple[float, float]]]]
@@ -31,7 +34,7 @@ def damage_curve(rows: Mapping[str, Any]) -> Html:
     for key, row in rows.items():
         match, value = _KEY.fullmatch(key), _perplexity(row)
         achieved = number(at(row, "achieved_ratio"))
-        if match is None or value is None or achieved is None:
+        if match is None or value is None or achieved is None or not 0 <= achieved <= 1:
             continue
         ratio, method, tokens = match.groups()
         name = method if int(tokens) == 0 else f"{method}, {count(int(tokens))} tokens"
@@ -42,7 +45,7 @@ def damage_curve(rows: Mapping[str, Any]) -> Html:
 
 def _perplexity(row: Any) -> float | None:
     value = number(at(row, "perplexity"))
-    return value if value is not None and value > 0 else None
+    return value if value is not None and 0 < value < MOST else None
 
 
 def _protocol(row: Any) -> str:

@@ -13,6 +13,7 @@ SHADES = 7
 COLOURS = 8
 """Colours of the lines of one chart, classes ``c0`` to ``c7``; further lines are dashed."""
 MAX_POINTS = 300
+SMALLEST_SPAN = 1e-300
 LEGEND_NAME = 34
 """Characters of a line's name up to which two fit side by side."""
 
@@ -238,7 +239,7 @@ def kept_map(groups: Sequence[frozenset[int]], total: int, widths: Sequence[floa
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers that enclose ``low`` and ``high``, about ``wanted`` of them, two at least."""
-    if high - low <= 1e-6 * max(abs(low), abs(high)):
+    if high - low <= max(1e-6 * max(abs(low), abs(high)), SMALLEST_SPAN):
         pad = abs(low) * 0.05 or 0.5
         low, high = low - pad, high + pad
     raw = (high - low) / (wanted - 1)

@@ -8,6 +8,7 @@ from compress.report.allocation import allocation_figure, kind_table, matrix_tab
 from compress.report.figure import figure, kept_map, line_chart
 from compress.report.html import Html, h, join
 from compress.report.table import facts, record_facts, table
+from compress.report.tradeoff import tradeoff_figure
 from compress.report.values import (
     DASH,
     Record,
@@ -194,6 +195,7 @@ def _quantize(metrics: Record) -> Html:
             ]
         ),
         h("div", allocation_figure(matrices), kind_table(matrices), class_="figures"),
+        tradeoff_figure(metrics),
         matrix_table(matrices),
     )
 
