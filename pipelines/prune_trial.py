@@ -20,7 +20,8 @@ from compress.prune.select import select
 from compress.prune.shape import ShapePlan
 from compress.structure import structure_map
 
-TRIAL_TOKENS = 4096
+TRIAL_TOKENS, TRIAL_SHARE = 4096, 0.25
+"""Tokens they are scored on: a share of the calibration tokens, at least so many."""
 TRIAL_DRAW = 1
 """Which draw of the training text they are scored on; 0 is the one that groups are scored and refitted on."""
 
@@ -52,8 +53,9 @@ def try_shapes(
     if len(candidates) < 2:
         return plan, []
     arch = goal.model.architecture
+    tokens = max(TRIAL_TOKENS, round(TRIAL_SHARE * goal.settings.calibration_tokens))
     windows = calibration_windows(
-        place.context, goal.model.path, place.source, tokens=TRIAL_TOKENS, draw=TRIAL_DRAW
+        place.context, goal.model.path, place.source, tokens=tokens, draw=TRIAL_DRAW
     )
     found: list[dict[str, Any]] = []
     losses: list[float] = []
