@@ -304,17 +304,29 @@ def quantize(
     rank: Annotated[
         str | None, typer.Option(help="Rank of the low-rank part: auto (per matrix) or a number.")
     ] = None,
+    factors: Annotated[
+        str | None, typer.Option(help="How the low-rank factors are stored: 8bit or 16bit.")
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="any, or vllm: q, k and v share a format and a rank, and so do gate and up."),
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="highs, cbc, dynamic or lagrangian.")] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="hessian: least output error on calibration text; frobenius: least weight error."),
+        typer.Option(
+            help="hessian: least output error on calibration text; fisher: least weight error, weighed by the loss's "
+            "gradients there; frobenius: least weight error."
+        ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens (objective hessian).")
+        int | None, typer.Option(help="Calibration tokens (objectives hessian and fisher).")
     ] = None,
     iterations: Annotated[
         int | None,
-        typer.Option(help="Most alternations of rounding and low-rank fit (objective frobenius)."),
+        typer.Option(
+            help="Most alternations of rounding and low-rank fit (objectives fisher and frobenius)."
+        ),
     ] = None,
     menu: Annotated[
         str | None, typer.Option(help="Formats to choose from: quick, standard or paper.")

@@ -1,37 +1,36 @@
-"""Bits and ranks for every matrix: error tables, one budget, the solver's choice and its certificate."""
+"""Bits and ranks for every matrix: what is offered, one budget, the solver's choice and its certificate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError
-from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
-from compress.pipelines.stage import Context
-from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
+from compress.pipelines.workspace import FORMAT_VERSION
 from compress.quantize.config import FACTOR_8BIT, QuantConfig
 from compress.quantize.decompose import factor_bits
-from compress.quantize.error_table import RANKS, ErrorTable, error_table, menu, offered_ranks
-from compress.quantize.hessian import InputStatistics
-from compress.quantize.output_table import learned_menu, output_error_table
+from compress.quantize.error_table import RANKS, ErrorTable, menu, offered_ranks
+from compress.quantize.output_table import learned_menu
 from compress.solvers.budget import Budget
 from compress.solvers.problem import Problem
 from compress.solvers.solve import SOLVERS, solve
 
 COSTS = {
+    "fisher": "squared error of the weights, weighed by the Fisher information",
     "frobenius": "squared error of the weights",
     "hessian": "predicted rise of the loss, nats per token",
 }
 """What the choice for each objective costs, and the allocation sums."""
+
+FUSED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
+"""Roles that runtimes fuse into one matrix."""
 
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
@@ -47,6 +46,8 @@ class Matrix:
     shape: tuple[int, int]
     transposed: bool = False
     """Stored [in, out] (Conv1D) instead of [out, in]; ``shape`` is (out, in) either way."""
+    role: str = ""
+    """What it does in its layer: q, k, v, o, gate, up, down, ..."""
 
     @property
     def numel(self) -> int:
@@ -61,6 +62,8 @@ class Choice:
     matrix: Matrix
     config: QuantConfig
     rank: int
+    factor_config: QuantConfig | None
+    """How the factors are stored; None: in 16 bits."""
     bits: int
     expected_cost: float
     squared_norm: float
@@ -115,6 +118,11 @@ def offered(settings: QuantizeSettings) -> tuple[QuantConfig, ...]:
     return learned_menu(settings.menu) if settings.objective == "hessian" else menu(settings.menu)
 
 
+def factor_format(settings: QuantizeSettings) -> QuantConfig | None:
+    """How the factors are stored; None: in 16 bits."""
+    return FACTOR_8BIT if settings.factors == "8bit" else None
+
+
 def matrices_of(model: ModelInput) -> list[Matrix]:
     """The decoder linears of a model, layer by layer."""
     arch = model.architecture
@@ -125,6 +133,7 @@ def matrices_of(model: ModelInput) -> list[Matrix]:
             tensor=arch.tensor_name(layer, linear),
             shape=arch.at(layer).linear_shape(linear),
             transposed=linear.transposed,
+            role=linear.role,
         )
         for layer in range(arch.layers)
         for linear in arch.linears_at(layer)
@@ -175,7 +184,7 @@ def limit_in_bits(
     for matrix in matrices:
         least = min(config.storage_bits(matrix.shape) for config in offered(settings))
         rank = ranks_for(matrix.shape, fixed_rank)[0] if settings.budget_includes == "factors" else 0
-        smallest += least + factor_bits(matrix.shape, rank, FACTOR_8BIT)
+        smallest += least + factor_bits(matrix.shape, rank, factor_format(settings))
     if limit < smallest:
         least_text = (
             f"{math.ceil(1000 * smallest / numel) / 1000:.3f}bit"
@@ -190,65 +199,46 @@ def limit_in_bits(
     return limit
 
 
-def build_tables(
-    context: Context,
-    model: ModelInput,
+def problem_of(
     matrices: Sequence[Matrix],
+    tables: Sequence[ErrorTable],
+    limit_bits: int,
     settings: QuantizeSettings,
     fixed_rank: int | None,
-    folder: Path,
-    walk: HessianWalk | None,
-    minds: Mapping[str, Tensor],
-) -> list[ErrorTable]:
-    """One error table per matrix; finished ones are read back from ``folder``.
-
-    Args:
-        context: Seed and reporter.
-        model: The model.
-        matrices: Its matrices, layer by layer.
-        settings: The menu.
-        fixed_rank: The one rank to offer; None: all of them.
-        folder: Where finished tables lie.
-        walk: Input statistics of the model as it is; None for the objective ``frobenius``.
-        minds: With a walk, what a unit of squared output error costs, [O] by module.
-    """
-    folder.mkdir(exist_ok=True)
-    ranks = RANKS if fixed_rank is None else (fixed_rank,)
-    tables: list[ErrorTable] = []
-    with context.reporter.bar("error tables") as progress:
-        for layer, members in groupby(matrices, key=lambda matrix: matrix.layer):
-            group = list(members)
-            paths = {matrix.module: folder / f"{matrix.module}.json" for matrix in group}
-            missing = [matrix for matrix in group if not paths[matrix.module].is_file()]
-            statistics: Mapping[str, InputStatistics] = {}
-            if walk is not None and missing:
-                statistics = walk.statistics(layer, advance=True)
-            elif walk is not None:
-                walk.advance(layer)
-            for matrix in missing:
-                seen = statistics.get(matrix.module)
-                table = _table(
-                    model, matrix, settings, ranks, context.common.seed, seen, minds.get(matrix.module)
-                )
-                write_json(paths[matrix.module], table.to_dict())
-            tables += [ErrorTable.from_dict(read_json(paths[matrix.module])) for matrix in group]
-            progress(len(tables), len(matrices), f"layer {layer}")
-    return tables
+) -> tuple[Problem, list[list[int]]]:
+    """The solver's question, and the position in its table of each candidate of every matrix."""
+    groups = fused_groups(matrices) if settings.runtime == "vllm" else ()
+    allowed = [set(ranks_for(matrix.shape, fixed_rank)) for matrix in matrices]
+    for group in groups:  # what is fused has one format and one rank, so only ranks that all of it may take
+        common = set.intersection(*(allowed[member] for member in group))
+        for member in group:
+            allowed[member] = common
+    candidates: list[list[int]] = []
+    sizes = []
+    for matrix, table, ranks in zip(matrices, tables, allowed, strict=True):
+        candidates.append([i for i in range(table.errors.size) if table.choice(i)[1] in ranks])
+        if settings.budget_includes == "factors":
+            sizes.append(table.bits.reshape(-1)[candidates[-1]])
+        else:
+            bare = [table.choice(i)[0].storage_bits(matrix.shape) for i in candidates[-1]]
+            sizes.append(np.asarray(bare, dtype=np.int64))
+    problem = Problem(
+        names=tuple(matrix.module for matrix in matrices),
+        costs=tuple(t.errors.reshape(-1)[c] for t, c in zip(tables, candidates, strict=True)),
+        sizes=tuple(sizes),
+        budget=limit_bits,
+        equal_groups=groups,
+    )
+    return problem, candidates
 
 
-def _table(
-    model: ModelInput,
-    matrix: Matrix,
-    settings: QuantizeSettings,
-    ranks: Sequence[int],
-    seed: int,
-    statistics: InputStatistics | None,
-    minds: Tensor | None,
-) -> ErrorTable:
-    weight, configs = read_matrix(model, matrix), offered(settings)
-    if statistics is None:
-        return error_table(weight, configs, ranks, effort=settings.menu, seed=seed)
-    return output_error_table(weight, configs, statistics, ranks, row_weights=minds, seed=seed)
+def fused_groups(matrices: Sequence[Matrix]) -> tuple[tuple[int, ...], ...]:
+    """Positions of matrices that serving runtimes store as one: q, k and v, and gate and up, of every layer."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for at, matrix in enumerate(matrices):
+        if matrix.role in FUSED:
+            groups.setdefault((matrix.layer, FUSED[matrix.role]), []).append(at)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def allocate(
@@ -258,32 +248,26 @@ def allocate(
     limit_bits: int,
     settings: QuantizeSettings,
     fixed_rank: int | None,
+    *,
+    plain: QuantConfig | None = None,
 ) -> Allocation:
     """Solve for the choice with the least summed cost within the limit.
 
-    The cost is the squared error of the weights (``frobenius``, LQ-LoRA's own), or the rise of the loss that the
-    errors of the outputs predict (``hessian``), which has one meaning in every layer.
+    The cost is the squared error of the weights (``frobenius``), the same weighed by the Fisher information
+    (``fisher``; both LQ-LoRA's), or the rise of the loss that the errors of the outputs predict (``hessian``), which
+    has one meaning in every layer.
+
+    Args:
+        matrices: The matrices.
+        tables: Their error tables.
+        budget: As given.
+        limit_bits: The budget in bits.
+        settings: The objective, what the budget includes, the solver.
+        fixed_rank: The one rank to offer; None: all of them.
+        plain: The single format to compare with (objective ``frobenius``); None: the best one.
     """
-    costs = [table.errors.reshape(-1) for table in tables]
-    candidates: list[list[int]] = []
-    sizes = []
-    for matrix, table in zip(matrices, tables, strict=True):
-        allowed = set(ranks_for(matrix.shape, fixed_rank))
-        candidates.append([i for i in range(table.errors.size) if table.choice(i)[1] in allowed])
-        if settings.budget_includes == "factors":
-            sizes.append(table.bits.reshape(-1)[candidates[-1]])
-        else:
-            plain = [table.choice(i)[0].storage_bits(matrix.shape) for i in candidates[-1]]
-            sizes.append(np.asarray(plain, dtype=np.int64))
-    solution = solve(
-        Problem(
-            names=tuple(matrix.module for matrix in matrices),
-            costs=tuple(cost[c] for cost, c in zip(costs, candidates, strict=True)),
-            sizes=tuple(sizes),
-            budget=limit_bits,
-        ),
-        solver=settings.solver,
-    )
+    problem, candidates = problem_of(matrices, tables, limit_bits, settings, fixed_rank)
+    solution = solve(problem, solver=settings.solver)
     choices = []
     for matrix, table, options, picked in zip(matrices, tables, candidates, solution.choices, strict=True):
         index = options[picked]
@@ -293,28 +277,40 @@ def allocate(
                 matrix=matrix,
                 config=config,
                 rank=rank,
+                factor_config=factor_format(settings),
                 bits=int(table.bits.reshape(-1)[index]),
                 expected_cost=float(table.errors.reshape(-1)[index]),
                 squared_norm=table.weight_norm,
             )
         )
+    compared = None
+    if settings.objective == "frobenius":
+        compared = plain_rounding(matrices, tables, limit_bits, plain)
     return Allocation(
         choices=tuple(choices),
         budget=budget,
         includes=settings.budget_includes,
         limit_bits=limit_bits,
         certificate=solution.certificate(),
-        plain=plain_rounding(matrices, tables, limit_bits) if settings.objective == "frobenius" else None,
+        plain=compared,
         objective=settings.objective,
     )
 
 
 def plain_rounding(
-    matrices: Sequence[Matrix], tables: Sequence[ErrorTable], limit_bits: int
+    matrices: Sequence[Matrix],
+    tables: Sequence[ErrorTable],
+    limit_bits: int,
+    only: QuantConfig | None = None,
 ) -> dict[str, Any] | None:
-    """The best single configuration for all matrices, no factors, within the same limit; None when none fits."""
+    """The best single configuration, or the ``only`` one, for all matrices, no factors, within the same limit.
+
+    None when none fits.
+    """
     best: dict[str, Any] | None = None
     for at, config in enumerate(tables[0].configs):
+        if only is not None and config != only:
+            continue
         bits = sum(config.storage_bits(matrix.shape) for matrix in matrices)
         error = sum(float(table.errors[at, 0]) for table in tables)
         if bits <= limit_bits and (best is None or error < best["squared_error"]):

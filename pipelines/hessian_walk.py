@@ -29,8 +29,10 @@ SHARED_INPUT = {
 """Roles that read the same hidden states, and so have the same statistics."""
 BATCH = 4
 GRADIENT_BATCH = 2
-GRADIENT_SHARE = 0.5
-"""Share of the calibration windows that go through the backward pass."""
+GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 8192
+"""Share of the calibration windows that go through the backward pass, and at most how many tokens."""
+TABLE_TOKENS = 8192
+"""Calibration tokens that predictions are made from; what is rounded in the end sees all of them."""
 
 
 class HessianWalk:
@@ -43,6 +45,7 @@ class HessianWalk:
         source: Text source; its training split is read.
         device: Where the model runs.
         dtype: In which precision.
+        most: At most so many tokens; None: all of them.
     """
 
     def __init__(
@@ -53,16 +56,18 @@ class HessianWalk:
         source: str,
         device: str,
         dtype: Any,
+        *,
+        most: int | None = None,
     ) -> None:
         self._arch = model.architecture
         self._network = load_model(model.path, dtype=dtype, device=device)
         windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
         self.protocol = dict(windows.protocol)
-        self.tokens = (
-            len(windows) // min(BATCH, len(windows)) * min(BATCH, len(windows)) * windows.ids.shape[1]
-        )
+        ids = windows.ids if most is None else windows.ids[: max(1, most // windows.ids.shape[1])]
+        batch = min(BATCH, len(ids))
+        self.tokens = len(ids) // batch * batch * ids.shape[1]
         with torch.no_grad():
-            self._walk = LayerWalk(self._network, self._arch, windows.ids, batch=min(BATCH, len(windows)))
+            self._walk = LayerWalk(self._network, self._arch, ids, batch=batch)
 
     @torch.no_grad()
     def statistics(self, layer: int, *, advance: bool = False) -> dict[str, InputStatistics]:
@@ -100,7 +105,7 @@ def sensitivities(
     Args:
         context: Gives the seed and the reporter.
         model: The model to quantize.
-        settings: Give the number of calibration tokens, of which :data:`GRADIENT_SHARE` are used.
+        settings: Give the number of calibration tokens, of which a share is used.
         source: Text source; its training split is read.
         device: Where the model runs.
         dtype: In which precision.
@@ -110,7 +115,7 @@ def sensitivities(
     """
     network = load_model(model.path, dtype=dtype, device=device)
     windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
-    count = max(1, round(GRADIENT_SHARE * len(windows)))
+    count = max(1, min(round(GRADIENT_SHARE * len(windows)), GRADIENT_TOKENS // windows.ids.shape[1]))
     with context.reporter.bar("sensitivities") as progress:
         found = output_sensitivities(
             network,

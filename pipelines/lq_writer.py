@@ -15,14 +15,15 @@ from torch import Tensor
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
 from compress.pipelines.allocate import Allocation, Choice, read_matrix
+from compress.pipelines.error_tables import LayerKnowledge
+from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors
-from compress.quantize.config import FACTOR_8BIT
-from compress.quantize.decompose import decompose
-from compress.quantize.hessian import InputStatistics
+from compress.quantize.decompose import Decomposition, decompose
+from compress.quantize.fisher_decompose import decompose_fisher
 from compress.quantize.linear import LQLinear
 from compress.quantize.output_aware import decompose_outputs
 
@@ -35,6 +36,7 @@ def decompose_layers(
     folder: Path,
     walk: HessianWalk | None,
     minds: Mapping[str, Tensor],
+    fisher: FisherFiles | None,
 ) -> list[dict[str, Any]]:
     """Decompose every matrix; one file per finished layer in ``folder``, read back when it is there.
 
@@ -42,11 +44,12 @@ def decompose_layers(
         context: Seed and reporter.
         model: The model.
         allocation: What each matrix is given.
-        settings: Iterations of the alternation (objective ``frobenius``).
+        settings: Iterations of the alternation (objectives ``fisher`` and ``frobenius``).
         folder: Where finished layers lie.
         walk: Input statistics, in front of the first layer; each layer is then fed by the quantized ones before
-            it. None for the objective ``frobenius``.
+            it. None for other objectives than ``hessian``.
         minds: With a walk, what a unit of squared output error costs, [O] by module.
+        fisher: Fisher information; None for other objectives than ``fisher``.
 
     Returns:
         What became of each matrix, in the allocation's order.
@@ -59,8 +62,12 @@ def decompose_layers(
             layer = choices[0].matrix.layer
             path = layer_file(folder, layer)
             if not path.is_file():
-                statistics = walk.statistics(layer) if walk is not None else {}
-                _decompose_layer(model, choices, settings, context.common.seed, path, statistics, minds)
+                known = LayerKnowledge(
+                    statistics=walk.statistics(layer) if walk is not None else {},
+                    minds=minds,
+                    fisher=fisher.layer(layer) if fisher is not None else {},
+                )
+                _decompose_layer(model, choices, settings, context.common.seed, path, known)
             with safe_open(path, framework="pt") as file:
                 records += json.loads(file.metadata()["matrices"])
             if walk is not None:
@@ -87,7 +94,7 @@ def matrix_record(choice: Choice) -> MatrixRecord:
         shape=choice.matrix.shape,
         config=choice.config,
         rank=choice.rank,
-        factor_config=FACTOR_8BIT if choice.rank else None,
+        factor_config=choice.factor_config if choice.rank else None,
     )
 
 
@@ -102,29 +109,12 @@ def _decompose_layer(
     settings: QuantizeSettings,
     seed: int,
     path: Path,
-    statistics: Mapping[str, InputStatistics],
-    minds: Mapping[str, Tensor],
+    known: LayerKnowledge,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
     for choice in choices:
-        weight, output_error = read_matrix(model, choice.matrix), {}
-        if choice.matrix.module in statistics:
-            aware = decompose_outputs(
-                weight,
-                choice.config,
-                statistics[choice.matrix.module],
-                rank=choice.rank,
-                row_weights=minds.get(choice.matrix.module),
-                seed=seed,
-            )
-            result = aware.decomposition
-            share = aware.output_error / aware.output_norm if aware.output_norm else 0.0
-            output_error = {"relative_output_error": share**0.5}
-        else:
-            result = decompose(
-                weight, choice.config, rank=choice.rank, iterations=settings.iterations, seed=seed
-            )
+        result, own_error = _decomposed(read_matrix(model, choice.matrix), choice, settings, seed, known)
         tensors |= lq_tensors(choice.matrix.module, result)
         records.append(
             {
@@ -138,13 +128,59 @@ def _decompose_layer(
                 "stored_bits": result.storage_bits,
                 "bits_per_weight": result.storage_bits / choice.matrix.numel,
                 "squared_error": result.error,
-                "relative_error": (result.error / result.weight_norm) ** 0.5 if result.weight_norm else 0.0,
-                **output_error,
+                "relative_error": _root_share(result.error, result.weight_norm),
+                **own_error,
             }
         )
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"matrices": json.dumps(records)})
     temporary.replace(path)
+
+
+def _decomposed(
+    weight: Tensor, choice: Choice, settings: QuantizeSettings, seed: int, known: LayerKnowledge
+) -> tuple[Decomposition, dict[str, float]]:
+    """The decomposition for the objective, and the relative error that this objective minds, by its key."""
+    module, config, rank = choice.matrix.module, choice.config, choice.rank
+    if module in known.statistics:
+        aware = decompose_outputs(
+            weight,
+            config,
+            known.statistics[module],
+            rank=rank,
+            factor_config=choice.factor_config,
+            row_weights=known.minds.get(module),
+            seed=seed,
+        )
+        return aware.decomposition, {
+            "relative_output_error": _root_share(aware.output_error, aware.output_norm)
+        }
+    if module in known.fisher:
+        weighted = decompose_fisher(
+            weight,
+            config,
+            known.fisher[module],
+            rank=rank,
+            factor_config=choice.factor_config,
+            iterations=settings.iterations,
+            seed=seed,
+        )
+        return weighted.decomposition, {
+            "relative_weighted_error": _root_share(weighted.weighted_error, weighted.weighted_norm)
+        }
+    plain = decompose(
+        weight,
+        config,
+        rank=rank,
+        factor_config=choice.factor_config,
+        iterations=settings.iterations,
+        seed=seed,
+    )
+    return plain, {}
+
+
+def _root_share(error: float, norm: float) -> float:
+    return float((error / norm) ** 0.5) if norm else 0.0
 
 
 def write_checkpoint(model: ModelInput, allocation: Allocation, layers: Path, folder: Path) -> None:

@@ -14,15 +14,10 @@ from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
-from compress.pipelines.allocate import (
-    Allocation,
-    allocate,
-    build_tables,
-    check_solver,
-    limit_in_bits,
-    matrices_of,
-)
-from compress.pipelines.hessian_walk import HessianWalk, sensitivities
+from compress.pipelines.allocate import Allocation, allocate, check_solver, limit_in_bits, matrices_of
+from compress.pipelines.error_tables import build_tables, exact_tables
+from compress.pipelines.fisher_files import FisherFiles
+from compress.pipelines.hessian_walk import TABLE_TOKENS, HessianWalk, sensitivities
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
 from compress.pipelines.measure import known_perplexity, validation_perplexity, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
@@ -30,10 +25,14 @@ from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.tradeoff import tradeoff
 from compress.pipelines.workspace import read_json, write_json
+from compress.quantize.config import QuantConfig
 from compress.solvers.budget import parse_budget
 
 SENSITIVITIES = "sensitivities.safetensors"
+NEAR = 0.8
+"""Budgets at most so many bits away are printed."""
 
 
 def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
@@ -62,18 +61,36 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
     def work(folder: Path) -> Mapping[str, Any]:
         validation = validation_windows(context, model.path, source)
 
-        def walk() -> HessianWalk | None:
-            if settings.objective == "frobenius":
+        def walk(most: int | None = None) -> HessianWalk | None:
+            if settings.objective != "hessian":
                 return None
-            return HessianWalk(context, model, settings, source, device, dtype)
+            return HessianWalk(context, model, settings, source, device, dtype, most=most)
 
         minds = known_sensitivities(context, model, settings, source, device, dtype, folder / "tables")
+        fisher = None
+        if settings.objective == "fisher":
+            fisher = FisherFiles(context, model, settings, source, device, dtype, folder / "fisher")
         tables = build_tables(
-            context, model, matrices, settings, fixed_rank, folder / "tables", walk(), minds
+            context,
+            model,
+            matrices,
+            settings,
+            fixed_rank,
+            folder / "tables",
+            walk(TABLE_TOKENS),
+            minds,
+            fisher,
         )
         allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank)
+        if any(table.sample is not None for table in tables):
+            tables = exact_tables(context, model, allocation, tables, settings, folder / "tables")
+            known = allocation.plain
+            plain = None if known is None else QuantConfig.from_dict(known["config"])
+            allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank, plain=plain)
         record_allocation(allocation, folder)
-        records = decompose_layers(context, model, allocation, settings, folder / "layers", walk(), minds)
+        records = decompose_layers(
+            context, model, allocation, settings, folder / "layers", walk(), minds, fisher
+        )
         write_checkpoint(model, allocation, folder / "layers", folder)
         network = load_model(folder, dtype="float32", device=device)
         record_logits(network, check_ids(model.architecture.vocab, context.common.seed), folder)
@@ -81,8 +98,8 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         after = validation_perplexity(context, network.to(dtype), validation, "the quantized model")
         del network
         reopened = check_reopens(folder, needs_compress=True)
-        shutil.rmtree(folder / "layers")
-        shutil.rmtree(folder / "tables")
+        for work_folder in ("layers", "tables", *(["fisher"] if fisher is not None else [])):
+            shutil.rmtree(folder / work_folder)
         small = Checkpoint(folder)
         numel = sum(matrix.numel for matrix in matrices)
         dense = sum(model.checkpoint.nbytes(matrix.tensor) for matrix in matrices)
@@ -104,6 +121,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "budget": {"text": budget.text, "kind": budget.kind, "value": budget.value},
             "allocation": dict(allocation.certificate),
             "plain_rounding": allocation.plain,
+            "tradeoff": tradeoff(matrices, tables, settings, fixed_rank),
             "squared_error": sum(record["squared_error"] for record in records),
             "matrices": records,
             "reopened_relative_error": reopened,
@@ -124,8 +142,8 @@ def known_sensitivities(
     dtype: Any,
     folder: Path,
 ) -> dict[str, Tensor]:
-    """What the loss minds, by module, kept in ``folder``; nothing for ``frobenius``."""
-    if settings.objective == "frobenius":
+    """What the loss minds, by module, kept in ``folder``; nothing for other objectives than ``hessian``."""
+    if settings.objective != "hessian":
         return {}
     folder.mkdir(exist_ok=True)
     path = folder / SENSITIVITIES
@@ -190,3 +208,13 @@ def show(context: Context, metrics: Mapping[str, Any]) -> None:
         f"allocation: {certificate['solver']}, gap {certificate['gap']:.1e}, {certificate['seconds']:.1f} s",
         markup=False,
     )
+    own = certificate["objective"]
+    near = [
+        f"{point['bits_per_weight']:.2f} bits {point['cost'] / own:.3g}x"
+        for point in metrics["tradeoff"]["points"]
+        if own > 0 and abs(point["bits_per_weight"] - metrics["stored_bits_per_weight"]) < NEAR
+    ]
+    if near:
+        context.reporter.out.print(
+            f"{metrics['tradeoff']['cost']}: {own:.3g}; other budgets: {', '.join(near)}", markup=False
+        )

@@ -169,13 +169,18 @@ class PruneSettings(TrainingSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeSettings:
-    """Settings of ``quantize``. The effort ``paper`` is LQ-LoRA's own, data-free objective (arXiv 2311.12023 §3)."""
+    """Settings of ``quantize``. The effort ``paper`` is LQ-LoRA without data (arXiv 2311.12023 §3).
+
+    The paper's other objective, ``fisher``, reads far more text than the others; the recipe ``lq-lora`` has it.
+    """
 
     budget: str = "2.75bit"
     budget_includes: Literal["factors", "none"] = "factors"
     rank: str = "auto"
+    factors: Literal["8bit", "16bit"] = "8bit"
+    runtime: Literal["any", "vllm"] = "any"
     solver: str = "highs"
-    objective: Literal["hessian", "frobenius"] = "hessian"
+    objective: Literal["hessian", "fisher", "frobenius"] = "hessian"
     calibration_tokens: int
     iterations: int
     menu: Literal["quick", "standard", "paper"]

@@ -61,7 +61,7 @@ class BlockModel:
     Args:
         weight: [O, I].
         absmax_ON: Largest absolute weights of all blocks.
-        weights_N: Summed weight of a block's columns, [N].
+        weights: Summed weights of the elements of every block, [O, N], or [N] where all rows have the same.
         tables: By width, the table entries nearest to equal cells of [-1, 1].
         rows: The sample.
         size: Weights of a block.
@@ -71,30 +71,29 @@ class BlockModel:
         self,
         weight: Tensor,
         absmax_ON: Tensor,
-        weights_N: Tensor,
+        weights: Tensor,
         tables: Mapping[int, Tensor],
         rows: RowSample,
         size: int,
     ) -> None:
         self._absmax = absmax_ON
-        self._squares = absmax_ON.square() * weights_N
+        self._squares = absmax_ON.square() * weights
         self._rows = rows
         units = typical_units(weight, size)
         self._errors = {bits: relative_errors(units, table) for bits, table in tables.items()}
-        self._nodes: dict[tuple[float, int, int], Tensor] = {}
-        self._found: dict[tuple[float, int, int, int], Tensor] = {}
+        self._nodes: dict[tuple[int, int], Tensor] = {}
+        self._found: dict[tuple[int, int, int], Tensor] = {}
 
-    def correction(self, share: float, config: QuantConfig, bits: int) -> Tensor:
+    def correction(self, config: QuantConfig, bits: int) -> Tensor:
         """What all rows are likely to lose, as a share of what the sample says that they are likely to; float64 [].
 
         Args:
-            share: The blocks' range as a share of the largest weight.
             config: Gives scale bits and group size; the type of the second-level scales makes no difference here.
             bits: Width of the codes.
         """
-        key = share, config.scale_bits, config.group_size
+        key = config.scale_bits, config.group_size
         if key not in self._nodes:
-            self._nodes[key] = self._find(share, config)
+            self._nodes[key] = self._find(config)
         if (*key, bits) not in self._found:
             likely = self._errors[bits].index_select(0, self._nodes[key]).view(self._squares.shape)
             likely_O = likely.mul_(self._squares).sum(1).double()
@@ -102,9 +101,9 @@ class BlockModel:
             self._found[*key, bits] = torch.where(estimate > 0, likely_O.sum() / estimate, 1.0)
         return self._found[*key, bits]
 
-    def _find(self, share: float, config: QuantConfig) -> Tensor:
+    def _find(self, config: QuantConfig) -> Tensor:
         """The node of every block, int64 [O * N]."""
-        flat = share * self._absmax.view(-1)
+        flat = self._absmax.view(-1)
         least = flat.min()
         above = flat - least
         size = min(config.group_size, len(flat))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from compress.errors import UsageError
@@ -15,6 +16,7 @@ from compress.quantize.decompose import read_factor, store_factor
 from compress.quantize.error_table import RANKS, ErrorTable, offered_ranks, stored_bits
 from compress.quantize.fisher import Fisher
 from compress.quantize.fisher_decompose import weighted_factors
+from compress.quantize.rounding_errors import rounding_errors
 
 METHOD = (
     "Fisher-weighted error; rank 0 exact; rank r from two rounds of decomposition at 2, 3 and 8 bits, scaled to "
@@ -52,13 +54,15 @@ def fisher_error_table(
 
     Raises:
         UsageError: The menu is empty, or F has another shape.
+        CompressError: A weight is not finite.
     """
     if not configs:
         raise UsageError("An error table without configurations is empty.", "Give a menu.")
     wide = weight.detach().float()
     shape = (wide.shape[0], wide.shape[1])
     offered = offered_ranks(shape, ranks)
-    plain = np.array([fisher.cost(wide - quantize_dequantize(wide, config)) for config in configs])
+    norm = fisher.cost(wide)
+    plain = _roundings(wide, configs, fisher)
     errors = np.repeat(plain[:, None], len(offered), axis=1)
     if len(offered) > 1:
         by_width: dict[int, list[int]] = {}
@@ -82,9 +86,24 @@ def fisher_error_table(
         ranks=offered,
         errors=errors,
         bits=stored_bits(shape, configs, offered, factor_config),
-        weight_norm=fisher.cost(wide),
+        weight_norm=norm,
         method=METHOD,
     )
+
+
+def _roundings(wide: Tensor, configs: Sequence[QuantConfig], fisher: Fisher) -> npt.NDArray[np.float64]:
+    """Weighted errors of plain rounding, [C]; those of NormalFloat tables in one go where F is known whole."""
+    together = [
+        at for at, config in enumerate(configs) if fisher.full is not None and config.codebook == "normal"
+    ]
+    errors = np.empty(len(configs))
+    if together:
+        errors[together] = rounding_errors(
+            wide, [configs[at] for at in together], element_weights=fisher.full
+        )
+    for at in sorted(set(range(len(configs))) - set(together)):
+        errors[at] = fisher.cost(wide - quantize_dequantize(wide, configs[at]))
+    return errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

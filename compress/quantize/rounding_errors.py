@@ -5,7 +5,7 @@ Shapes: O out, I in, S rows that are read (all, or a sample), N blocks in a row,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 from compress.kernels.reference import round_to_grid
 from compress.quantize.block_model import BlockModel
 from compress.quantize.blockwise import compress_scales, row_blocks
@@ -40,8 +40,7 @@ def rounding_errors(
     weight: Tensor,
     configs: Sequence[QuantConfig],
     *,
-    column_weights: Tensor | None = None,
-    ranges: Callable[[QuantConfig], float] | None = None,
+    element_weights: Tensor | None = None,
     sample: float | None = None,
     seed: int = 0,
 ) -> npt.NDArray[np.float64]:
@@ -53,33 +52,39 @@ def rounding_errors(
     Args:
         weight: [O, I].
         configs: C configurations; the table is NormalFloat whatever their codebook.
-        column_weights: Weight of each column's squared error, [I]; None: 1.
-        ranges: A block's range as a share of its largest weight, by configuration; None: 1.
+        element_weights: Weight of each squared error, [O, I], not negative; None: 1.
         sample: Share (float) or number (int) of rows to estimate the errors from; the scales are
             those of the whole matrix all the same. None: all rows, exactly.
         seed: Of the sample.
 
     Raises:
         CompressError: A weight is not finite.
-        UsageError: The sample is not positive, or a share above 1.
+        UsageError: The sample is not positive, or a share above 1; the element weights have another shape.
     """
-    by_size: dict[int, dict[tuple[float, QuantConfig], list[int]]] = {}
+    if element_weights is not None and element_weights.shape != weight.shape:
+        raise UsageError(
+            f"Weights of shape {tuple(element_weights.shape)} cannot weigh errors of shape {tuple(weight.shape)}.",
+            "Pass both as [out, in].",
+        )
+    by_size: dict[int, dict[QuantConfig, list[int]]] = {}
     for at, config in enumerate(configs):
         shared = QuantConfig(**{**config.to_dict(), "bits": 2})
-        share = 1.0 if ranges is None else ranges(config)
-        by_size.setdefault(config.block_size, {}).setdefault((share, shared), []).append(at)
+        by_size.setdefault(config.block_size, {}).setdefault(shared, []).append(at)
     maxima = block_maxima(weight, by_size)
     count, columns = weight.shape
-    picked, rows = weight.detach().float(), None
+    picked, rows, weighing = weight.detach().float(), None, element_weights
     if sample is not None:
-        rows = sample_rows(_row_sizes(maxima[max(maxima)]), sample, seed)
+        widest = max(maxima)
+        sizes = _row_sizes(maxima[widest], _weights_of_blocks(weight, element_weights, widest))
+        rows = sample_rows(sizes, sample, seed)
         picked, count = picked[rows.rows], len(rows.rows)
+        weighing = None if element_weights is None else element_weights[rows.rows]
     width = max(-(-columns // size) * size for size in by_size)
     if width > columns:
         picked = torch.nn.functional.pad(picked, (0, width - columns))
     roots = None
-    if column_weights is not None:
-        roots = torch.nn.functional.pad(column_weights.float().sqrt(), (0, width - columns))
+    if weighing is not None:
+        roots = torch.nn.functional.pad(weighing.float().sqrt(), (0, width - columns))
     norms = torch.zeros(len(configs), count, device=weight.device)
     corrections = torch.ones(len(configs), dtype=torch.float64, device=weight.device)
     for size, members in by_size.items():
@@ -90,19 +95,18 @@ def rounding_errors(
         step = max(1, size // 2)  # the scales at hand take at most half the memory of the weights
         for start in range(0, len(pairs), step):
             scalings = [
-                (of_rows(share, shared), [(at, configs[at].bits) for at in found])
-                for (share, shared), found in pairs[start : start + step]
+                (of_rows(shared), [(at, configs[at].bits) for at in found])
+                for shared, found in pairs[start : start + step]
             ]
             _add_norms(blocks, scalings, roots, norms)
         if rows is not None:
-            counted = torch.ones(columns, device=weight.device) if column_weights is None else column_weights
-            counted = torch.nn.functional.pad(counted.float(), (0, -columns % size)).view(-1, size).sum(1)
+            counted = _weights_of_blocks(weight, element_weights, size)
             widths = {configs[at].bits for found in members.values() for at in found}
             tables = {bits: _nearest(bits, _CELLS, weight.device) for bits in widths}
             model = BlockModel(weight, absmax, counted, tables, rows, size)
-            for (share, shared), found in pairs:
+            for shared, found in pairs:
                 for at in found:
-                    corrections[at] = model.correction(share, shared, configs[at].bits)
+                    corrections[at] = model.correction(shared, configs[at].bits)
     squares = norms.double().square_()
     totals = squares.sum(1) if rows is None else squares @ rows.counts
     errors: npt.NDArray[np.float64] = (totals * corrections).cpu().numpy()
@@ -134,8 +138,18 @@ def block_maxima(weight: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
     return maxima
 
 
-def _row_sizes(absmax: Tensor) -> Tensor:
-    """About what each row adds to the errors, float64 [O].
+def _weights_of_blocks(weight: Tensor, element_weights: Tensor | None, size: int) -> Tensor:
+    """Summed weights of the elements of every block, [O, N]; without weights their number, [N]."""
+    counted = (
+        torch.ones(weight.shape[1], device=weight.device) if element_weights is None else element_weights
+    )
+    padded = torch.nn.functional.pad(counted.float(), (0, -weight.shape[1] % size))
+    sums: Tensor = padded.unflatten(-1, (-1, size)).sum(-1)
+    return sums
+
+
+def _row_sizes(absmax: Tensor, weights: Tensor) -> Tensor:
+    """About what each row adds to the errors, float64 [O]; ``weights`` are those of the blocks.
 
     Where the scales are fine a block's error goes with the square of its largest weight; where they are coarse, with
     the square of their step, which is that of the whole group. The mean of both serves every configuration.
@@ -144,7 +158,7 @@ def _row_sizes(absmax: Tensor) -> Tensor:
     size = min(_GROUP, len(flat))
     groups = torch.nn.functional.pad(flat - flat.min(), (0, -len(flat) % size)).view(-1, size)
     steps = groups.amax(1).repeat_interleave(size)[: len(flat)]
-    fine, coarse = (values.square().view(absmax.shape).sum(1) for values in (flat, steps))
+    fine, coarse = ((values.square().view(absmax.shape) * weights).sum(1) for values in (flat, steps))
     tiny = torch.finfo(fine.dtype).tiny
     return fine / fine.mean().clamp(min=tiny) + coarse / coarse.mean().clamp(min=tiny)
 
@@ -163,10 +177,10 @@ class ScalesOfRows:
         self._least = absmax.min()
         self._touched: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, share: float, config: QuantConfig) -> Tensor:
-        """float32 [S, N] for ranges of ``share`` of the largest weights."""
+    def __call__(self, config: QuantConfig) -> Tensor:
+        """float32 [S, N]."""
         if self._rows is None:
-            scales = compress_scales(share * self._absmax.view(-1), config)
+            scales = compress_scales(self._absmax.view(-1), config)
             return scales.values(config).view(self._absmax.shape)
         size = config.group_size
         if size not in self._touched:
@@ -174,7 +188,7 @@ class ScalesOfRows:
         taken, places = self._touched[size]
         # One more group in front holds the smallest scale of the matrix, to which all the others are relative.
         absmax = torch.cat((self._least.expand(size), self._absmax.view(-1)[taken]))
-        return compress_scales(share * absmax, config).values(config)[size:][places]
+        return compress_scales(absmax, config).values(config)[size:][places]
 
     def _groups(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """The blocks of all groups that the rows touch, and where among them the rows' own are, [S, N]."""
@@ -211,7 +225,7 @@ def _add_norms(
     room_for_coarse = torch.empty_like(room_for_index)
     room_for_values = torch.empty_like(room_for_index, dtype=torch.float32)
     tables = {bits: _nearest(bits, cells, room.device) for _, widths in scalings for _, bits in widths}
-    weights = None if roots is None else roots[: blocks * size].view(blocks, size)
+    weights_SNB = None if roots is None else roots[:, : blocks * size].unflatten(1, (blocks, size))
     for start in range(0, count, step):
         part = blocks_SNB[start : start + step]
         error = room[: len(part)]
@@ -230,6 +244,6 @@ def _add_norms(
             for at, bits in widths:
                 torch.index_select(tables[bits], 0, fine if bits == 8 else coarse, out=values)
                 torch.addcmul(part, values_SNB, scale, value=-1, out=error)
-                if weights is not None:
-                    error.mul_(weights)
+                if weights_SNB is not None:
+                    error.mul_(weights_SNB[start : start + step])
                 torch.linalg.vector_norm(error_SI, dim=1, out=norms[at, start : start + step])

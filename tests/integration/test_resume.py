@@ -33,10 +33,13 @@ GIVEN: dict[str, dict[str, Any]] = {
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "lora": {**PRUNE, "criterion": "lora", "steps": 8},
-    "rounds": {**PRUNE, "rounds": 2},
+    "lora": {"prune": {**PRUNE, "criterion": "lora", "steps": 8}},
+    "rounds": {"prune": {**PRUNE, "rounds": 2}},
+    "fisher": {
+        "quantize": {"budget": "8bit", "rank": "4", "objective": "fisher", "calibration_tokens": 2048}
+    },
 }
-"""Other ways to prune, each the first and only stage of a chain of its own."""
+"""Other ways to prune and to quantize, each the first and only stage of a chain of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def chains(
     folder = tmp_path_factory.mktemp("reference")
     full = tiny_checkpoint("llama_tied", folder / "full")
     found = {}
-    verbs = {"chain": GIVEN, **{name: {"prune": given} for name, given in OTHERS.items()}}
+    verbs = {"chain": GIVEN, **OTHERS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.pipelines.reopen.run_fresh", fork_server.run)
         for chain, stages in verbs.items():
@@ -108,6 +111,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 FOUND = ("score (obs)", "try shapes", "refit o and down", "cut")
+FISHER = "Fisher information, layers 0-2"
 TRAINED = ("score and mask", "refit o and down", "cut")
 CASES = [
     # chain, verb, label, call, opening, labels that the resumed run does not open; None: nothing to go on from
@@ -131,6 +135,10 @@ CASES = [
     ("chain", "quantize", "error tables", 2, 1, ()),
     ("chain", "quantize", "decompose", 2, 1, ()),
     ("chain", "quantize", "perplexity of the quantized model", 1, 1, ()),
+    ("fisher", "quantize", FISHER, 3, 1, None),
+    ("fisher", "quantize", "error tables", 1, 1, (FISHER,)),
+    ("fisher", "quantize", "decompose", 1, 1, (FISHER,)),
+    ("fisher", "quantize", "perplexity of the quantized model", 1, 1, (FISHER,)),
     ("chain", "train", "train", 5, 1, ()),
     ("chain", "recover", "recover", 3, 1, None),
     ("chain", "eval", "eval quantized", 1, 1, ("eval original", "eval pruned")),
@@ -154,7 +162,7 @@ def test_interrupted_and_resumed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    reference, given = chains[chain], OTHERS.get(chain, GIVEN[verb])
+    reference, given = chains[chain], OTHERS.get(chain, GIVEN)[verb]
     shutil.copytree(reference.run, tmp_path / "run")
     common = replace(reference, run=tmp_path / "run")
     (name,) = [stage.path.name for stage in Workspace(common.run).stages if stage.verb == verb]
@@ -165,10 +173,11 @@ def test_interrupted_and_resumed(
     monkeypatch.setattr(Reporter, "bar", lambda self, text: bars.bar(text))
     with pytest.raises(KeyboardInterrupt):
         run_verb(verb, common, given, quiet=True)
+    assert set(kept or ()) <= set(bars.opened)
     partial = common.run / f"{name}.partial"
     if kept is not None:
         assert sorted(path.name for path in common.run.iterdir()) == sorted([*before, partial.name])
-    elif verb == "prune":  # the first stage of a chain takes the empty folder with it
+    elif name.startswith("01-"):  # the first stage of a chain takes the empty folder with it
         assert not common.run.exists()
     else:
         assert sorted(path.name for path in common.run.iterdir()) == before

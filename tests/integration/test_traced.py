@@ -53,7 +53,7 @@ def test_the_whole_chain(method: str, tmp_path: Path, text_file: Path) -> None:
     assert quantized["metrics"]["stored_bits_per_weight"] <= 5
 
 
-@pytest.mark.parametrize(("objective", "bound"), [("frobenius", 0.15), ("hessian", 0.3)])
+@pytest.mark.parametrize(("objective", "bound"), [("frobenius", 0.15), ("fisher", 0.2), ("hessian", 0.3)])
 def test_a_quantized_conv1d_computes_with_the_transposed_weight(
     objective: str, bound: float, tmp_path: Path, text_file: Path
 ) -> None:

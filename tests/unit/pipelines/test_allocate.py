@@ -85,6 +85,22 @@ def test_factors_that_do_not_count_do_not_raise_the_least(model: ModelInput) -> 
         limit(model, "3bit", 16)
 
 
+def test_factors_in_16_bits_raise_the_least(model: ModelInput) -> None:
+    matrices = matrices_of(model)
+    numel = sum(matrix.numel for matrix in matrices)
+    plain = min(config.storage_bits((64, 64)) for config in menu("quick")) / 64**2
+    leasts = {}
+    for factors in ("8bit", "16bit"):
+        with pytest.raises(CompressError) as refused:
+            limit(model, "1bit", 4, factors=factors)
+        found = re.search(r"Give ([0-9.]+)bit", refused.value.remedy)
+        assert found is not None
+        leasts[factors] = float(found.group(1))
+    dense = sum(16 * 4 * sum(matrix.shape) for matrix in matrices) / numel
+    assert leasts["16bit"] == pytest.approx(plain + dense, rel=0.02)
+    assert plain < leasts["8bit"] < leasts["16bit"]
+
+
 def test_a_rank_is_offered_where_the_matrix_is_wide_enough() -> None:
     assert ranks_for((64, 64), None) == (0, 4, 8, 16)
     assert ranks_for((64, 64), 16) == (16,)
@@ -107,6 +123,10 @@ def test_plain_rounding_is_the_best_single_format(model: ModelInput) -> None:
         assert found["squared_error"] == best
         assert found["stored_bits"] <= bound
     assert plain_rounding(matrices, tables, min(bits) - 1) is None
+    for config, size, error in zip(configs, bits, errors, strict=True):
+        only = plain_rounding(matrices, tables, size, config)
+        assert only == {"config": config.to_dict(), "stored_bits": size, "squared_error": error}
+        assert plain_rounding(matrices, tables, size - 1, config) is None
 
 
 def test_a_quantized_file_fits_in_the_bytes_it_was_given(

@@ -88,6 +88,15 @@ def test_values_of_another_type_are_refused(value: Any, annotation: Any) -> None
         as_type("some_name", value, annotation)
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("factors", "4bit"), ("objective", "hessians")])
+def test_choices_of_quantize(name: str, wrong: str) -> None:
+    with pytest.raises(UsageError, match=f"no {name} '{wrong}'"):
+        resolve(QuantizeSettings, {name: wrong}, "quick")
+    given = {"factors": "16bit", "objective": "fisher"}
+    assert getattr(resolve(QuantizeSettings, given, "quick"), name) == given[name]
+    assert resolve(QuantizeSettings, {}, "paper").objective == "frobenius"
+
+
 @given(st.floats(allow_nan=True, allow_infinity=True))
 def test_a_ratio_is_between_0_and_1(ratio: float) -> None:
     if 0 < ratio < 1:

@@ -69,7 +69,7 @@ def test_a_walk_sees_the_inputs_of_every_linear(made: Uneven, text: str, tmp_pat
 
 
 @pytest.mark.usefixtures("forked_reopen")
-@pytest.mark.parametrize("objective", ["hessian", "frobenius"])
+@pytest.mark.parametrize("objective", ["hessian", "fisher", "frobenius"])
 def test_it_is_quantized_and_trained(objective: str, made: Uneven, text: str, tmp_path: Path) -> None:
     common = Common(run=tmp_path / "run", model=str(made.small.path), data=text, dtype="float32", threads=1)
     given = {"budget": "8bit", "rank": "4", "objective": objective, "calibration_tokens": 1024}

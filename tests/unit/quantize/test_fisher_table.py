@@ -35,6 +35,23 @@ def test_rank_zero_is_exact_for_the_whole_menu(shape: tuple[int, int], whole: bo
     assert table.weight_norm == pytest.approx(weighted(full, weight), rel=1e-5)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_learned_tables_are_measured_too(whole: bool) -> None:
+    weight, full = trained((40, 72)), information((40, 72))
+    fisher = Fisher.of(full, examples=2) if whole else Fisher.of(full, examples=2).summed()
+    configs = [
+        QuantConfig(bits=b, block_size=32, codebook=codebook)  # type: ignore[arg-type]
+        for b, codebook in ((3, "learned"), (3, "normal"), (2, "learned"))
+    ]
+    table = fisher_error_table(weight, configs, fisher, (0,))
+    for at, config in enumerate(configs):
+        error = weight - quantize_blockwise(weight, config).dequantize()
+        assert table.errors[at, 0] == pytest.approx(fisher.cost(error), rel=1e-4)
+    assert table.errors[0, 0] != table.errors[1, 0]
+    only = fisher_error_table(weight, configs[:1], fisher, (0,))
+    np.testing.assert_array_equal(only.errors, table.errors[:1])
+
+
 @pytest.mark.parametrize("shape", [(96, 160), (64, 192), (200, 72)])
 @pytest.mark.parametrize("skew", [0.3, 1.0])
 def test_estimates_are_near_what_is_found(shape: tuple[int, int], skew: float) -> None:

@@ -27,13 +27,20 @@ def heavy(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return noise * tails.exp().clamp(max=5) * torch.randn(rows, 1, generator=generator).exp()
 
 
-def brute_force(
-    weight: torch.Tensor, config: QuantConfig, columns: torch.Tensor | None = None, share: float = 1.0
-) -> float:
+def weights_of(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Weights of squared errors that differ by row, by column and by element; a few are zero."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    shapes = ((rows, 1), (columns,), (rows, columns))
+    found = sum(torch.randn(shape, generator=generator) for shape in shapes)
+    assert isinstance(found, torch.Tensor)
+    return found.exp() * (torch.rand(rows, columns, generator=generator) > 0.1)
+
+
+def brute_force(weight: torch.Tensor, config: QuantConfig, weights: torch.Tensor | None = None) -> float:
     """Block by block, entry by entry, in float64; only what is stored has a narrower type."""
     table = normal_float_table(config.bits).double()
     parts = [row.split(config.block_size) for row in weight]
-    absmax = torch.stack([share * part.abs().max() for row in parts for part in row])
+    absmax = torch.stack([part.abs().max() for row in parts for part in row])
     offset = absmax.min()
     scales = []
     for group in (absmax - offset).split(config.group_size):
@@ -44,9 +51,10 @@ def brute_force(
     total = 0.0
     for at, part in enumerate(part for row in parts for part in row):
         error = (part.double()[:, None] - scales[at] * table).abs().min(1).values.square()
-        if columns is not None:
-            start = at % len(parts[0]) * config.block_size
-            error = error * columns[start : start + len(part)].double()
+        if weights is not None:
+            row, block = divmod(at, len(parts[0]))
+            start = block * config.block_size
+            error = error * weights[row, start : start + len(part)].double()
         total += error.sum().item()
     return total
 
@@ -87,14 +95,30 @@ def test_large_matrices_have_coarser_cells_and_are_as_exact() -> None:
     np.testing.assert_allclose(rounding_errors(weight, configs), expected, rtol=1e-5)
 
 
-def test_weighted_columns_and_narrow_ranges() -> None:
-    weight = heavy(9, 77)
-    columns = torch.rand(77, generator=torch.Generator().manual_seed(1)) * 3
-    found = rounding_errors(
-        weight, SOME, column_weights=columns, ranges=lambda config: 0.5 + config.bits / 20
+@given(st.integers(1, 7), st.integers(1, 150), st.integers(0, 10**6), st.sampled_from([1e-12, 1.0, 1e6]))
+def test_weighted_elements_are_exact_for_any_shape(rows: int, columns: int, seed: int, size: float) -> None:
+    weight, weights = heavy(rows, columns, seed), size * weights_of(rows, columns, seed)
+    configs = MENU[seed % 19 :: 61]
+    expected = [brute_force(weight, config, weights) for config in configs]
+    found = rounding_errors(weight, configs, element_weights=weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9 * size)
+
+
+def test_element_weights_of_another_shape_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"shape \(7, 9\) cannot weigh"):
+        rounding_errors(heavy(9, 7), SOME, element_weights=weights_of(7, 9))
+
+
+def test_elements_that_count_for_nothing_cost_nothing() -> None:
+    weight = heavy(20, 70)
+    weights = torch.zeros(20, 70)
+    for sample in (None, 5):
+        assert not rounding_errors(weight, SOME, element_weights=weights, sample=sample).any()
+    weights[3, 41] = 2.0
+    expected = [brute_force(weight, config, weights) for config in SOME]
+    np.testing.assert_allclose(
+        rounding_errors(weight, SOME, element_weights=weights), expected, rtol=1e-3, atol=1e-9
     )
-    expected = [brute_force(weight, config, columns, 0.5 + config.bits / 20) for config in SOME]
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_zero_and_constant_blocks() -> None:
@@ -143,8 +167,8 @@ def test_scales_of_sampled_rows_are_those_of_the_whole(rows: int, blocks: int, g
     sample = RowSample(rows=some, counts=torch.ones(len(some), dtype=torch.float64))
     for scale_bits in (2, 8):
         config = QuantConfig(bits=2, scale_bits=scale_bits, scale_dtype="float16", group_size=group)
-        whole = compress_scales(0.9 * absmax.view(-1), config).values(config).view(rows, blocks)
-        torch.testing.assert_close(ScalesOfRows(absmax, sample)(0.9, config), whole[some], rtol=0, atol=0)
+        whole = compress_scales(absmax.view(-1), config).values(config).view(rows, blocks)
+        torch.testing.assert_close(ScalesOfRows(absmax, sample)(config), whole[some], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -153,10 +177,10 @@ def test_samples_have_hardly_any_bias(weighted: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(120, 96, generator=generator) * torch.rand(120, 1, generator=generator)
     weight[90:] = 0.02 * weight[90:].sign()  # rows that cost little are drawn seldom and must count for more
-    columns = torch.linspace(0.2, 2, 96) if weighted else None
-    exact = rounding_errors(weight, SOME, column_weights=columns)
+    weights = weights_of(120, 96) if weighted else None
+    exact = rounding_errors(weight, SOME, element_weights=weights)
     found = np.array(
-        [rounding_errors(weight, SOME, column_weights=columns, sample=0.4, seed=seed) for seed in range(30)]
+        [rounding_errors(weight, SOME, element_weights=weights, sample=0.4, seed=seed) for seed in range(30)]
     )
     error = found.std(0) / np.sqrt(len(found))
     assert (np.abs(found.mean(0) - exact) < 4 * error + 0.015 * exact).all()
@@ -164,11 +188,32 @@ def test_samples_have_hardly_any_bias(weighted: bool) -> None:
     assert (found.std(0) / exact).mean() < 0.1
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weighted_samples_estimate_weighted_errors(seed: int) -> None:
+    """Rows of whatever weight: samples come closer with the rows drawn, and weights count in them."""
+    weight, weights = heavy(240, 96, seed), weights_of(240, 96, seed)
+    exact = rounding_errors(weight, SOME, element_weights=weights)
+    spread = []
+    for sample in (24, 120):
+        found = np.array(
+            [
+                rounding_errors(weight, SOME, element_weights=weights, sample=sample, seed=draw)
+                for draw in range(16)
+            ]
+        )
+        spread.append(float(np.sqrt(np.mean((found / exact - 1) ** 2))))
+    assert np.abs(np.median(found / exact, axis=0) - 1).max() < 0.15
+    assert spread[1] < 0.7 * spread[0]
+    assert spread[1] < 0.1
+
+
 def test_all_rows_are_no_sample_and_seeds_repeat() -> None:
-    weight = heavy(30, 80)
-    exact = rounding_errors(weight, SOME)
+    weight, weights = heavy(30, 80), weights_of(30, 80)
+    exact, weighted = rounding_errors(weight, SOME), rounding_errors(weight, SOME, element_weights=weights)
     for sample in (1.0, 30, 1000):
         np.testing.assert_allclose(rounding_errors(weight, SOME, sample=sample), exact, rtol=1e-9)
+        found = rounding_errors(weight, SOME, element_weights=weights, sample=sample)
+        np.testing.assert_allclose(found, weighted, rtol=1e-9)
     one, same, other = (rounding_errors(weight, SOME, sample=6, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
@@ -218,7 +263,7 @@ def test_what_a_block_is_likely_to_lose_is_what_blocks_like_it_lose() -> None:
     model = BlockModel(
         weight, weight.abs().amax(1, keepdim=True), torch.full((1,), 64.0), {4: nearest}, every, 64
     )
-    assert float(model.correction(1.0, config, 4)) == pytest.approx(1)
+    assert float(model.correction(config, 4)) == pytest.approx(1)
 
 
 def test_float16_stands_for_bfloat16_where_its_range_reaches() -> None:
