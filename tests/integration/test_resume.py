@@ -111,6 +111,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 FOUND = ("score (obs)", "try shapes", "refit o and down", "cut")
+ROUND = ("score (obs)", "refit o and down", "cut")  # a round has one shape
 FISHER = "Fisher information, layers 0-2"
 TRAINED = ("score and mask", "refit o and down", "cut")
 CASES = [
@@ -130,8 +131,8 @@ CASES = [
     ("lora", "prune", "perplexity of the model", 1, 1, TRAINED),
     ("lora", "prune", "perplexity of the pruned model", 1, 1, TRAINED),
     ("rounds", "prune", "score (obs)", 3, 2, ()),
-    ("rounds", "prune", "repair", 2, 2, FOUND),
-    ("rounds", "prune", "perplexity of the pruned model", 1, 1, FOUND),
+    ("rounds", "prune", "repair", 2, 2, ROUND),
+    ("rounds", "prune", "perplexity of the pruned model", 1, 1, ROUND),
     ("chain", "quantize", "error tables", 2, 1, ()),
     ("chain", "quantize", "decompose", 2, 1, ()),
     ("chain", "quantize", "perplexity of the quantized model", 1, 1, ()),
