@@ -67,7 +67,7 @@ demo: $(MODEL)
 	unset COMPRESS_RUN
 	cd demo
 	line() { printf '%-10s %5d s of %3d s\n' "$$1" $$(( $$(date +%s) - $$2 )) "$$3"; }
-	table="$$(line install $(STARTED) 75)"
+	table="$$(line install $(STARTED) 70)"
 	stage() {  # seconds allotted, then the command
 	  local allotted=$$1 from=$$(date +%s)
 	  shift
@@ -75,8 +75,8 @@ demo: $(MODEL)
 	  $(BIN)/compress "$$@"
 	  table+=$$'\n'"$$(line "$$1" $$from $$allotted)"
 	}
-	stage 200 prune --ratio 0.5
-	stage  60 quantize --budget 2.75bit
+	stage 165 prune --ratio 0.5
+	stage 100 quantize --budget 2.75bit
 	stage  65 recover
 	stage  75 eval
 	stage   5 report
