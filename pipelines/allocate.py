@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError
+from compress.pipelines.hessian_walk import SHARED_INPUT
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.workspace import FORMAT_VERSION
@@ -28,9 +29,6 @@ COSTS = {
     "hessian": "predicted rise of the loss, nats per token",
 }
 """What the choice for each objective costs, and the allocation sums."""
-
-FUSED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
-"""Roles that runtimes fuse into one matrix."""
 
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
@@ -233,11 +231,11 @@ def problem_of(
 
 
 def fused_groups(matrices: Sequence[Matrix]) -> tuple[tuple[int, ...], ...]:
-    """Positions of matrices that serving runtimes store as one: q, k and v, and gate and up, of every layer."""
+    """Positions of matrices that serving runtimes store as one, as they read one input: q, k and v, and gate and up."""
     groups: dict[tuple[int, str], list[int]] = {}
     for at, matrix in enumerate(matrices):
-        if matrix.role in FUSED:
-            groups.setdefault((matrix.layer, FUSED[matrix.role]), []).append(at)
+        if matrix.role in SHARED_INPUT:
+            groups.setdefault((matrix.layer, SHARED_INPUT[matrix.role]), []).append(at)
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 

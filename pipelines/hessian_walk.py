@@ -26,7 +26,7 @@ SHARED_INPUT = {
     "gate": "mlp",
     "up": "mlp",
 }
-"""Roles that read the same hidden states, and so have the same statistics."""
+"""Roles that read the same hidden states, and so have the same statistics, and may be fused into one matrix."""
 BATCH = 4
 GRADIENT_BATCH = 2
 GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 8192

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
 from compress.kernels.reference import Grid, make_grid, round_to_grid
 
 ITERATIONS = 6
@@ -69,18 +68,3 @@ def fitted_grid(blocks_NB: Tensor, scales_N: Tensor, weights_NB: Tensor, start: 
     table = lloyd(blocks / scales, weights * scales.square(), start)
     factor = float(table.abs().max())
     return make_grid((table / factor).contiguous()), factor
-
-
-def check_table(table: Tensor, bits: int) -> Tensor:
-    """A stored table, when rounding and decoding can use it.
-
-    Raises:
-        CompressError: It is not ascending, not within [-1, 1] or has another length than ``2 ** bits``.
-    """
-    fine = len(table) == 2**bits and bool(torch.isfinite(table).all())
-    if not fine or float(table.diff().min()) <= 0 or float(table.abs().max()) > 1:
-        raise CompressError(
-            f"A stored look-up table of {len(table)} entries is not a table of {bits} bits.",
-            "The checkpoint is damaged: quantize the model again.",
-        )
-    return table

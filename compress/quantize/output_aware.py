@@ -1,8 +1,8 @@
 """Q + L1 L2 for the least error of a matrix's *outputs* (METHODS §3.4).
 
 Error-feedback rounding and coordinate descent; for ranks above 0 then factors of what that left, in the whitened
-space, a fresh rounding of what the factors leave, and factors of what this left. Starting from the factors of W, as
-LQ-LoRA does, or alternating further gains nothing on trained matrices: feedback has dealt with what they would take.
+space, a fresh rounding of what the factors leave, and factors of what this left. The first factors are those of the
+rounding error, not of W as in LQ-LoRA: feedback has dealt with most of what these would take.
 
 Shapes: O out, I in, r rank.
 """
@@ -26,6 +26,7 @@ from compress.quantize.lowrank import truncated_svd
 from compress.quantize.rounding import Rounded, refine, round_with_feedback
 
 LEAST_ROOT = 1e-3
+"""Least root of a row's weight, as a share of the largest."""
 
 PASSES = 1
 """Passes of coordinate descent after each rounding."""

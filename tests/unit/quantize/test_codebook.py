@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.errors import CompressError, UsageError
+from compress.errors import UsageError
 from compress.kernels.reference import make_grid, round_to_grid
 from compress.quantize.blockwise import quantize_blockwise, quantize_dequantize
-from compress.quantize.codebook import SMALLEST_STEP, check_table, fitted_grid, lloyd
+from compress.quantize.codebook import SMALLEST_STEP, fitted_grid, lloyd
 from compress.quantize.config import QuantConfig
 from compress.quantize.normal_float import normal_float_grid
 
@@ -125,12 +125,3 @@ def test_wide_codes_have_no_learned_table() -> None:
         QuantConfig(bits=8, codebook="learned")
     with pytest.raises(UsageError, match="codebook is 'best'"):
         QuantConfig(bits=3, codebook="best")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "table", [[-1.0, 0.0, 1.0], [-1.0, 0.0, 0.0, 1.0], [-1.0, 0.0, 0.5, 1.5], [-1.0, 0.0, float("nan"), 1.0]]
-)
-def test_a_damaged_table_is_refused(table: list[float]) -> None:
-    with pytest.raises(CompressError, match="not a table of 2 bits"):
-        check_table(torch.tensor(table), 2)
-    assert len(check_table(torch.tensor([-1.0, 0.0, 0.5, 1.0]), 2)) == 4
