@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
+from compress.pipelines.integrity import describe_files
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace, differences, stage_id
@@ -116,6 +117,7 @@ def run_stage(
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_bytes,
         "metrics": dict(metrics),
+        "files": describe_files(partial),  # hashing takes time: before anything is dropped
     }
     if done is not None and verb not in MEASUREMENTS:
         reporter.say(f"{verb}: --redo dropped {', '.join(workspace.drop_from(verb))}.")

@@ -20,7 +20,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compress.errors import CompressError, UsageError
-from compress.pipelines.integrity import describe_files
 
 FORMAT_VERSION = 1
 MODEL_VERBS = ("prune", "quantize")
@@ -250,9 +249,8 @@ class Workspace:
             shutil.rmtree(partial)
 
     def complete(self, partial: Path, record: Mapping[str, Any]) -> Stage:
-        """Turn a finished partial folder into the chain's last stage: record, with the files' hashes, rename, list."""
-        record = {**record, "files": describe_files(partial)}
-        record["record_sha256"] = record_digest(record)
+        """Turn a finished partial folder into the chain's last stage: record, with its own hash, rename, list."""
+        record = {**record, "record_sha256": record_digest(record)}
         final = self.root / f"{self._next_number():02d}-{record['verb']}"
         if final.exists():  # left unlisted by a run that was killed between the rename and the listing
             shutil.rmtree(final)
