@@ -52,6 +52,8 @@ from compress.pipelines.workspace import Workspace, read_json
 
 CALIBRATION = 32_768
 MICRO_BATCH, SEQUENCE = 4, 128
+DTYPE = "float32"
+"""Of everything, whatever the machine prefers: rows measured on different machines can share a table."""
 RECOVERY: dict[str, Any] = {
     "micro_batch": MICRO_BATCH,
     "sequence": SEQUENCE,
@@ -284,7 +286,7 @@ def table(rows: Rows, ratios: list[float], tokens: int, suffix: str = "") -> str
 
 def bench_of(model: Path, source: str, seed: int, workspace: Path, **sizes: Any) -> Bench:
     """A benchmark on this machine's device."""
-    common = Common(run=workspace, model=str(model), data=source, seed=seed, effort="quick")
+    common = Common(run=workspace, model=str(model), data=source, seed=seed, effort="quick", dtype=DTYPE)
     prepare_torch(common)
     device, dtype = device_and_dtype(common)
     context = Context(common=common, workspace=Workspace(workspace), reporter=Reporter(quiet=False))
@@ -331,6 +333,7 @@ def main() -> int:
         "benchmark": "pruning",
         "part": arguments.part,
         "source": source,
+        "dtype": DTYPE,
         "recovery": RECOVERY,
         **sizes,
     }

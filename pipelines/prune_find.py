@@ -151,7 +151,12 @@ def _train(
     hook = PruneController(adapted, arch, criterion, schedule, choose, one_shot=settings.one_shot)
     with hook, place.context.reporter.bar("score and mask") as progress:
         result = fit(
-            adapted, windows, fit_config(settings, seed), hooks=[hook], state_dir=state_dir, progress=progress
+            adapted,
+            windows,
+            fit_config(settings, place.context.common),
+            hooks=[hook],
+            state_dir=state_dir,
+            progress=progress,
         )
         structure = hook.structure(base_fingerprint=model.id)
     return Found(

@@ -113,7 +113,7 @@ def train_repair(
         result = fit(
             adapted,
             windows,
-            fit_config(training, seed),
+            fit_config(training, place.context.common),
             state_dir=state_dir,
             progress=progress,
             distillation=distillation,

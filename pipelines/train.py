@@ -69,7 +69,7 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
             result = fit(
                 adapted,
                 windows,
-                fit_config(settings, context.common.seed),
+                fit_config(settings, context.common),
                 state_dir=folder / "training",
                 progress=progress,
                 validation=validation,

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from compress.adapters.train import FitConfig, FitResult
-from compress.pipelines.settings import TrainingSettings
+from compress.pipelines.settings import Common, TrainingSettings
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises; at most 100 steps (LoRAM, arXiv 2502.13533, §4)."""
 
 
-def fit_config(settings: TrainingSettings, seed: int) -> FitConfig:
-    """The training loop's configuration from a verb's settings."""
+def fit_config(settings: TrainingSettings, common: Common) -> FitConfig:
+    """The training loop's configuration from a verb's settings and the seed and dtype asked for."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 needs loss scaling: left to the loop
+    if common.dtype == "float32":
+        precision = "float32"
+    elif common.dtype == "bfloat16":
+        precision = "bfloat16"
     return FitConfig(
         steps=settings.steps,
         micro_batch=settings.micro_batch,
         accumulation=settings.accumulation,
         lr=settings.lr,
         warmup_steps=min(100, int(WARMUP * settings.steps)),
-        seed=seed,
+        seed=common.seed,
+        precision=precision,
         save_every=max(1, min(50, settings.steps // 4)),
     )
 
