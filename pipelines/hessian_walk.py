@@ -78,7 +78,8 @@ class HessianWalk:
         first: dict[str, LinearSpec] = {}
         for spec in self._arch.linears_at(layer):
             first.setdefault(SHARED_INPUT.get(spec.role, spec.name), spec)
-        with gathered_grams(self._walk.layers[layer], dict.fromkeys(first.values())) as grams:
+        wanted = dict.fromkeys(first.values())
+        with gathered_grams(self._walk.layers[layer], wanted, only=not advance) as grams:
             (self._walk.advance if advance else self._walk.look)(layer)
         found = {name: input_statistics(grams[spec] / self.tokens) for name, spec in first.items()}
         return {

@@ -91,7 +91,7 @@ def _codes(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, Sca
         )
     grid = normal_float_grid(config.bits, weight.device)
     if config.codebook == "learned":
-        grid, factor = fitted_grid(blocks, ranges, torch.ones_like(blocks[:1, :1]), grid)
+        grid, factor = fitted_grid(blocks, ranges, torch.ones_like(blocks[:1]), grid)
         ranges = factor * ranges
     scales = compress_scales(ranges, config)
     return backend().quantize_blocks(blocks, scales.values(config), grid), scales, grid

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from compress.importance.base import Loss
@@ -42,7 +41,7 @@ def output_sensitivities(
 
     def take(place: Place, gradient_TO: Tensor) -> None:
         name = arch.module_name(*place)
-        part = gradient_TO.square().sum(dim=0, dtype=torch.float64)
+        part = gradient_TO.square().sum(dim=0).double()
         sums[name] = sums[name] + part if name in sums else part
 
     roles = {spec.role for spec in arch.linears}

@@ -1,0 +1,5 @@
+/* Rounding where no instruction set is asked for. */
+#define CK_FILE_LEVEL 0
+#include "rounding.h"
+
+const ck_quantizers ck_quantize_scalar = QUANTIZERS;
