@@ -9,22 +9,15 @@ Shapes: O out, I in, N blocks in a row, K table entries.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
-from compress.kernels.library import library
+from compress.kernels.calling import call, contiguous
 
 FIT_CHUNK = 256
 """Blocks whose sums are taken apart from the others' when a table is fitted."""
-
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether the C library is there for tensors of these devices."""
-    return library() is not None and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def searched_ranges(
@@ -42,8 +35,8 @@ def searched_ranges(
     rows, columns = weight_OI.shape
     found = torch.empty(rows, -(-columns // block_size))
     tried = torch.tensor(shares, dtype=torch.float32)
-    inputs = _contiguous(weight_OI, weights_I, table_K, tried)
-    _call("ck_searched_ranges", *inputs, found, sizes=(rows, columns, block_size, len(table_K), len(tried)))
+    inputs = contiguous(weight_OI, weights_I, table_K, tried)
+    call("ck_searched_ranges", *inputs, found, sizes=(rows, columns, block_size, len(table_K), len(tried)))
     return found
 
 
@@ -70,8 +63,8 @@ def feedback(
     """
     codes = torch.empty(weight_OI.shape, dtype=torch.uint8)
     errors = torch.empty(len(weight_OI), dtype=torch.float64)
-    inputs = _contiguous(weight_OI, scales_ON, steps_II, costs_I, order_I, table_K)
-    _call("ck_feedback", *inputs, codes, errors, sizes=(*weight_OI.shape, block_size, len(table_K)))
+    inputs = contiguous(weight_OI, scales_ON, steps_II, costs_I, order_I, table_K)
+    call("ck_feedback", *inputs, codes, errors, sizes=(*weight_OI.shape, block_size, len(table_K)))
     return codes, errors
 
 
@@ -99,8 +92,8 @@ def improve_codes(
     codes = codes_OI.clone(memory_format=torch.contiguous_format)
     diagonal = gram_II.diagonal().contiguous()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    inputs = _contiguous(weight_OI, scales_ON, gram_II, diagonal, order, table_K)
-    _call("ck_improve_codes", *inputs, codes, sizes=(*weight_OI.shape, block_size, len(table_K), passes))
+    inputs = contiguous(weight_OI, scales_ON, gram_II, diagonal, order, table_K)
+    call("ck_improve_codes", *inputs, codes, sizes=(*weight_OI.shape, block_size, len(table_K), passes))
     return codes
 
 
@@ -109,8 +102,8 @@ def improve_scales(
 ) -> Tensor:
     """Scales float32 [O, N], none negative, that serve the same codes better; arguments as :func:`improve_codes`."""
     found = torch.empty_like(scales_ON, memory_format=torch.contiguous_format)
-    inputs = _contiguous(weight_OI, codes_OI, scales_ON, gram_II, table_K)
-    _call("ck_improve_scales", *inputs, found, sizes=(*weight_OI.shape, block_size, len(table_K)))
+    inputs = contiguous(weight_OI, codes_OI, scales_ON, gram_II, table_K)
+    call("ck_improve_scales", *inputs, found, sizes=(*weight_OI.shape, block_size, len(table_K)))
     return found
 
 
@@ -127,28 +120,7 @@ def entry_sums(
     """
     chunks, size = -(-len(blocks_nB) // FIT_CHUNK), blocks_nB.shape[1]
     sums = torch.empty(chunks, 2, len(table_K), dtype=torch.float64)
-    inputs = _contiguous(blocks_nB, scales_n, weights_PB, table_K)
-    _call("ck_entry_sums", *inputs, sums, sizes=(len(blocks_nB), size, len(weights_PB), len(table_K)))
+    inputs = contiguous(blocks_nB, scales_n, weights_PB, table_K)
+    call("ck_entry_sums", *inputs, sums, sizes=(len(blocks_nB), size, len(weights_PB), len(table_K)))
     mass, moment = sums.sum(0)
     return mass, moment
-
-
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _threads() -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads())
-
-
-def _call(name: str, *tensors: Tensor, sizes: Sequence[int]) -> None:
-    """An operation on contiguous tensors, which the caller keeps alive."""
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    if getattr(library(), name)(*map(_address, tensors), numbers, _threads()):
-        raise CompressError(
-            "There is not enough memory to round a matrix.", "Close other programs, or take a smaller model."
-        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import rounding as native
+from compress.kernels.calling import serves
 from compress.kernels.reference import Grid, make_grid, round_to_grid
 
 ITERATIONS = 6
@@ -35,7 +36,7 @@ def lloyd(
     Returns:
         float32 [K], ascending, not yet scaled to [-1, 1]. An entry that nothing is rounded to stays where it is.
     """
-    table, sums = start.table, native.entry_sums if native.serves(blocks_nB) else sums_by_torch
+    table, sums = start.table, native.entry_sums if serves(blocks_nB) else sums_by_torch
     for _ in range(iterations):
         mass, moment = sums(blocks_nB, scales_n, weights_PB, table)
         moved = torch.where(

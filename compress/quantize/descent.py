@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import rounding as native
+from compress.kernels.calling import serves
 from compress.kernels.reference import Grid, round_to_grid
 
 PANEL = 64
@@ -39,7 +40,7 @@ def improve_codes(
         gram_II: H, float32, damped: its diagonal is above zero.
         passes: Over all columns.
     """
-    if not native.serves(wide_OI):
+    if not serves(wide_OI):
         return codes_by_torch(wide_OI, codes_OI, scales_NO, block_size, grid, gram_II, passes=passes)
     return native.improve_codes(
         wide_OI, codes_OI, scales_NO.T, block_size, grid.table, gram_II, passes=passes
@@ -87,7 +88,7 @@ def improve_scales(
 
     Never negative: a block whose best scale would be is given zero. Arguments as :func:`improve_codes`.
     """
-    if not native.serves(wide_OI):
+    if not serves(wide_OI):
         return scales_by_torch(wide_OI, codes_OI, scales_NO, block_size, grid, gram_II)
     return native.improve_scales(wide_OI, codes_OI, scales_NO.T, block_size, grid.table, gram_II).T
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import rounding as native
+from compress.kernels.calling import serves
 from compress.kernels.reference import Grid, round_to_grid
 from compress.quantize.blockwise import QuantizedTensor, Scales, compress_scales, row_blocks, stored
 from compress.quantize.codebook import fitted_grid
@@ -86,7 +87,7 @@ def searched_ranges(weight_OI: Tensor, config: QuantConfig, weights_I: Tensor, g
         weights_I: Weight of each column's squared error.
         grid: The table.
     """
-    if config.bits < 8 and native.serves(weight_OI):
+    if config.bits < 8 and serves(weight_OI):
         size = config.block_size
         return native.searched_ranges(weight_OI.float(), size, weights_I.float(), grid.table, RANGES).view(-1)
     return ranges_by_torch(weight_OI, config, weights_I, grid)
@@ -184,7 +185,7 @@ def feedback(
     wide_OI: Tensor, scales_ON: Tensor, block_size: int, grid: Grid, statistics: InputStatistics
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [O, I] for given scales, and the squared output error of each row, float64 [O]."""
-    if not native.serves(wide_OI):
+    if not serves(wide_OI):
         return feedback_by_torch(wide_OI, scales_ON, block_size, grid, statistics)
     return native.feedback(
         wide_OI,

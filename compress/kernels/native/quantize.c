@@ -87,3 +87,47 @@ CK_EXPORT int ck_entry_sums(const float *values, const float *scales, const floa
     ck_parallel(ck_ceil_div(f.count, CK_FIT_CHUNK), 1, threads, quantizers()->sums, &f);
     return 0;
 }
+
+/* Largest absolute weight of every block, [O][N]; sizes: O, I, block size. */
+CK_EXPORT int ck_block_maxima(const float *weights, float *maxima, const int64_t *sizes, int threads) {
+    ck_blocks b = {
+        .weights = weights, .maxima = maxima, .rows = sizes[0], .columns = sizes[1], .block_size = sizes[2]};
+    ck_parallel(b.rows, 16, threads, quantizers()->maxima, &b);
+    return 0;
+}
+
+/* Codes packed as the checkpoint packs them; where `values` is given, what they stand for instead. sizes[4]: bits. */
+CK_EXPORT int ck_quantize(const float *weights, const float *scales, const float *table, uint8_t *packed,
+                          float *values, const int64_t *sizes, int threads) {
+    ck_blocks b = {.weights = weights,
+                   .scales = scales,
+                   .table = table,
+                   .packed = packed,
+                   .values = values,
+                   .rows = sizes[0],
+                   .columns = sizes[1],
+                   .block_size = sizes[2],
+                   .entries = sizes[3],
+                   .bits = sizes[4]};
+    ck_parallel(b.rows, 16, threads, quantizers()->quantize, &b);
+    return b.failed;
+}
+
+/* Squared rounding error of every row, [scalings][CK_TABLES][O]; sizes: O, I, block size, scalings. */
+CK_EXPORT int ck_menu_errors(const float *weights, const float *element_weights, const float *scales,
+                             const int32_t *uses, const float *tables, const int64_t *entries, double *errors,
+                             const int64_t *sizes, int threads) {
+    ck_menu m = {.weights = weights,
+                 .element_weights = element_weights,
+                 .scales = scales,
+                 .uses = uses,
+                 .tables = tables,
+                 .entries = entries,
+                 .errors = errors,
+                 .rows = sizes[0],
+                 .columns = sizes[1],
+                 .block_size = sizes[2],
+                 .scalings = sizes[3]};
+    ck_parallel(ck_ceil_div(m.rows, CK_ROWS), 1, threads, quantizers()->errors, &m);
+    return m.failed;
+}

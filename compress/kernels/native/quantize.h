@@ -38,10 +38,42 @@ typedef struct {
 
 #define CK_FIT_CHUNK 256 /* blocks whose sums are taken apart from the others', whatever the threads */
 
+typedef struct {
+    const float *weights; /* [O][I] */
+    const float *scales;  /* [O][N] */
+    const float *table;
+    float *maxima;   /* [O][N] */
+    uint8_t *packed; /* codes of rows padded to whole blocks, in planes */
+    float *values;   /* [O][I]; given, it is filled in place of `packed` */
+    int64_t rows, columns, block_size, entries, bits;
+    int failed;
+} ck_blocks;
+
+#define CK_TABLES 4 /* of a menu: one a width */
+
+typedef struct {
+    const float *weights;         /* [O][I] */
+    const float *element_weights; /* [O][I], of the squared errors, or NULL */
+    const float *scales;          /* [scalings][O][N] */
+    const int32_t *uses;          /* [scalings]: bit t for table t */
+    const float *tables;          /* [CK_TABLES][256] */
+    const int64_t *entries;       /* [CK_TABLES], 0 for none */
+    double *errors;               /* [scalings][CK_TABLES][O]; 0 where it is not asked for */
+    int64_t rows, columns, block_size, scalings;
+    int failed;
+} ck_menu;
+
 /* Tasks of one instruction-set level. */
 typedef struct {
-    ck_task feedback, codes, scales, ranges, sums;
+    ck_task feedback, codes, scales, ranges, sums, maxima, quantize, errors;
 } ck_quantizers;
+
+/* What the files of every level call their tasks. */
+#define CK_QUANTIZERS                                                                                 \
+    {                                                                                                 \
+        feedback_tiles, codes_of_tiles, scales_of_tiles, ranges_of_tiles, sums_of_chunks, maxima_of_rows, \
+            quantize_rows, errors_of_tiles                                                            \
+    }
 
 extern const ck_quantizers ck_quantize_scalar;
 #if CK_X86

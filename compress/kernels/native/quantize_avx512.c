@@ -3,8 +3,9 @@
 #include "levels.h"
 
 #if CK_X86
+#include "blocks.h"
 #include "rounding.h"
 
-const ck_quantizers ck_quantize_avx512 = QUANTIZERS;
+const ck_quantizers ck_quantize_avx512 = CK_QUANTIZERS;
 CK_END_OF_LEVEL
 #endif

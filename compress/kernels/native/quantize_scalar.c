@@ -1,5 +1,6 @@
 /* Rounding where no instruction set is asked for. */
 #define CK_FILE_LEVEL 0
+#include "blocks.h"
 #include "rounding.h"
 
-const ck_quantizers ck_quantize_scalar = QUANTIZERS;
+const ck_quantizers ck_quantize_scalar = CK_QUANTIZERS;

@@ -313,6 +313,3 @@ static void sums_of_chunks(void *argument, int64_t begin, int64_t end) {
         }
     }
 }
-
-#define QUANTIZERS \
-    { feedback_tiles, codes_of_tiles, scales_of_tiles, ranges_of_tiles, sums_of_chunks }
