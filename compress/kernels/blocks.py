@@ -65,8 +65,8 @@ def menu_errors(
     scales_CON: Tensor,
     tables: Sequence[Tensor],
     uses: Sequence[Sequence[int]],
-) -> Mapping[tuple[int, int], Tensor]:
-    """Squared rounding errors of every row for many scalings and tables, from one read of the weights.
+) -> Mapping[tuple[int, int], tuple[Tensor, Tensor]]:
+    """Rounding errors of every row for many scalings and tables, from one read of the weights.
 
     Args:
         weight_OI: float32, finite.
@@ -77,7 +77,7 @@ def menu_errors(
         uses: For every scaling, the places in ``tables`` that are asked for.
 
     Returns:
-        (scaling, table) -> float64 [O].
+        (scaling, table) -> sums of the squared errors and of the errors, rounded less exact, float64 [O] each.
     """
     rows, columns = weight_OI.shape
     entries = torch.zeros(TABLES, dtype=torch.int64)
@@ -85,9 +85,11 @@ def menu_errors(
     for at, table in enumerate(tables):
         entries[at], padded[at, : len(table)] = len(table), table
     asked = torch.tensor([sum(1 << table for table in own) for own in uses], dtype=torch.int32)
-    errors = torch.empty(len(scales_CON), TABLES, rows, dtype=torch.float64)
+    squares, sums = torch.empty(2, len(scales_CON), TABLES, rows, dtype=torch.float64)
     weight, scales = contiguous(weight_OI, scales_CON)
     counted = None if element_weights is None else element_weights.contiguous()
     sizes = (rows, columns, block_size, len(scales))
-    call("ck_menu_errors", weight, counted, scales, asked, padded, entries, errors, sizes=sizes)
-    return {(at, table): errors[at, table] for at, own in enumerate(uses) for table in own}
+    call("ck_menu_errors", weight, counted, scales, asked, padded, entries, squares, sums, sizes=sizes)
+    return {
+        (at, table): (squares[at, table], sums[at, table]) for at, own in enumerate(uses) for table in own
+    }

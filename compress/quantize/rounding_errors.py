@@ -6,6 +6,7 @@ Shapes: O out, I in, S rows that are read (all, or a sample), N blocks in a row,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -18,7 +19,7 @@ from compress.kernels import blocks as native
 from compress.kernels.calling import serves
 from compress.kernels.reference import round_to_grid
 from compress.quantize.block_model import BlockModel
-from compress.quantize.blockwise import compress_scales, row_blocks
+from compress.quantize.blockwise import compress_scales, quantize_dequantize, row_blocks
 from compress.quantize.config import QuantConfig
 from compress.quantize.normal_float import TABLE_BITS, normal_float_grid
 from compress.quantize.row_sample import RowSample, sample_rows
@@ -70,7 +71,7 @@ def rounding_errors(
         )
     by_size: dict[int, dict[QuantConfig, list[int]]] = {}
     for at, config in enumerate(configs):
-        shared = QuantConfig(**{**config.to_dict(), "bits": 2})
+        shared = replace(config, bits=2)
         by_size.setdefault(config.block_size, {}).setdefault(shared, []).append(at)
     maxima = block_maxima(weight, by_size)
     count, columns = weight.shape
@@ -115,6 +116,35 @@ def rounding_errors(
     totals = squares.sum(1) if rows is None else squares @ rows.counts
     errors: npt.NDArray[np.float64] = (totals * corrections).cpu().numpy()
     return errors
+
+
+def error_means(weight: Tensor, kinds: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Summed squares of a matrix's rounding errors, and of what its rows' mean errors make up of them.
+
+    Args:
+        weight: [O, I], finite.
+        kinds: Width and block size of each rounding; the scales have 8 bits.
+    """
+    wide, columns = weight.detach().float(), weight.shape[1]
+    found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for size in {size for _, size in kinds}:
+        widths = sorted({bits for bits, other in kinds if other == size})
+        if serves(weight):
+            shape = (len(wide), -1)
+            absmax = native.block_maxima(wide, size).view(-1)
+            scales = compress_scales(absmax, QuantConfig(bits=2, block_size=size))
+            values = scales.values(QuantConfig(bits=2, block_size=size)).view(1, *shape)
+            tables = [normal_float_grid(bits, weight.device).table for bits in widths]
+            errors = native.menu_errors(wide, None, size, values, tables, [range(len(widths))])
+            found |= {(bits, size): errors[0, at] for at, bits in enumerate(widths)}
+        else:
+            for bits in widths:
+                error = (quantize_dequantize(wide, QuantConfig(bits=bits, block_size=size)) - wide).double()
+                found[bits, size] = error.square().sum(1), error.sum(1)
+    return [
+        (float(squares.sum()), float(sums.square().sum()) / columns)
+        for squares, sums in (found[kind] for kind in kinds)
+    ]
 
 
 def block_maxima(weight: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
@@ -228,7 +258,7 @@ def _add_native_squares(
     counted = None if weights_SI is None else weights_SI.detach().float()
     scales = torch.stack([scales_SN for scales_SN, _ in scalings])
     found = native.menu_errors(rows_SI, counted, size, scales, tables, [list(own) for own in places])
-    for (scaling, table), errors in found.items():
+    for (scaling, table), (errors, _) in found.items():
         squares[places[scaling][table]] = errors
 
 

@@ -93,12 +93,14 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end) {
     free(codes);
 }
 
-/* Add the squared errors of a block of CK_ROWS rows side by side, [count][CK_ROWS], to a sum for each row. */
-static void add_errors(
-    const lookup *table, const float *values, const float *weights, int64_t count, const float *scales, double *sums) {
+/* Add the errors of a block of CK_ROWS rows side by side, [count][CK_ROWS], and their squares, to sums for each row.
+ *
+ * Weights count for the squares alone. */
+static void add_errors(const lookup *table, const float *values, const float *weights, int64_t count,
+                       const float *scales, double *squares, double *sums) {
     lanes first = load(table->entries), most = every(3.4028234663852886e38f);
     for (int v = 0; v < CK_ROWS; v += LANES) {
-        lanes scale = load(scales + v), total = every(0), inverse = every(1) / scale;
+        lanes scale = load(scales + v), total = every(0), plain = every(0), inverse = every(1) / scale;
         /* A tiny scale has no finite reciprocal, and zero times infinity is no unit. */
         inverse = where_above(scale, every(0), where_above(inverse, most, most, inverse), every(0));
         for (int64_t at = 0; at < count; at++) {
@@ -107,9 +109,12 @@ static void add_errors(
             lanes square = error * error;
             if (weights) square = square * load(weights + at * CK_ROWS + v);
             total = total + square;
+            plain = plain + error;
         }
         float each[LANES];
         store(each, total);
+        for (int lane = 0; lane < LANES; lane++) squares[v + lane] += each[lane];
+        store(each, plain);
         for (int lane = 0; lane < LANES; lane++) sums[v + lane] += each[lane];
     }
 }
@@ -120,20 +125,20 @@ static void read_block(const float *from, int64_t width, int rows, int64_t count
         for (int64_t at = 0; at < count; at++) to[at * CK_ROWS + row] = row < rows ? from[row * width + at] : 0;
 }
 
-/* Squared errors of every row of tiles begin to end, for every scaling and table asked for. */
+/* Errors and squared errors of every row of tiles begin to end, for every scaling and table asked for. */
 static void errors_of_tiles(void *argument, int64_t begin, int64_t end) {
     ck_menu *m = argument;
     int64_t size = m->block_size, blocks = ck_ceil_div(m->columns, size), of_tile = m->scalings * CK_TABLES;
     lookup *tables = malloc(CK_TABLES * sizeof *tables);
     float *room = malloc((size_t)(2 * size * CK_ROWS) * sizeof *room), scales[CK_ROWS];
-    double *sums = malloc((size_t)(of_tile * CK_ROWS) * sizeof *sums);
-    if (!tables || !room || !sums) m->failed = 1;
+    double *squares = malloc((size_t)(2 * of_tile * CK_ROWS) * sizeof *squares), *sums = squares + of_tile * CK_ROWS;
+    if (!tables || !room || !squares) m->failed = 1;
     for (int table = 0; !m->failed && table < CK_TABLES; table++)
         if (m->entries[table]) make_lookup(tables + table, m->tables + 256 * table, m->entries[table]);
     for (int64_t tile = begin; !m->failed && tile < end; tile++) {
         int64_t start = tile * CK_ROWS;
         int rows = (int)ck_min(CK_ROWS, m->rows - start);
-        for (int64_t at = 0; at < of_tile * CK_ROWS; at++) sums[at] = 0;
+        for (int64_t at = 0; at < 2 * of_tile * CK_ROWS; at++) squares[at] = 0;
         for (int64_t block = 0; block < blocks; block++) {
             int64_t column = block * size, count = ck_min(size, m->columns - column);
             float *weights = m->element_weights ? room + size * CK_ROWS : NULL;
@@ -141,13 +146,18 @@ static void errors_of_tiles(void *argument, int64_t begin, int64_t end) {
             if (weights) read_block(m->element_weights + start * m->columns + column, m->columns, rows, count, weights);
             for (int64_t at = 0; at < m->scalings; at++) {
                 read_block(m->scales + (at * m->rows + start) * blocks + block, blocks, rows, 1, scales);
-                for (int table = 0; table < CK_TABLES; table++)
+                for (int table = 0; table < CK_TABLES; table++) {
+                    int64_t place = (at * CK_TABLES + table) * CK_ROWS;
                     if (m->uses[at] >> table & 1)
-                        add_errors(tables + table, room, weights, count, scales, sums + (at * CK_TABLES + table) * CK_ROWS);
+                        add_errors(tables + table, room, weights, count, scales, squares + place, sums + place);
+                }
             }
         }
         for (int64_t at = 0; at < of_tile; at++)
-            for (int row = 0; row < rows; row++) m->errors[at * m->rows + start + row] = sums[at * CK_ROWS + row];
+            for (int row = 0; row < rows; row++) {
+                m->squares[at * m->rows + start + row] = squares[at * CK_ROWS + row];
+                m->sums[at * m->rows + start + row] = sums[at * CK_ROWS + row];
+            }
     }
-    free(tables), free(room), free(sums);
+    free(tables), free(room), free(squares);
 }

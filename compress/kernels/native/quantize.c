@@ -113,17 +113,20 @@ CK_EXPORT int ck_quantize(const float *weights, const float *scales, const float
     return b.failed;
 }
 
-/* Squared rounding error of every row, [scalings][CK_TABLES][O]; sizes: O, I, block size, scalings. */
+/* Sums of squared rounding errors and of the errors of every row, [scalings][CK_TABLES][O] each.
+ *
+ * sizes: O, I, block size, scalings. */
 CK_EXPORT int ck_menu_errors(const float *weights, const float *element_weights, const float *scales,
-                             const int32_t *uses, const float *tables, const int64_t *entries, double *errors,
-                             const int64_t *sizes, int threads) {
+                             const int32_t *uses, const float *tables, const int64_t *entries, double *squares,
+                             double *sums, const int64_t *sizes, int threads) {
     ck_menu m = {.weights = weights,
                  .element_weights = element_weights,
                  .scales = scales,
                  .uses = uses,
                  .tables = tables,
                  .entries = entries,
-                 .errors = errors,
+                 .squares = squares,
+                 .sums = sums,
                  .rows = sizes[0],
                  .columns = sizes[1],
                  .block_size = sizes[2],

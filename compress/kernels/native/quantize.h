@@ -58,7 +58,7 @@ typedef struct {
     const int32_t *uses;          /* [scalings]: bit t for table t */
     const float *tables;          /* [CK_TABLES][256] */
     const int64_t *entries;       /* [CK_TABLES], 0 for none */
-    double *errors;               /* [scalings][CK_TABLES][O]; 0 where it is not asked for */
+    double *squares, *sums;       /* [scalings][CK_TABLES][O]; 0 where they are not asked for */
     int64_t rows, columns, block_size, scalings;
     int failed;
 } ck_menu;
