@@ -134,3 +134,21 @@ CK_EXPORT int ck_menu_errors(const float *weights, const float *element_weights,
     ck_parallel(ck_ceil_div(m.rows, CK_ROWS), 1, threads, quantizers()->errors, &m);
     return m.failed;
 }
+
+/* Importance summed over each row [O] (sizes[4] = 0) or column [I]; sizes: O, I, R, whether squares, whether columns. */
+CK_EXPORT int ck_importance_sums(const float *weights, const float *left, const float *right, double *sums,
+                                 const int64_t *sizes, int threads) {
+    ck_importance m = {.weights = weights,
+                       .left = left,
+                       .right = right,
+                       .sums = sums,
+                       .rows = sizes[0],
+                       .columns = sizes[1],
+                       .rank = sizes[2],
+                       .square = sizes[3]};
+    if (sizes[4])
+        ck_parallel(ck_ceil_div(m.columns, CK_STRIP), 1, threads, quantizers()->importance_by_columns, &m);
+    else
+        ck_parallel(m.rows, 64, threads, quantizers()->importance_by_rows, &m);
+    return m.failed;
+}

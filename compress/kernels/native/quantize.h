@@ -63,16 +63,27 @@ typedef struct {
     int failed;
 } ck_menu;
 
+typedef struct {
+    const float *weights; /* [O][I] */
+    const float *left;    /* [O][3 R]: gradient of B, B, scaled B */
+    const float *right;   /* [3 R][I]: A, less its gradient unless in first order; gradient of A; A */
+    double *sums;         /* [O], or [I] */
+    int64_t rows, columns, rank, square;
+    int failed;
+} ck_importance;
+
+#define CK_STRIP 256 /* columns that a thread takes at once where sums are over columns */
+
 /* Tasks of one instruction-set level. */
 typedef struct {
-    ck_task feedback, codes, scales, ranges, sums, maxima, quantize, errors;
+    ck_task feedback, codes, scales, ranges, sums, maxima, quantize, errors, importance_by_rows, importance_by_columns;
 } ck_quantizers;
 
 /* What the files of every level call their tasks. */
 #define CK_QUANTIZERS                                                                                 \
     {                                                                                                 \
         feedback_tiles, codes_of_tiles, scales_of_tiles, ranges_of_tiles, sums_of_chunks, maxima_of_rows, \
-            quantize_rows, errors_of_tiles                                                            \
+            quantize_rows, errors_of_tiles, importance_by_rows, importance_by_columns                 \
     }
 
 extern const ck_quantizers ck_quantize_scalar;

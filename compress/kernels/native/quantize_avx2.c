@@ -4,6 +4,7 @@
 
 #if CK_X86
 #include "blocks.h"
+#include "importance.h"
 #include "rounding.h"
 
 const ck_quantizers ck_quantize_avx2 = CK_QUANTIZERS;
