@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from compress.kernels.dispatch import backend
+from compress.kernels.dispatch import backend, native_matmul, native_matmul_transposed, native_serves
+from compress.kernels.native_product import StoredFactors
+from compress.kernels.packed import Geometry, TiledMatrix, tile
 from compress.kernels.reference import Factors, PackedMatrix
 from compress.quantize.blockwise import QuantizedTensor
 from compress.quantize.checkpoint import MatrixRecord, lq_tensors, record_of
 from compress.quantize.config import QuantConfig
 from compress.quantize.decompose import Decomposition, Factor, read_factor
+from compress.quantize.normal_float import normal_float_grid
 
 
 class LQLinear(nn.Linear):
@@ -49,6 +53,7 @@ class LQLinear(nn.Linear):
         self.record = record
         self.out_features, self.in_features = record.shape
         self.use_factors = True
+        self._native: _Native | None = None
         for name, (shape, kind) in record.layout().items():
             tensor = torch.empty(shape, dtype=kind, device=device)
             if name == "weight":
@@ -108,6 +113,29 @@ class LQLinear(nn.Linear):
         cast = None if factors is None else (factors[0].to(dtype), factors[1].to(dtype))
         return self.quantized().packed(), cast
 
+    def tiled(self) -> TiledMatrix:
+        """Q in the layout of the C kernels: made on first use, kept until a stored tensor is changed or moved."""
+        native = self._native_form()
+        return native.matrix
+
+    def stored_factors(self, dtype: torch.dtype) -> StoredFactors | None:
+        """The factors in use as (L1 [r, O], L2 [r, I]) of ``dtype``, kept like :meth:`tiled`; None without."""
+        native = self._native_form()
+        if self.record.rank == 0 or not self.use_factors:
+            return None
+        if native.factors is None or native.factors[0].dtype != dtype:
+            left = read_factor(self._factor("factor_out", self.out_features))
+            right = read_factor(self._factor("factor_in", self.in_features))
+            native.factors = (left.to(dtype).contiguous(), right.to(dtype).contiguous())
+        return native.factors
+
+    def _native_form(self) -> _Native:
+        stored = [self.weight, *self._buffers.values()]
+        versions = tuple((t.data_ptr(), t._version) for t in stored if t is not None)
+        if self._native is None or self._native.versions != versions:
+            self._native = _Native(versions=versions, matrix=_tiled(self.quantized()))
+        return self._native
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Multiply ``input`` [..., I]; the result is [..., O] in the compute type."""
         device = input.device.type
@@ -121,6 +149,7 @@ class LQLinear(nn.Linear):
         raise TypeError("An LQLinear cannot be initialized at random; load it or use from_decomposition.")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LQLinear:
+        self._native = None
         # Moves must reach scales and factors, casts must not: a cast leaves integers alone, so show bytes.
         types = {
             name: b.dtype for name, b in self._buffers.items() if b is not None and b.is_floating_point()
@@ -144,15 +173,49 @@ class LQLinear(nn.Linear):
         )
 
 
+@dataclass(slots=True, kw_only=True)
+class _Native:
+    """What the C kernels compute on, and the addresses and versions of the stored tensors it was made from."""
+
+    versions: tuple[tuple[int, int], ...]
+    matrix: TiledMatrix
+    factors: StoredFactors | None = None
+
+
+def _tiled(quantized: QuantizedTensor) -> TiledMatrix:
+    config = quantized.config
+    table = quantized.table
+    return tile(
+        Geometry(
+            rows=quantized.shape[0],
+            columns=quantized.shape[1],
+            bits=config.bits,
+            scale_bits=config.scale_bits,
+            block_size=config.block_size,
+            group_size=config.group_size,
+        ),
+        codes=quantized.codes,
+        scale_codes=quantized.scale_codes,
+        scale_max=quantized.scale_max,
+        offset=quantized.offset,
+        table=normal_float_grid(config.bits, quantized.codes.device).table if table is None else table,
+    )
+
+
 class _Product(torch.autograd.Function):
     """The product with a layer's operands; only the layer itself is remembered for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: LQLinear) -> torch.Tensor:
         ctx.layer = layer
+        if native_serves(x):
+            return native_matmul(x, layer.tiled(), layer.stored_factors(x.dtype))
         return backend().matmul(x, *layer.operands(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return backend().matmul_transposed(grad, *ctx.layer.operands(grad.dtype)), None
+        layer: LQLinear = ctx.layer
+        if native_serves(grad):
+            return native_matmul_transposed(grad, layer.tiled(), layer.stored_factors(grad.dtype)), None
+        return backend().matmul_transposed(grad, *layer.operands(grad.dtype)), None

