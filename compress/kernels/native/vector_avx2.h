@@ -3,7 +3,9 @@
 #define CK_VECTOR_H
 
 #define UNROLL _Pragma("GCC unroll 16")
+#ifndef SPECIALIZED
 #define SPECIALIZED 1
+#endif
 #define MOST_DIRECT 4
 #define PANEL_TILES 1
 #define PANEL_TOKENS 6

@@ -2,7 +2,9 @@
 #ifndef CK_VECTOR_H
 #define CK_VECTOR_H
 
+#ifndef SPECIALIZED
 #define SPECIALIZED 1
+#endif
 #define MOST_DIRECT 8
 #define PANEL_TILES 2 /* tiles that the micro-kernel multiplies at a time */
 #define PANEL_TOKENS 12

@@ -5,6 +5,7 @@
 #include "matrix.h"
 
 #define UNROLL
+#undef SPECIALIZED
 #define SPECIALIZED 0
 #define MOST_DIRECT 8
 #define PANEL_TILES 1
