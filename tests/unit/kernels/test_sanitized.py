@@ -19,7 +19,15 @@ COMPILER = shutil.which("gcc") or shutil.which("cc")
 @pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
 def test_the_kernels_touch_only_what_is_theirs(tmp_path: Path) -> None:
     program = tmp_path / "sanitized"
-    flags = ("-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
+    flags = (
+        "-std=c11",
+        "-D_POSIX_C_SOURCE=200809L",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    )
     # Not specialized by widths: the same loads and stores, compiled in a fraction of the time.
     flags += ("-DSPECIALIZED=0",)
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
