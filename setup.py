@@ -27,7 +27,8 @@ LIBRARY = Extension(
     extra_compile_args=[
         "-std=c11",
         "-D_POSIX_C_SOURCE=200809L",
-        "-O3",
+        "-O2",
+        "-ftree-vectorize",
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fvisibility=hidden",

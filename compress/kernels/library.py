@@ -61,6 +61,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the library cannot be loaded: {error}"
     if abi != _ABI:
         return None, "the library was built from other sources; install compress again"
+    found.ck_linear_floats.restype = ctypes.c_int64
     return found, ""
 
 

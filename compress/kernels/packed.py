@@ -127,7 +127,8 @@ def _arguments(geometry: Geometry) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:
     return (*map(ctypes.c_int64, sizes), *map(ctypes.c_int, widths))
 
 
-def _address(tensor: Tensor) -> ctypes.c_void_p:
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a tensor lies."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
@@ -157,7 +158,7 @@ def tile(
     tiled = torch.empty(g.tiles, g.chunks, g.bits, TILE, dtype=torch.int32)
     scales = torch.empty(g.tiles, g.blocks, 2 * g.scale_bits, dtype=torch.uint8)
     plain, plain_scales = codes.contiguous(), scale_codes.contiguous()
-    needed().ck_pack(*map(_address, (plain, plain_scales, tiled, scales)), *_arguments(g))
+    needed().ck_pack(*map(address, (plain, plain_scales, tiled, scales)), *_arguments(g))
     return TiledMatrix(
         geometry=g,
         codes=tiled,
@@ -168,15 +169,20 @@ def tile(
     )
 
 
-def untile(matrix: TiledMatrix) -> tuple[Tensor, Tensor]:
+def untile(geometry: Geometry, codes: Tensor, scale_codes: Tensor) -> tuple[Tensor, Tensor]:
     """The plain codes and scale codes of a tiled matrix, byte for byte those it was made from.
+
+    Args:
+        geometry: Its sizes.
+        codes: As in a :class:`TiledMatrix`.
+        scale_codes: As in a :class:`TiledMatrix`.
 
     Raises:
         UsageError: The C library is not in use.
     """
-    g = matrix.geometry
-    codes = torch.zeros(g.rows * g.blocks * g.block_size * g.bits // 8, dtype=torch.uint8)
+    g = geometry
+    plain = torch.empty(g.rows * g.blocks * g.block_size * g.bits // 8, dtype=torch.uint8)
     planes = {3: (2, 1)}.get(g.scale_bits, (g.scale_bits,))
-    scale_codes = torch.zeros(sum(-(-g.rows * g.blocks * w // 8) for w in planes), dtype=torch.uint8)
-    needed().ck_unpack(*map(_address, (codes, scale_codes, matrix.codes, matrix.scale_codes)), *_arguments(g))
-    return codes, scale_codes
+    plain_scales = torch.zeros(sum(-(-g.rows * g.blocks * w // 8) for w in planes), dtype=torch.uint8)
+    needed().ck_unpack(*map(address, (plain, plain_scales, codes, scale_codes)), *_arguments(g))
+    return plain, plain_scales

@@ -62,27 +62,4 @@ static inline unsigned ck_plain_code(const uint8_t *packed, int bits, int64_t co
     }
 }
 
-/* Code of row `lane`, column `column` of a chunk. */
-static inline unsigned ck_chunk_code(const uint32_t *chunk, int bits, int lane, int column) {
-    int q = column / 8, f = column % 8;
-    const uint32_t *words = chunk + lane;
-    switch (bits) {
-        case 2: return words[q / 2 * CK_TILE] >> (4 * f + 2 * (q % 2)) & 3;
-        case 3:
-            return (words[q / 2 * CK_TILE] >> (4 * f + 2 * (q % 2)) & 3) |
-                   (words[2 * CK_TILE] >> (4 * f + q) & 1) << 2;
-        case 4: return words[q * CK_TILE] >> (4 * f) & 15;
-        default: return words[column / 4 * CK_TILE] >> (8 * (column % 4)) & 255;
-    }
-}
-
-/* The scale of row `lane` of a tile in a block; rows after the last have scale 0. */
-static inline float ck_scale(const ck_matrix *m, int64_t tile, int64_t block, int lane) {
-    int64_t row = tile * CK_TILE + lane;
-    if (row >= m->rows) return 0.0f;
-    unsigned code = ck_plain_code(ck_block_scales(m, tile, block), (int)m->scale_bits, CK_TILE, lane);
-    float above = (float)code * m->steps[(row * m->blocks + block) / m->group_size];
-    return above + m->offset[0];
-}
-
 #endif

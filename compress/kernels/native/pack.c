@@ -9,17 +9,68 @@ typedef struct {
     int bits, scale_bits;
 } move;
 
-static void put_chunk_code(uint32_t *chunk, int bits, int lane, int column, unsigned code) {
-    int q = column / 8, f = column % 8;
-    uint32_t *words = chunk + lane;
+/* The bits of a byte, one into the lowest bit of each nibble; and back. */
+static uint32_t spread_bits(uint32_t x) {
+    x = (x | x << 12) & 0x000f000f;
+    x = (x | x << 6) & 0x03030303;
+    return (x | x << 3) & 0x11111111;
+}
+
+static uint8_t gather_bits(uint32_t x) {
+    x &= 0x11111111;
+    x = (x | x >> 3) & 0x03030303;
+    x = (x | x >> 6) & 0x000f000f;
+    return (uint8_t)(x | x >> 12);
+}
+
+/* The same for eight pairs of bits. */
+static uint32_t spread_pairs(uint32_t x) {
+    x = (x | x << 8) & 0x00ff00ff;
+    x = (x | x << 4) & 0x0f0f0f0f;
+    return (x | x << 2) & 0x33333333;
+}
+
+static uint16_t gather_pairs(uint32_t x) {
+    x &= 0x33333333;
+    x = (x | x >> 2) & 0x0f0f0f0f;
+    x = (x | x >> 4) & 0x00ff00ff;
+    return (uint16_t)(x | x >> 8);
+}
+
+static uint32_t little_endian(const uint8_t *p, int bytes) {
+    uint32_t word = 0;
+    for (int i = 0; i < bytes; i++) word |= (uint32_t)p[i] << (8 * i);
+    return word;
+}
+
+static void put_little_endian(uint8_t *p, int bytes, uint32_t word) {
+    for (int i = 0; i < bytes; i++) p[i] = (uint8_t)(word >> (8 * i));
+}
+
+/* Octet `at` of the plain codes (eight codes, `octets` in all) into octet q of a lane of a chunk that holds zeros. */
+static void pack_octet(const uint8_t *plain, int64_t octets, int64_t at, int bits, uint32_t *words, int q) {
     switch (bits) {
-        case 2: words[q / 2 * CK_TILE] |= code << (4 * f + 2 * (q % 2)); break;
-        case 3:
-            words[q / 2 * CK_TILE] |= (code & 3) << (4 * f + 2 * (q % 2));
-            words[2 * CK_TILE] |= (code >> 2) << (4 * f + q);
+        case 4: words[q * CK_TILE] = little_endian(plain + 4 * at, 4); break;
+        case 8:
+            words[2 * q * CK_TILE] = little_endian(plain + 8 * at, 4);
+            words[(2 * q + 1) * CK_TILE] = little_endian(plain + 8 * at + 4, 4);
             break;
-        case 4: words[q * CK_TILE] |= code << (4 * f); break;
-        default: words[column / 4 * CK_TILE] |= (uint32_t)code << (8 * (column % 4));
+        default:
+            words[q / 2 * CK_TILE] |= spread_pairs(little_endian(plain + 2 * at, 2)) << (2 * (q % 2));
+            if (bits == 3) words[2 * CK_TILE] |= spread_bits(plain[2 * octets + at]) << q;
+    }
+}
+
+static void unpack_octet(uint8_t *plain, int64_t octets, int64_t at, int bits, const uint32_t *words, int q) {
+    switch (bits) {
+        case 4: put_little_endian(plain + 4 * at, 4, words[q * CK_TILE]); break;
+        case 8:
+            put_little_endian(plain + 8 * at, 4, words[2 * q * CK_TILE]);
+            put_little_endian(plain + 8 * at + 4, 4, words[(2 * q + 1) * CK_TILE]);
+            break;
+        default:
+            put_little_endian(plain + 2 * at, 2, gather_pairs(words[q / 2 * CK_TILE] >> (2 * (q % 2))));
+            if (bits == 3) plain[2 * octets + at] = gather_bits(words[2 * CK_TILE] >> q);
     }
 }
 
@@ -46,10 +97,10 @@ static void pack_tiles(void *argument, int64_t begin, int64_t end) {
         int lanes = (int)ck_min(CK_TILE, m->rows - tile * CK_TILE);
         for (int lane = 0; lane < lanes; lane++) {
             int64_t row = tile * CK_TILE + lane;
-            for (int64_t column = 0; column < width; column++) {
-                uint32_t *chunk = m->codes + (tile * chunks + column / CK_CHUNK) * chunk_words;
-                unsigned code = ck_plain_code(m->plain, m->bits, m->rows * width, row * width + column);
-                put_chunk_code(chunk, m->bits, lane, (int)(column % CK_CHUNK), code);
+            for (int64_t octet = 0; octet < width / 8; octet++) {
+                uint32_t *chunk = m->codes + (tile * chunks + octet / 4) * chunk_words;
+                int64_t at = row * (width / 8) + octet;
+                pack_octet(m->plain, m->rows * (width / 8), at, m->bits, chunk + lane, (int)(octet % 4));
             }
             for (int64_t block = 0; block < m->blocks; block++) {
                 int64_t at = row * m->blocks + block;
@@ -76,10 +127,10 @@ static void unpack_rows(void *argument, int64_t begin, int64_t end) {
     int64_t width = m->blocks * m->block_size, chunks = ck_ceil_div(width, CK_CHUNK);
     for (int64_t row = begin; row < end; row++) {
         const uint32_t *tile = m->codes + row / CK_TILE * chunks * m->bits * CK_TILE;
-        for (int64_t column = 0; column < width; column++) {
-            const uint32_t *chunk = tile + column / CK_CHUNK * m->bits * CK_TILE;
-            unsigned code = ck_chunk_code(chunk, m->bits, row % CK_TILE, (int)(column % CK_CHUNK));
-            put_plain_code(m->plain, m->bits, m->rows * width, row * width + column, code);
+        for (int64_t octet = 0; octet < width / 8; octet++) {
+            const uint32_t *chunk = tile + octet / 4 * m->bits * CK_TILE;
+            int64_t at = row * (width / 8) + octet;
+            unpack_octet(m->plain, m->rows * (width / 8), at, m->bits, chunk + row % CK_TILE, (int)(octet % 4));
         }
     }
 }
@@ -92,7 +143,7 @@ CK_EXPORT void ck_pack(const uint8_t *plain, const uint8_t *plain_scales, uint32
     ck_parallel(ck_ceil_div(rows, CK_TILE), 1, threads, pack_tiles, &m);
 }
 
-/* The inverse; `plain` and `plain_scales` must hold zeros. */
+/* The inverse; `plain_scales` must hold zeros. */
 CK_EXPORT void ck_unpack(uint8_t *plain, uint8_t *plain_scales, const uint32_t *codes, const uint8_t *scales,
                          int64_t rows, int64_t blocks, int64_t block_size, int bits, int scale_bits, int threads) {
     move m = {.plain = plain, .plain_scales = plain_scales, .codes = (uint32_t *)codes, .scales = (uint8_t *)scales,

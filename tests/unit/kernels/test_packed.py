@@ -50,7 +50,8 @@ def test_untile_inverts_tile(
     codes = random_codes(rows * geometry.blocks * block_size, bits, 1)
     scale_codes = random_codes(rows * geometry.blocks, scale_bits, 2)
     torch.set_num_threads(threads)
-    plain, plain_scales = untile(tiled(geometry, codes, scale_codes))
+    made = tiled(geometry, codes, scale_codes)
+    plain, plain_scales = untile(geometry, made.codes, made.scale_codes)
     assert torch.equal(plain, pack(codes, bits))
     assert torch.equal(plain_scales, pack(scale_codes, scale_bits))
 
