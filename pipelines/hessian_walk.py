@@ -29,8 +29,9 @@ SHARED_INPUT = {
 """Roles that read the same hidden states, and so have the same statistics, and may be fused into one matrix."""
 BATCH = 4
 GRADIENT_BATCH = 2
-GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 8192
-"""Share of the calibration windows that go through the backward pass, and at most how many tokens."""
+GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 4096
+"""Share of the calibration windows that go through the backward pass, and at most how many tokens: with 8,192 of them
+the predicted cost of the choice was up to 0.1 % lower, on five layers of the embedded model at four budgets."""
 TABLE_TOKENS = 8192
 """Calibration tokens that predictions are made from; what is rounded in the end sees all of them."""
 

@@ -140,7 +140,11 @@ def _native_sums(
     sums = torch.zeros(rows if over == "rows" else columns, dtype=torch.float64)
     for chunk in row_chunks(weight, chunk_elements or NATIVE_CHUNK):
         found = importance_sums(
-            weight.rows(chunk), left_OR[chunk], right_RI, over_columns=over == "columns", square=element == "square"
+            weight.rows(chunk),
+            left_OR[chunk],
+            right_RI,
+            over_columns=over == "columns",
+            square=element == "square",
         )
         if over == "rows":
             sums[chunk] = found

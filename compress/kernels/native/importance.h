@@ -23,27 +23,27 @@ static void read_factors(const ck_importance *m, int64_t column, int64_t count, 
 static inline void importance_of(const ck_importance *m, const float *const *weights, const float *const *left,
                                  const float *right, lanes found[GROUP][2]) {
     lanes gradient[GROUP][2], merged[GROUP][2];
-    for (int row = 0; row < GROUP; row++)
-        for (int v = 0; v < 2; v++) gradient[row][v] = every(0), merged[row][v] = load(weights[row] + v * LANES);
+    EACH_OF_16 for (int row = 0; row < GROUP; row++)
+        EACH_OF_16 for (int v = 0; v < 2; v++) gradient[row][v] = every(0), merged[row][v] = load(weights[row] + v * LANES);
     for (int64_t t = 0; t < m->rank; t++) {
         const float *factor = right + t * STRIP;
         lanes first[2], second[2], a[2];
-        for (int v = 0; v < 2; v++) {
+        EACH_OF_16 for (int v = 0; v < 2; v++) {
             first[v] = load(factor + v * LANES);
             second[v] = load(factor + m->rank * STRIP + v * LANES);
             a[v] = load(factor + 2 * m->rank * STRIP + v * LANES);
         }
-        for (int row = 0; row < GROUP; row++) {
+        EACH_OF_16 for (int row = 0; row < GROUP; row++) {
             const float *own = left[row] + t;
-            for (int v = 0; v < 2; v++) {
+            EACH_OF_16 for (int v = 0; v < 2; v++) {
                 gradient[row][v] = multiply_add(every(own[0]), first[v], gradient[row][v]);
                 gradient[row][v] = multiply_add(every(own[m->rank]), second[v], gradient[row][v]);
                 merged[row][v] = multiply_add(every(own[2 * m->rank]), a[v], merged[row][v]);
             }
         }
     }
-    for (int row = 0; row < GROUP; row++)
-        for (int v = 0; v < 2; v++) {
+    EACH_OF_16 for (int row = 0; row < GROUP; row++)
+        EACH_OF_16 for (int v = 0; v < 2; v++) {
             lanes product = gradient[row][v] * merged[row][v], size = absolute(product);
             if (m->square) size = product * product;
             found[row][v] = size;

@@ -10,6 +10,9 @@
 
 #include "levels.h"
 
+/* Before a short loop whose variables are to stay in registers. */
+#define EACH_OF_16 _Pragma("GCC unroll 16")
+
 #if CK_X86 && CK_FILE_LEVEL == 2
 
 #define LANES 16

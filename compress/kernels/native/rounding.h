@@ -18,21 +18,21 @@ static float *room(int64_t floats) {
 
 /* to[c] += sum over t of a[c][t * stride] * x[t], t ascending, for `count` columns of a tile. */
 static inline __attribute__((always_inline)) void add_products_of(
-    int count, float *const *to, const float *const *a, int64_t stride, int64_t terms, const float *x) {
+    const int count, float *const *to, const float *const *a, int64_t stride, int64_t terms, const float *x) {
     for (int first = 0; first < CK_ROWS; first += SIDE * LANES) {
         lanes sums[TARGETS][SIDE];
-        for (int c = 0; c < count; c++)
-            for (int v = 0; v < SIDE; v++) sums[c][v] = load(to[c] + first + v * LANES);
+        EACH_OF_16 for (int c = 0; c < count; c++)
+            EACH_OF_16 for (int v = 0; v < SIDE; v++) sums[c][v] = load(to[c] + first + v * LANES);
         for (int64_t t = 0; t < terms; t++) {
             lanes values[SIDE];
-            for (int v = 0; v < SIDE; v++) values[v] = load(x + t * CK_ROWS + first + v * LANES);
-            for (int c = 0; c < count; c++) {
+            EACH_OF_16 for (int v = 0; v < SIDE; v++) values[v] = load(x + t * CK_ROWS + first + v * LANES);
+            EACH_OF_16 for (int c = 0; c < count; c++) {
                 lanes factor = every(a[c][t * stride]);
-                for (int v = 0; v < SIDE; v++) sums[c][v] = multiply_add(factor, values[v], sums[c][v]);
+                EACH_OF_16 for (int v = 0; v < SIDE; v++) sums[c][v] = multiply_add(factor, values[v], sums[c][v]);
             }
         }
-        for (int c = 0; c < count; c++)
-            for (int v = 0; v < SIDE; v++) store(to[c] + first + v * LANES, sums[c][v]);
+        EACH_OF_16 for (int c = 0; c < count; c++)
+            EACH_OF_16 for (int v = 0; v < SIDE; v++) store(to[c] + first + v * LANES, sums[c][v]);
     }
 }
 
