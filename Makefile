@@ -44,7 +44,7 @@ help:
 	@echo "make peers     quantizers to compare with, each in its own environment (1 GB each or more)"
 	@echo "make lint | types | format | bench | clean"
 
-$(CORE): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt setup.py $(wildcard compress/kernels/native/*)
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	echo "Installing the project (a minute or two)"
 	$(PIP) install -c constraints.txt -e .

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from compress.errors import UsageError
-from compress.kernels import reference
+from compress.kernels import native_product, reference
+from compress.kernels.library import library
+from compress.kernels.packed import TiledMatrix
 from compress.kernels.reference import Factors, Grid, PackedMatrix
 
 
@@ -51,3 +53,30 @@ def backend(name: str = "torch") -> Backend:
     if name not in BACKENDS:
         raise UsageError(f"There is no kernel backend {name!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
     return BACKENDS[name]
+
+
+def native_serves(x: torch.Tensor) -> bool:
+    """Whether products with ``x`` run in the C library: it is loaded, and has the device and type of ``x``.
+
+    They take a :class:`~compress.kernels.packed.TiledMatrix` and factors as they are stored, so they are functions of
+    their own and no :class:`Backend`.
+    """
+    return native_product.serves(x) and library() is not None
+
+
+def native_matmul(
+    x: torch.Tensor, matrix: TiledMatrix, factors: native_product.StoredFactors | None
+) -> torch.Tensor:
+    """``x @ (Q + L1.T @ L2).T`` for x [..., I]; see :func:`compress.kernels.native_product.product`."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y, _ = native_product.product(flat, matrix, factors)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def native_matmul_transposed(
+    grad: torch.Tensor, matrix: TiledMatrix, factors: native_product.StoredFactors | None
+) -> torch.Tensor:
+    """``grad @ (Q + L1.T @ L2)`` for grad [..., O]."""
+    flat = grad.reshape(-1, grad.shape[-1])
+    out = native_product.product_transposed(flat, matrix, factors)
+    return out.view(*grad.shape[:-1], out.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,18 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from compress.kernels.dispatch import backend
+from compress.kernels.dispatch import backend, native_matmul, native_matmul_transposed, native_serves
+from compress.kernels.native_product import StoredFactors
+from compress.kernels.packed import TiledMatrix, untile
 from compress.kernels.reference import Factors, PackedMatrix
 from compress.quantize.blockwise import QuantizedTensor
 from compress.quantize.checkpoint import MatrixRecord, lq_tensors, record_of
 from compress.quantize.config import QuantConfig
 from compress.quantize.decompose import Decomposition, Factor, read_factor
+from compress.quantize.native_form import NativeForm, geometry, tiled_form
+
+_CONVERTING = threading.RLock()
+"""Two threads must not change a layer from one layout to the other at once."""
 
 
 class LQLinear(nn.Linear):
@@ -24,7 +31,8 @@ class LQLinear(nn.Linear):
     format meets a shape mismatch instead of numbers. Scales and factors are buffers that no cast of the
     module changes: under ``.to(torch.bfloat16)`` the dequantized values stay the same. The compute type is
     that of the input, or autocast's. Nothing dequantized is kept for the backward pass, which dequantizes
-    again.
+    again. Once the C kernels have served, ``weight`` and the scale codes are held in their layout instead
+    (int32, and three dimensions): a state dict, a move and :meth:`quantized` give the stored form back.
 
     Args:
         record: Shape, configuration and rank.
@@ -49,6 +57,7 @@ class LQLinear(nn.Linear):
         self.record = record
         self.out_features, self.in_features = record.shape
         self.use_factors = True
+        self._native: NativeForm | None = None
         for name, (shape, kind) in record.layout().items():
             tensor = torch.empty(shape, dtype=kind, device=device)
             if name == "weight":
@@ -69,19 +78,22 @@ class LQLinear(nn.Linear):
         return layer
 
     def _stored(self, name: str, shape: tuple[int, int], config: QuantConfig) -> QuantizedTensor:
-        codes = self.weight.data if name == "weight" else self.get_buffer(f"{name}_codes")
+        if name == "weight":
+            codes, scale_codes = self._plain()
+        else:
+            codes, scale_codes = self.get_buffer(f"{name}_codes"), self.get_buffer(f"{name}_scale_codes")
         return QuantizedTensor(
             shape=shape,
             config=config,
             codes=codes,
-            scale_codes=self.get_buffer(f"{name}_scale_codes"),
+            scale_codes=scale_codes,
             scale_max=self.get_buffer(f"{name}_scale_max"),
             offset=self.get_buffer(f"{name}_offset"),
             table=self.get_buffer(f"{name}_table") if config.codebook == "learned" else None,
         )
 
     def quantized(self) -> QuantizedTensor:
-        """Q, sharing this layer's tensors."""
+        """Q, sharing this layer's tensors but for codes that the C kernels have in their layout."""
         return self._stored("weight", self.record.shape, self.record.config)
 
     def _factor(self, name: str, size: int) -> Factor:
@@ -108,6 +120,56 @@ class LQLinear(nn.Linear):
         cast = None if factors is None else (factors[0].to(dtype), factors[1].to(dtype))
         return self.quantized().packed(), cast
 
+    def tiled(self) -> TiledMatrix:
+        """Q in the layout of the C kernels, which from then on is all that is held of its codes."""
+        return self._native_form().matrix
+
+    def stored_factors(self, dtype: torch.dtype) -> StoredFactors | None:
+        """The factors in use as (L1 [r, O], L2 [r, I]) of ``dtype``, dequantized once and kept; None without."""
+        native = self._native_form()
+        if self.record.rank == 0 or not self.use_factors:
+            return None
+        if native.factors is None or native.factors[0].dtype != dtype:
+            left = read_factor(self._factor("factor_out", self.out_features))
+            right = read_factor(self._factor("factor_in", self.in_features))
+            native.factors = (left.to(dtype).contiguous(), right.to(dtype).contiguous())
+        return native.factors
+
+    def _native_form(self) -> NativeForm:
+        with _CONVERTING:
+            if self._native is None or self._native.versions != self._versions():
+                matrix = tiled_form(self.quantized())
+                self.weight.data = matrix.codes
+                self._buffers["weight_scale_codes"] = matrix.scale_codes
+                self._native = NativeForm(versions=self._versions(), matrix=matrix)
+            return self._native
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        stored = (self.weight, *self._buffers.values())
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in stored if tensor is not None)
+
+    def _plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scale codes of Q as a checkpoint has them, whichever way they are held."""
+        codes, scale_codes = self.weight.data, self.get_buffer("weight_scale_codes")
+        if codes.dtype == torch.uint8:
+            return codes, scale_codes
+        return untile(geometry(self.record.shape, self.record.config), codes, scale_codes)
+
+    def _hold_plain(self) -> None:
+        with _CONVERTING:
+            self._native = None
+            if self.weight.dtype != torch.uint8:
+                self.weight.data, self._buffers["weight_scale_codes"] = self._plain()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.dtype != torch.uint8:
+            destination[f"{prefix}weight"], destination[f"{prefix}weight_scale_codes"] = self._plain()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._hold_plain()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Multiply ``input`` [..., I]; the result is [..., O] in the compute type."""
         device = input.device.type
@@ -121,6 +183,7 @@ class LQLinear(nn.Linear):
         raise TypeError("An LQLinear cannot be initialized at random; load it or use from_decomposition.")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LQLinear:
+        self._hold_plain()
         # Moves must reach scales and factors, casts must not: a cast leaves integers alone, so show bytes.
         types = {
             name: b.dtype for name, b in self._buffers.items() if b is not None and b.is_floating_point()
@@ -150,9 +213,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: LQLinear) -> torch.Tensor:
         ctx.layer = layer
+        if native_serves(x):
+            return native_matmul(x, layer.tiled(), layer.stored_factors(x.dtype))
         return backend().matmul(x, *layer.operands(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return backend().matmul_transposed(grad, *ctx.layer.operands(grad.dtype)), None
+        layer: LQLinear = ctx.layer
+        if native_serves(grad):
+            return native_matmul_transposed(grad, layer.tiled(), layer.stored_factors(grad.dtype)), None
+        return backend().matmul_transposed(grad, *layer.operands(grad.dtype)), None

@@ -65,7 +65,7 @@ def allowed(source: str, target: str) -> bool:
     if source == "kernels":
         return target == "errors"
     if target == "kernels":
-        return RANK[source] >= RANK["quantize"]
+        return RANK[source] >= RANK["importance"]
     return RANK[target] <= RANK[source]
 
 

@@ -16,7 +16,8 @@ from tests.sources import FOLDERS, ROOT
 
 pytestmark = pytest.mark.packaging
 
-BUILT = {".pyc", ".pyo", ".so"}
+HAS_COMPILER = shutil.which(sysconfig.get_config_var("CC").split()[0]) is not None
+STATUS = "from compress.kernels.library import status; s = status(); print(s.level, s.path)"
 
 
 def run(command: list[str | Path], folder: Path, *, timeout: float = 300) -> str:
@@ -40,13 +41,20 @@ def run(command: list[str | Path], folder: Path, *, timeout: float = 300) -> str
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built through the source distribution, from copies of the sources alone: no stale build folder."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies of the sources alone: no stale build folder."""
     copy = tmp_path_factory.mktemp("copy")
     for folder in FOLDERS.values():
         shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built through the source distribution."""
+    copy = shutil.copytree(source, tmp_path_factory.mktemp("wheel") / "source")
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", copy], copy)
     (built,) = (copy / "dist").glob("*.whl")
     return built
@@ -91,6 +99,8 @@ def test_every_file_on_disk_is_in_the_wheel(wheel: Path) -> None:
         and file.suffix not in (".so", ".pyc", ".c", ".h")
     }
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("compress/")}
+    if HAS_COMPILER:
+        expected.add(f"compress/kernels/_native{sysconfig.get_config_var('EXT_SUFFIX')}")
     assert packed == expected
     assert any(name.endswith("/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
@@ -100,6 +110,32 @@ def test_the_installed_packages_come_from_the_wheel(clean: Path, elsewhere: Path
     printed = run([clean, "-c", program, *FOLDERS], elsewhere).split()
     inside = clean.parents[1].resolve()
     assert [Path(line).resolve().is_relative_to(inside) for line in printed] == [True] * len(FOLDERS)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
+def test_the_c_library_of_the_wheel_is_found(clean: Path, elsewhere: Path) -> None:
+    level, path = run([clean, "-c", STATUS], elsewhere).split()
+    assert level != "torch"
+    assert Path(path).is_relative_to(clean.parents[1].resolve())
+
+
+def test_without_a_compiler_the_install_goes_through_and_torch_serves(source: Path, elsewhere: Path) -> None:
+    copy = shutil.copytree(source, elsewhere / "source")
+    target = elsewhere / "target"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    ]
+    run(["env", "CC=no-such-compiler", *pip, "--target", target, copy], elsewhere)
+    printed = run(["env", f"PYTHONPATH={target}", sys.executable, "-P", "-c", STATUS], elsewhere)
+    assert printed.split() == ["torch", "None"]
 
 
 @pytest.mark.parametrize("script", ["compress", "compress-llm"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -103,7 +105,8 @@ def test_the_compute_type_is_that_of_the_input(dtype: torch.dtype) -> None:
     quantized = layer(rank=0, bias=False)
     x = inputs(dtype)
     out = quantized(x)
-    assert torch.equal(out, nn.functional.linear(x, quantized.dequantized_weight(dtype)))
+    exact = x.double() @ quantized.dequantized_weight().double().T
+    torch.testing.assert_close(out.double(), exact, rtol=0.01, atol=0.01)  # torch rounds the weights too
     out.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == dtype
@@ -144,6 +147,71 @@ def test_state_dicts_round_trip() -> None:
     other.load_state_dict(quantized.state_dict())
     assert torch.equal(other.dequantized_weight(), quantized.dequantized_weight())
     assert torch.equal(other(inputs()), quantized(inputs()))
+
+
+def used(of: LQLinear) -> LQLinear:
+    """The layer after a product, which may have changed how its codes are held."""
+    of(inputs())
+    return of
+
+
+def assert_same(one: LQLinear, other: LQLinear) -> None:
+    assert one.quantized().codes.dtype == torch.uint8
+    assert torch.equal(one.quantized().codes, other.quantized().codes)
+    assert torch.equal(one.dequantized_weight(), other.dequantized_weight())
+    assert torch.equal(one(inputs()), other(inputs()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_layer_that_was_used_stores_what_it_did_before(bits: int) -> None:
+    before = {name: tensor.clone() for name, tensor in layer(bits).state_dict().items()}
+    after = used(layer(bits)).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert {after[name].dtype for name in before} == {before[name].dtype for name in before}
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_layer_that_was_used_can_be_loaded_into(assign: bool) -> None:
+    new = layer(factor_config=None)
+    new.get_buffer("weight_offset").mul_(3)
+    new.weight.data.bitwise_xor_(21)
+    old = used(layer(factor_config=None))
+    old.load_state_dict(new.state_dict(), assign=assign)
+    assert_same(old, new)
+    old.load_state_dict(used(layer()).state_dict(), strict=False, assign=assign)
+    assert torch.equal(old.quantized().codes, layer().quantized().codes)
+
+
+def test_a_layer_that_was_used_can_be_copied_moved_and_cast() -> None:
+    original = used(layer())
+    twin = copy.deepcopy(original)
+    assert_same(twin, layer())
+    twin.weight.data.zero_()
+    assert_same(original, layer())
+    assert_same(used(layer()).bfloat16().float(), layer().bfloat16().float())
+    moved = used(layer()).to("meta")
+    assert {name: tuple(t.shape) for name, t in moved.state_dict().items()} == {
+        name: tuple(t.shape) for name, t in layer().state_dict().items()
+    }
+    wide = used(layer())(inputs().double())
+    torch.testing.assert_close(wide, layer()(inputs()).double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_change_in_place_is_seen() -> None:
+    quantized, expected = used(layer()), layer()
+    for of in (quantized, expected):
+        of.get_buffer("weight_offset").mul_(2)
+        of.get_buffer("factor_in_offset").mul_(2)
+    assert_same(quantized, expected)
+
+
+def test_use_adds_nothing_to_what_a_layer_holds() -> None:
+    config = QuantConfig(bits=3, block_size=32)
+    quantized = LQLinear.from_decomposition(decompose(trained((32, 64)), config, rank=0))
+    stored = sum(t.nbytes for t in (*quantized.parameters(), *quantized.buffers()))
+    quantized(torch.zeros(1, 64))
+    assert sum(t.nbytes for t in (*quantized.parameters(), *quantized.buffers())) == stored
 
 
 def test_a_random_start_is_refused() -> None:

@@ -1,0 +1,350 @@
+/* The kernels over vectors of 16 rows, written once; kernels_LEVEL.c includes this after vector_LEVEL.h.
+ *
+ * Names: an octet is 8 columns, the unit that one vector of nibbles holds; octets never cross a block of scales.
+ */
+#include "kernels.h"
+
+/* SPECIALIZED: every width of codes and number of tokens is a copy of its own, with all sums in registers. */
+#if SPECIALIZED
+#define INLINE static inline __attribute__((always_inline))
+#define BY_BITS(m, function, ...) \
+    switch ((m)->bits) { \
+        case 2: function(m, 2, __VA_ARGS__); break; \
+        case 3: function(m, 3, __VA_ARGS__); break; \
+        case 4: function(m, 4, __VA_ARGS__); break; \
+        default: function(m, 8, __VA_ARGS__); \
+    }
+#else
+#define INLINE static
+#define BY_BITS(m, function, ...) function(m, (int)(m)->bits, __VA_ARGS__)
+#endif
+
+/* Scales of a tile, block after block. */
+typedef struct {
+    const ck_matrix *m;
+    const uint8_t *codes;
+    places at;
+    v16 steps, offset;
+} scale_walk;
+
+INLINE scale_walk walk_scales(const ck_matrix *m, int64_t tile) {
+    int32_t rest[CK_TILE], group[CK_TILE];
+    int64_t size = m->group_size, first = tile * CK_TILE * m->blocks;
+    int64_t full = m->blocks / size, more = m->blocks % size;
+    int64_t g = first / size, r = first % size;
+    for (int lane = 0; lane < CK_TILE; lane++) {
+        rest[lane] = (int32_t)r;
+        group[lane] = (int32_t)g;
+        g += full;
+        r += more;
+        if (r >= size) r -= size, g++;
+    }
+    scale_walk walk = {.m = m, .codes = ck_block_scales(m, tile, 0), .at = places_load(rest, group)};
+    walk.steps = places_steps(&walk.at, m->steps, (int32_t)m->groups);
+    walk.offset = v_set(m->offset[0]);
+    return walk;
+}
+
+/* The scales of the present block; then on to the next. Two roundings, as the reference has them. */
+INLINE v16 next_scales(scale_walk *walk) {
+    const ck_matrix *m = walk->m;
+    v16 scale = v_add(v_mul(scale_codes(walk->codes, (int)m->scale_bits), walk->steps), walk->offset);
+    walk->codes += 2 * m->scale_bits;
+    if (places_step(&walk->at, (int32_t)m->group_size))
+        walk->steps = places_steps(&walk->at, m->steps, (int32_t)m->groups);
+    return scale;
+}
+
+/* Nibbles of an octet of a tile. */
+INLINE w16 octet_nibbles(const uint32_t *tile, int bits, int64_t octet) {
+    const uint32_t *chunk = tile + octet / 4 * bits * CK_TILE;
+    int q = (int)(octet % 4);
+    if (bits == 4) return w_load(chunk + q * CK_TILE);
+    w16 low = w_right(w_load(chunk + q / 2 * CK_TILE), 2 * (q % 2));
+    if (bits == 2) return low;
+    w16 high = w_load(chunk + 2 * CK_TILE);
+    return w_select(0x44444444, low, q < 2 ? w_left(high, 2 - q) : w_right(high, q - 2));
+}
+
+/* Table entries of an octet, one vector a column. */
+INLINE void octet_values(const ck_matrix *m, const uint32_t *tile, int bits, small_table table, int64_t octet,
+                         v16 values[8]) {
+    if (bits == 8) {
+        const uint32_t *words = tile + octet * 2 * CK_TILE;
+        UNROLL
+        for (int f = 0; f < 8; f++)
+            values[f] = look_up_bytes(m->table, w_right(w_load(words + f / 4 * CK_TILE), 8 * (f % 4)));
+        return;
+    }
+    w16 nibbles = octet_nibbles(tile, bits, octet);
+    UNROLL
+    for (int f = 0; f < 8; f++) values[f] = look_up(table, w_right(nibbles, 4 * f));
+}
+
+INLINE small_table matrix_table(const ck_matrix *m, int bits) {
+    return table_load(m->table, bits == 8 ? 2 : bits); /* with 8 bits it is not read */
+}
+
+/* Rows of a tile that exist. */
+INLINE int lanes_of(const ck_matrix *m, int64_t tile) { return (int)ck_min(CK_TILE, m->rows - tile * CK_TILE); }
+
+/* Add the low-rank part to a token's sums, and write them. */
+static __attribute__((noinline)) void finish(const ck_product *p, int64_t tile, int64_t token, v16 sum) {
+    const ck_factors *f = p->factors;
+    int lanes = lanes_of(p->matrix, tile);
+    int64_t row = tile * CK_TILE, rows = p->matrix->rows, size = ck_size(p->type);
+    if (f) {
+        const char *left = (const char *)f->left + row * size;
+        const float *inner = p->inner + token * f->rank;
+        for (int64_t r = 0; r < f->rank; r++)
+            sum = v_fma(v_read(left + r * rows * size, (int)p->type, lanes), v_set(inner[r]), sum);
+    }
+    v_write((char *)p->y + (token * rows + row) * size, (int)p->type, lanes, sum);
+}
+
+INLINE void direct_tiles(const ck_matrix *m, int bits, const ck_product *p, int64_t begin, int64_t end, int tokens) {
+    small_table table = matrix_table(m, bits);
+    int64_t octets = m->block_size / 8, words = ck_tile_words(m);
+    int chains = tokens == 1 ? 4 : tokens < 4 ? 2 : 1; /* sums that do not wait for each other */
+    for (int64_t tile = begin; tile < end; tile++) {
+        scale_walk walk = walk_scales(m, tile);
+        const uint32_t *codes = m->codes + tile * words;
+        v16 sums[MOST_DIRECT];
+        UNROLL
+        for (int t = 0; t < tokens; t++) sums[t] = v_zero();
+        int64_t octet = 0;
+        for (int64_t block = 0; block < m->blocks; block++) {
+            v16 part[MOST_DIRECT][4];
+            UNROLL
+            for (int t = 0; t < tokens; t++)
+                UNROLL
+                for (int c = 0; c < chains; c++) part[t][c] = v_zero();
+            for (int64_t stop = octet + octets; octet < stop; octet++) {
+                const float *x = p->x + octet * tokens * 8;
+                if (bits == 8) {
+                    const uint32_t *pair = codes + octet * 2 * CK_TILE;
+                    UNROLL
+                    for (int f = 0; f < 8; f++) {
+                        v16 w = look_up_bytes(m->table, w_right(w_load(pair + f / 4 * CK_TILE), 8 * (f % 4)));
+                        UNROLL
+                        for (int t = 0; t < tokens; t++)
+                            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
+                    }
+                } else {
+                    w16 nibbles = octet_nibbles(codes, bits, octet);
+                    UNROLL
+                    for (int f = 0; f < 8; f++) {
+                        v16 w = look_up(table, w_right(nibbles, 4 * f));
+                        UNROLL
+                        for (int t = 0; t < tokens; t++)
+                            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
+                    }
+                }
+            }
+            v16 scale = next_scales(&walk);
+            UNROLL
+            for (int t = 0; t < tokens; t++) {
+                v16 whole = part[t][0];
+                UNROLL
+                for (int c = 1; c < chains; c++) whole = v_add(whole, part[t][c]);
+                sums[t] = v_fma(whole, scale, sums[t]);
+            }
+        }
+        UNROLL
+        for (int t = 0; t < tokens; t++) finish(p, tile, t, sums[t]);
+    }
+}
+
+#if SPECIALIZED
+#define DIRECT(tokens) \
+    case tokens: BY_BITS(p->matrix, direct_tiles, p, begin, end, tokens); break;
+static void direct(const ck_product *p, int64_t begin, int64_t end) {
+    switch (p->tokens) {
+        DIRECT(1)
+        DIRECT(2)
+        DIRECT(3)
+#if MOST_DIRECT == 8
+        DIRECT(4)
+        DIRECT(5)
+        DIRECT(6)
+        DIRECT(7)
+#endif
+        default: DIRECT(MOST_DIRECT)
+    }
+}
+#else
+static void direct(const ck_product *p, int64_t begin, int64_t end) {
+    direct_tiles(p->matrix, (int)p->matrix->bits, p, begin, end, (int)p->tokens);
+}
+#endif
+
+/* Decode octets first to last of a tile; the walk stands at the block of `first` with `scale` its scales. */
+INLINE void decode(const ck_matrix *m, int bits, const uint32_t *tile, int64_t first, int64_t last, scale_walk *walk,
+                   v16 *scale, float *to, int64_t pitch) {
+    small_table table = matrix_table(m, bits);
+    int64_t octets = m->block_size / 8;
+    for (int64_t octet = first; octet < last; octet++) {
+        v16 values[8];
+        if (octet % octets == 0) *scale = next_scales(walk);
+        octet_values(m, tile, bits, table, octet, values);
+        UNROLL
+        for (int f = 0; f < 8; f++) v_store(to + ((octet - first) * 8 + f) * pitch, v_mul(values[f], *scale));
+    }
+}
+
+/* sums[tokens, tiles] += x[octets, tokens, 8] weights[8 * octets, tiles]. */
+INLINE void multiply(const float *x, int64_t octets, const float *weights, float *sums, int tokens) {
+    v16 s[PANEL_TOKENS][PANEL_TILES];
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int n = 0; n < PANEL_TILES; n++) s[t][n] = v_load(sums + (t * PANEL_TILES + n) * CK_TILE);
+    for (int64_t octet = 0; octet < octets; octet++, x += 8 * tokens)
+        for (int f = 0; f < 8; f++, weights += PANEL_TILES * CK_TILE) {
+            v16 w[PANEL_TILES];
+            UNROLL
+            for (int n = 0; n < PANEL_TILES; n++) w[n] = v_load(weights + n * CK_TILE);
+            UNROLL
+            for (int t = 0; t < tokens; t++) {
+                v16 value = v_set(x[t * 8 + f]);
+                UNROLL
+                for (int n = 0; n < PANEL_TILES; n++) s[t][n] = v_fma(w[n], value, s[t][n]);
+            }
+        }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int n = 0; n < PANEL_TILES; n++) v_store(sums + (t * PANEL_TILES + n) * CK_TILE, s[t][n]);
+}
+
+#define MULTIPLY(tokens) \
+    case tokens: multiply(x, octets, weights, sums, tokens); break;
+
+static void multiply_any(const float *x, int64_t octets, const float *weights, float *sums, int64_t tokens) {
+    switch (tokens) {
+        MULTIPLY(1)
+        MULTIPLY(2)
+        MULTIPLY(3)
+#if PANEL_TOKENS > 4
+        MULTIPLY(4)
+        MULTIPLY(5)
+#endif
+#if PANEL_TOKENS > 6
+        MULTIPLY(6)
+        MULTIPLY(7)
+        MULTIPLY(8)
+        MULTIPLY(9)
+        MULTIPLY(10)
+        MULTIPLY(11)
+#endif
+        default: multiply(x, octets, weights, sums, PANEL_TOKENS);
+    }
+}
+
+/* A panel is [sets of PANEL_TILES tiles][columns][PANEL_TILES][16], sums are [sets][tokens][PANEL_TILES][16]. */
+static void panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
+    const ck_matrix *m = p->matrix;
+    int64_t width = PANEL_TILES * CK_TILE, most = p->tiles_at_once, octets = m->blocks * m->block_size / 8;
+    int64_t per_set = CK_PANEL_COLUMNS * width, step = CK_PANEL_COLUMNS / 8;
+    float *sums = workspace + most * CK_TILE * CK_PANEL_COLUMNS;
+    scale_walk walks[8];
+    v16 scales[8];
+    for (int64_t group = begin; group < end; group++) {
+        int64_t first = group * most, tiles = ck_min(most, ck_tiles(m) - first);
+        int64_t sets = ck_ceil_div(tiles, PANEL_TILES);
+        if (tiles % PANEL_TILES) /* the last set is not full: what is missing counts as zeros */
+            memset(workspace + (sets - 1) * per_set, 0, (size_t)per_set * sizeof(float));
+        memset(sums, 0, (size_t)(sets * p->tokens * width) * sizeof(float));
+        for (int64_t i = 0; i < tiles; i++) walks[i] = walk_scales(m, first + i);
+        for (int64_t octet = 0; octet < octets; octet += step) {
+            int64_t last = ck_min(octet + step, octets);
+            for (int64_t i = 0; i < tiles; i++) {
+                float *to = workspace + i / PANEL_TILES * per_set + i % PANEL_TILES * CK_TILE;
+                const uint32_t *codes = m->codes + (first + i) * ck_tile_words(m);
+                BY_BITS(m, decode, codes, octet, last, &walks[i], &scales[i], to, width);
+            }
+            for (int64_t t = 0; t < p->tokens; t += PANEL_TOKENS) {
+                int64_t together = ck_min(PANEL_TOKENS, p->tokens - t);
+                const float *x = p->x + t * octets * 8 + octet * together * 8;
+                for (int64_t set = 0; set < sets; set++)
+                    multiply_any(x, last - octet, workspace + set * per_set, sums + (set * p->tokens + t) * width,
+                                 together);
+            }
+        }
+        for (int64_t i = 0; i < tiles; i++)
+            for (int64_t t = 0; t < p->tokens; t++) {
+                float *from = sums + (i / PANEL_TILES * p->tokens + t) * width + i % PANEL_TILES * CK_TILE;
+                finish(p, first + i, t, v_load(from));
+            }
+    }
+}
+
+INLINE void dequantize_tile(const ck_matrix *m, int bits, int64_t tile, int64_t first_row, int64_t last_row, char *out,
+                            int type) {
+    int64_t width = m->blocks * m->block_size, size = type == CK_F32 ? 4 : 2;
+    scale_walk walk = walk_scales(m, tile);
+    v16 scale = v_zero();
+    const uint32_t *codes = m->codes + tile * ck_tile_words(m);
+    int64_t from = first_row > tile * CK_TILE ? first_row - tile * CK_TILE : 0;
+    int64_t to = ck_min(CK_TILE, last_row - tile * CK_TILE);
+    out += (tile * CK_TILE - first_row) * m->columns * size;
+    for (int64_t column = 0; column < m->columns; column += CK_TILE) {
+        float values[16 * CK_TILE];
+        int64_t last = ck_min(column + CK_TILE, width) / 8;
+        v16 square[16];
+        decode(m, bits, codes, column / 8, last, &walk, &scale, values, CK_TILE);
+        UNROLL
+        for (int i = 0; i < 16; i++) square[i] = i < last * 8 - column ? v_load(values + i * CK_TILE) : v_zero();
+        v_transpose(square);
+        int count = (int)ck_min(CK_TILE, m->columns - column);
+        for (int64_t lane = from; lane < to; lane++)
+            v_write(out + (lane * m->columns + column) * size, type, count, square[lane]);
+    }
+}
+
+static void dequantize(const ck_matrix *m, int64_t begin, int64_t end, int64_t first_row, int64_t last_row, void *out,
+                       int type) {
+    for (int64_t tile = begin; tile < end; tile++) BY_BITS(m, dequantize_tile, tile, first_row, last_row, out, type);
+}
+
+INLINE void inner_tokens(const ck_product *p, float *found, int64_t r, int64_t first, int tokens) {
+    const ck_factors *f = p->factors;
+    int64_t columns = p->matrix->columns, size = ck_size(p->type);
+    const char *row = (const char *)f->right + r * columns * size, *x = (const char *)p->raw + first * columns * size;
+    v16 sums[4];
+    UNROLL
+    for (int t = 0; t < tokens; t++) sums[t] = v_zero();
+    for (int64_t k = 0; k < columns; k += 16) {
+        int count = (int)ck_min(16, columns - k);
+        v16 a = v_read(row + k * size, (int)p->type, count);
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            sums[t] = v_fma(a, v_read(x + (t * columns + k) * size, (int)p->type, count), sums[t]);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++) found[(first + t) * f->rank + r] = v_sum(sums[t]);
+}
+
+/* inner[t, r] for r from begin to end: lanes run along the columns. */
+static void inner(const ck_product *p, float *found, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        int64_t t = 0;
+        for (; t + 4 <= p->tokens; t += 4) inner_tokens(p, found, r, t, 4);
+        for (; t < p->tokens; t++) inner_tokens(p, found, r, t, 1);
+    }
+}
+
+/* Tokens begin to end of x as float32 into the order of the product's kernel. */
+static void widen(const ck_product *p, float *to, int64_t begin, int64_t end) {
+    int64_t width = p->matrix->blocks * p->matrix->block_size, columns = p->matrix->columns, size = ck_size(p->type);
+    int64_t most = p->tokens <= MOST_DIRECT ? p->tokens : PANEL_TOKENS;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t together = ck_min(most, p->tokens - t / most * most);
+        float *place = to + t / most * most * width + t % most * 8;
+        const char *from = (const char *)p->raw + t * columns * size;
+        for (int64_t k = 0; k < width; k += 8) {
+            int count = (int)(columns - k < 0 ? 0 : ck_min(8, columns - k));
+            v_write(place + k * together, CK_F32, 8, v_read(from + k * size, (int)p->type, count));
+        }
+    }
+}

@@ -1,0 +1,169 @@
+"""Products with a tiled matrix by the C library, and its weights; the same as torch operations with autograd rules.
+
+Few tokens: codes are decoded in registers, or a tile at a time into the cache. Many: a slice of rows is dequantized
+into a bounded workspace and torch multiplies it. Sums are float32 whatever the type of the input.
+
+Shapes: O out, I in, T tokens, r rank. Types: float32, bfloat16, float16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from compress.errors import UsageError
+from compress.kernels.library import LEVELS
+from compress.kernels.packed import NativeMatrix, TiledMatrix, address, needed
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types of inputs and results, by their number in the library."""
+
+DENSE_FROM = {"scalar": 6, "avx2": 160, "avx512": 160}
+"""Tokens from which a slice of dequantized rows times torch's product is faster than the tiles, by level."""
+
+_SLICE = 1 << 20
+"""Weights of the workspace that slices are dequantized into."""
+
+StoredFactors = tuple[Tensor, Tensor]
+"""Low-rank factors as they are stored, in the type of the input: (L1 [r, O], L2 [r, I]), contiguous."""
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the library multiplies this input, if it is there."""
+    return x.device.type == "cpu" and x.dtype in TYPES
+
+
+def _native(matrix: TiledMatrix) -> NativeMatrix:
+    g = matrix.geometry
+    tensors = {name: getattr(matrix, name) for name in ("codes", "scale_codes", "steps", "table", "offset")}
+    return NativeMatrix(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        rows=g.rows,
+        columns=g.columns,
+        blocks=g.blocks,
+        block_size=g.block_size,
+        group_size=g.group_size,
+        groups=matrix.steps.numel(),
+        bits=g.bits,
+        scale_bits=g.scale_bits,
+    )
+
+
+def dequantize_into(out: Tensor, matrix: TiledMatrix, start: int) -> None:
+    """Write weights of the rows from ``start`` on: table entry times scale in float32, rounded once.
+
+    Args:
+        out: [rows, I], contiguous, of a type in :data:`TYPES`.
+        matrix: The tiled matrix.
+        start: First row.
+    """
+    number = ctypes.c_int64
+    needed().ck_dequantize(
+        ctypes.byref(_native(matrix)),
+        *(number(start), number(start + out.shape[0])),
+        address(out),
+        *(number(TYPES[out.dtype]), number(torch.get_num_threads())),
+    )
+
+
+def dequantize(
+    matrix: TiledMatrix, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Weights of rows ``start`` to ``stop`` (None: all), [stop - start, I], equal to the reference bit for bit.
+
+    Raises:
+        UsageError: The type is none of :data:`TYPES`, or the library is not in use.
+    """
+    if dtype not in TYPES:
+        raise UsageError(
+            f"The C kernels do not make {dtype}.", f"Choose one of {', '.join(map(str, TYPES))}."
+        )
+    g = matrix.geometry
+    out = torch.empty((g.rows if stop is None else stop) - start, g.columns, dtype=dtype)
+    if out.numel():
+        dequantize_into(out, matrix, start)
+    return out
+
+
+def _level() -> str:
+    return LEVELS[needed().ck_level()]
+
+
+def _slices(matrix: TiledMatrix) -> list[tuple[int, int]]:
+    rows = max(16, _SLICE // matrix.geometry.columns // 16 * 16)
+    return [
+        (start, min(start + rows, matrix.geometry.rows)) for start in range(0, matrix.geometry.rows, rows)
+    ]
+
+
+def product(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tuple[Tensor, Tensor]:
+    """``x @ (Q + L1.T @ L2).T`` and what its first half was.
+
+    Args:
+        x: [T, I], contiguous, of a type in :data:`TYPES`.
+        matrix: Q.
+        factors: In the type of ``x``, or None.
+
+    Returns:
+        y [T, O] in the type of ``x``, and ``x @ L2.T`` in float32 [T, r] ([T, 0] without factors).
+    """
+    tokens, rank = x.shape[0], 0 if factors is None else factors[0].shape[0]
+    inner = torch.empty(tokens, rank)
+    y = torch.empty(tokens, matrix.geometry.rows, dtype=x.dtype)
+    if tokens >= DENSE_FROM[_level()]:
+        return _by_slices(x, matrix, factors, y)
+    if tokens == 0:
+        return y, inner
+    native, library, number = _native(matrix), needed(), ctypes.c_int64
+    threads = number(torch.get_num_threads())
+    floats = library.ck_linear_floats(ctypes.byref(native), number(tokens), threads)
+    workspace = torch.empty(floats)
+    library.ck_linear(
+        *(ctypes.byref(native), address(x), address(y), number(tokens), number(TYPES[x.dtype])),
+        *((None, None) if factors is None else map(address, factors)),
+        *(number(rank), address(inner), address(workspace), threads),
+    )
+    return y, inner
+
+
+def _by_slices(
+    x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    sums = y if y.dtype == torch.float32 else torch.empty(y.shape)
+    inner = wide.new_empty(x.shape[0], 0) if factors is None else wide @ factors[1].float().T
+    slices = _slices(matrix)
+    workspace = torch.empty(slices[0][1], x.shape[1])
+    for start, stop in slices:
+        weights = workspace[: stop - start]
+        dequantize_into(weights, matrix, start)
+        torch.mm(wide, weights.T, out=sums[:, start:stop])
+    if factors is not None:
+        sums.addmm_(inner, factors[0].float())
+    return (sums if sums is y else y.copy_(sums)), inner
+
+
+def product_transposed(grad: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> Tensor:
+    """``grad @ (Q + L1.T @ L2)``: the gradient of :func:`product` in its input.
+
+    Args:
+        grad: [T, O] of a type in :data:`TYPES`.
+        matrix: Q.
+        factors: In the type of ``grad``, or None.
+
+    Returns:
+        [T, I] in the type of ``grad``.
+    """
+    wide = grad.float()
+    slices = _slices(matrix)
+    sums = torch.zeros(grad.shape[0], matrix.geometry.columns)
+    workspace = torch.empty(slices[0][1], matrix.geometry.columns)
+    for start, stop in slices:
+        weights = workspace[: stop - start]
+        dequantize_into(weights, matrix, start)
+        sums.addmm_(wide[:, start:stop], weights)
+    if factors is not None:
+        sums.addmm_(wide @ factors[0].float().T, factors[1].float())
+    return sums.to(grad.dtype)

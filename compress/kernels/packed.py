@@ -1,0 +1,188 @@
+"""The packed layout of a quantized matrix that the C library computes on: made from the plain tensors, and back.
+
+Shapes: O out, I in, N blocks in a row, G second-level groups; a tile is 16 rows, a chunk 32 columns. docs/kernels.md
+draws the layout. The plain tensors are those of a checkpoint (docs/artifacts.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import UsageError
+from compress.kernels.library import library
+
+LAYOUT_VERSION = 1
+TILE = 16
+CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Sizes of a quantized matrix.
+
+    Attributes:
+        rows: O.
+        columns: I.
+        bits: Width of a code: 2, 3, 4 or 8.
+        scale_bits: Width of a scale's code: 2, 3, 4 or 8.
+        block_size: Weights that share a scale, a multiple of 8.
+        group_size: Blocks, in row-major order, that share a second-level scale.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    scale_bits: int
+    block_size: int
+    group_size: int
+
+    @property
+    def blocks(self) -> int:
+        """N, blocks in a row."""
+        return -(-self.columns // self.block_size)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows."""
+        return -(-self.rows // TILE)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 32 columns in a row."""
+        return -(-self.blocks * self.block_size // CHUNK)
+
+    def numbers(self) -> list[int]:
+        """The fields, as the operations take them."""
+        return [self.rows, self.columns, self.bits, self.scale_bits, self.block_size, self.group_size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiledMatrix:
+    """A quantized matrix [O, I] in the packed layout, version 1.
+
+    Attributes:
+        geometry: Its sizes.
+        codes: int32 [tiles, chunks, bits, 16].
+        scale_codes: uint8 [tiles, N, 2 * scale_bits].
+        steps: float32 [G], second-level scales over ``2 ** scale_bits - 1``.
+        offset: float32 [1].
+        table: float32 [2 ** bits].
+    """
+
+    geometry: Geometry
+    codes: Tensor
+    scale_codes: Tensor
+    steps: Tensor
+    offset: Tensor
+    table: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scale codes and steps."""
+        return self.codes.nbytes + self.scale_codes.nbytes + self.steps.nbytes
+
+
+class NativeMatrix(ctypes.Structure):
+    """``ck_matrix`` of native/matrix.h; holds addresses only, the tensors must outlive it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale_codes", "steps", "table", "offset")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "rows",
+                "columns",
+                "blocks",
+                "block_size",
+                "group_size",
+                "groups",
+                "bits",
+                "scale_bits",
+            )
+        ),
+    )
+
+
+def needed() -> ctypes.CDLL:
+    """The C library.
+
+    Raises:
+        UsageError: It is not there, or torch was asked for.
+    """
+    found = library()
+    if found is None:
+        raise UsageError(
+            "The C kernels are not in use.", "Install with a C compiler, or use backend 'torch'."
+        )
+    return found
+
+
+def _arguments(geometry: Geometry) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:
+    sizes = (geometry.rows, geometry.blocks, geometry.block_size)
+    widths = (geometry.bits, geometry.scale_bits, torch.get_num_threads())
+    return (*map(ctypes.c_int64, sizes), *map(ctypes.c_int, widths))
+
+
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a tensor lies."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def tile(
+    geometry: Geometry,
+    *,
+    codes: Tensor,
+    scale_codes: Tensor,
+    scale_max: Tensor,
+    offset: Tensor,
+    table: Tensor,
+) -> TiledMatrix:
+    """The packed layout of plain tensors, which stay as they are.
+
+    Args:
+        geometry: Sizes.
+        codes: uint8 1-D, packed, rows padded to whole blocks.
+        scale_codes: uint8 1-D, packed.
+        scale_max: [G], second-level scales.
+        offset: float32 [1].
+        table: float32 [2 ** bits].
+
+    Raises:
+        UsageError: The C library is not in use.
+    """
+    g = geometry
+    tiled = torch.empty(g.tiles, g.chunks, g.bits, TILE, dtype=torch.int32)
+    scales = torch.empty(g.tiles, g.blocks, 2 * g.scale_bits, dtype=torch.uint8)
+    plain, plain_scales = codes.contiguous(), scale_codes.contiguous()
+    needed().ck_pack(*map(address, (plain, plain_scales, tiled, scales)), *_arguments(g))
+    return TiledMatrix(
+        geometry=g,
+        codes=tiled,
+        scale_codes=scales,
+        steps=scale_max.float() / (2**g.scale_bits - 1),
+        offset=offset,
+        table=table.contiguous(),
+    )
+
+
+def untile(geometry: Geometry, codes: Tensor, scale_codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain codes and scale codes of a tiled matrix, byte for byte those it was made from.
+
+    Args:
+        geometry: Its sizes.
+        codes: As in a :class:`TiledMatrix`.
+        scale_codes: As in a :class:`TiledMatrix`.
+
+    Raises:
+        UsageError: The C library is not in use.
+    """
+    g = geometry
+    plain = torch.empty(g.rows * g.blocks * g.block_size * g.bits // 8, dtype=torch.uint8)
+    planes = {3: (2, 1)}.get(g.scale_bits, (g.scale_bits,))
+    plain_scales = torch.zeros(sum(-(-g.rows * g.blocks * w // 8) for w in planes), dtype=torch.uint8)
+    needed().ck_unpack(*map(address, (plain, plain_scales, codes, scale_codes)), *_arguments(g))
+    return plain, plain_scales

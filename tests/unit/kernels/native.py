@@ -1,0 +1,71 @@
+"""Random quantized matrices for tests of the C kernels, with their weights in float64 from the plain tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compress.kernels.packed import Geometry, TiledMatrix, tile
+from compress.quantize.packing import pack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A tiled matrix, and what it stands for: by the definition of docs/artifacts.md, in float32 and float64."""
+
+    matrix: TiledMatrix
+    weights: torch.Tensor
+    exact: torch.Tensor
+
+
+def random_case(
+    rows: int,
+    columns: int,
+    *,
+    bits: int = 4,
+    scale_bits: int = 8,
+    block_size: int = 16,
+    group_size: int = 16,
+    zero_blocks: bool = False,
+    seed: int = 0,
+) -> Case:
+    """Uniform codes and a random ascending table; with ``zero_blocks`` scales begin at 0, and many are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    geometry = Geometry(
+        rows=rows,
+        columns=columns,
+        bits=bits,
+        scale_bits=scale_bits,
+        block_size=block_size,
+        group_size=group_size,
+    )
+    count = rows * geometry.blocks
+    codes = torch.randint(2**bits, (rows, geometry.blocks, block_size), generator=generator)
+    scale_codes = torch.randint(2**scale_bits, (count,), generator=generator)
+    if zero_blocks:
+        scale_codes *= torch.randint(2, (count,), generator=generator)
+    scale_max = torch.rand(-(-count // group_size), generator=generator) + 0.1
+    offset = torch.zeros(1) if zero_blocks else torch.rand(1, generator=generator)
+    table = torch.rand(2**bits, generator=generator).mul(2).sub(1).sort().values
+    matrix = tile(
+        geometry,
+        codes=pack(codes.to(torch.uint8), bits),
+        scale_codes=pack(scale_codes.to(torch.uint8), scale_bits),
+        scale_max=scale_max,
+        offset=offset,
+        table=table,
+    )
+    steps = scale_max / (2**scale_bits - 1)
+    scales = scale_codes * steps.repeat_interleave(group_size)[:count] + offset
+    wide = scales.view(rows, geometry.blocks, 1)
+    return Case(
+        matrix=matrix,
+        weights=(table[codes] * wide).view(rows, -1)[:, :columns],
+        exact=(table.double()[codes] * wide.double()).view(rows, -1)[:, :columns],
+    )
+
+
+def random_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    """Standard normal values."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

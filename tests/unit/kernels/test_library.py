@@ -1,0 +1,82 @@
+"""Which library and level are in force, and threads that survive a fork."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from compress.errors import UsageError
+from compress.kernels.library import LEVELS, library, status, using
+from tests.fresh import ForkServer
+
+needs_library = pytest.mark.skipif(library() is None, reason="the C library was not built")
+
+PROGRAM = """
+import json
+from compress.kernels.library import status
+s = status()
+print(json.dumps([s.level, None if s.path is None else s.path.name, s.reason]))
+"""
+
+
+def in_process(wanted: str) -> tuple[str, str | None, str]:
+    environment = {**os.environ, "COMPRESS_KERNELS": wanted}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+    )
+    level, path, reason = json.loads(done.stdout)
+    return level, path, reason
+
+
+@needs_library
+def test_every_level_up_to_the_best_can_be_asked_for() -> None:
+    before = status().level
+    for level in status().available[1:]:
+        with using(level):
+            assert status().level == level
+    assert status().level == before
+    with pytest.raises(UsageError, match="no level 'torch'"), using("torch"):
+        raise AssertionError
+
+
+@needs_library
+@pytest.mark.parametrize("wanted", ["torch", *LEVELS])
+def test_the_environment_chooses_the_level(wanted: str) -> None:
+    level, path, reason = in_process(wanted)
+    assert level == (wanted if wanted in status().available else status().available[-1])
+    assert "COMPRESS_KERNELS asks for" in reason
+    assert (path is None) == (wanted == "torch")
+
+
+def test_a_level_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_KERNELS", "sse9")
+    with pytest.raises(UsageError, match=r"'sse9'.*torch, scalar, avx2, avx512"):
+        status()
+
+
+@needs_library
+def test_threads_work_before_and_after_a_fork(fork_server: ForkServer) -> None:
+    script = """
+import os, torch
+from compress.kernels.packed import Geometry, tile, untile
+torch.set_num_threads(2)
+g = Geometry(rows=64, columns=64, bits=4, scale_bits=8, block_size=64, group_size=16)
+plain = torch.arange(2048).to(torch.uint8)
+def trip():
+    made = tile(g, codes=plain, scale_codes=plain[:64], scale_max=torch.ones(4), offset=torch.zeros(1),
+                table=torch.zeros(16))
+    return torch.equal(untile(g, made.codes, made.scale_codes)[0], plain)
+assert trip()
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if trip() and trip() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert trip()
+"""
+    done = fork_server.run(script)
+    assert done.returncode == 0, done.stderr
