@@ -35,7 +35,7 @@ from compress.pipelines.workspace import Workspace, digest, read_json, write_jso
 from compress.progress import Progress
 from compress.quantize.config import QuantConfig
 
-PARTS = ("sensitivities", "error tables", "exact errors", "decompose")
+PARTS = ("calibration inputs", "sensitivities", "error tables", "exact errors", "decompose")
 """What ``quantize`` times; the solver's seconds come from its certificate."""
 
 PAPER = {"objective": "frobenius", "menu": "paper", "iterations": 100}

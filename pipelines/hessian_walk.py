@@ -67,7 +67,7 @@ class HessianWalk:
         ids = windows.ids if most is None else windows.ids[: max(1, most // windows.ids.shape[1])]
         batch = min(BATCH, len(ids))
         self.tokens = len(ids) // batch * batch * ids.shape[1]
-        with torch.no_grad():
+        with context.reporter.bar("calibration inputs"), torch.no_grad():
             self._walk = LayerWalk(self._network, self._arch, ids, batch=batch)
 
     @torch.no_grad()
