@@ -50,7 +50,7 @@ from compress.pipelines.settings import resolve as resolve_settings
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import Workspace, read_json
 
-CALIBRATION = 32_768
+CALIBRATION = 16_384
 MICRO_BATCH, SEQUENCE = 4, 128
 DTYPE = "float32"
 """Of everything, whatever the machine prefers: rows measured on different machines can share a table."""

@@ -134,7 +134,7 @@ def main() -> int:
     prepare_torch(Common())
     path = resolve(arguments.model)
     tokenizer = load_tokenizer(path)
-    tokens, scored = (2048, 2048) if arguments.quick else (32_768, TOKENS)
+    tokens, scored = (2048, 2048) if arguments.quick else (16_384, TOKENS)
     windows = calibration(tokenizer, "wikitext2", tokens, CALIBRATION_SEED)
     test = test_windows(tokenizer, tokens=scored)
     identity = {"benchmark": "pruning curve", "model": Checkpoint(path).fingerprint()}

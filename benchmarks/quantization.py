@@ -1,7 +1,7 @@
 """Quantized models at the same stored bits: ours, LQ-LoRA as published, GPTQ, NF4, HQQ and AutoRound.
 
-``python -m compress.benchmarks.quantization [--quick] [--part table|headline] [--only "a;b"] [--peers DIR] [--moved]
-[--work DIR] [--out FILE]``
+``python -m compress.benchmarks.quantization [--quick] [--part table|files|headline] [--only "a;b"] [--peers DIR]
+[--moved] [--work DIR] [--out FILE]``
 
 Protocol. Model SmolLM2-135M-Instruct (dequantized baseline); its weights come from a GGUF file, so they lie on a 4-bit
 grid. With ``--moved`` it is a copy that has left this grid: 200 steps of training on all weights. Calibration: the same
@@ -10,6 +10,9 @@ line ends, no BOS, consecutive windows of 512, first 20,480 tokens; the part hea
 All models are scored by the same code in the same dtype, peers by the weights that their own checkpoints stand for.
 Bits: stored bytes of every tensor that belongs to a quantized linear (codes, scales, zeros, orders, tables, factors;
 no bias), counted on the files that each method wrote, per weight. Nothing is trained unless the row says so.
+
+The part files: ours at the same size of the whole file, embeddings included, which are kept in 16 bits, stored in 8, or
+chosen for like every matrix.
 
 Ours is what ``compress quantize --budget Nbit --calibration-tokens 32768`` gives with the effort quick. LQ-LoRA is
 data-free, with the paper's menu and iterations, at rank 8, and at rank 64 in the paper's count, which leaves the
@@ -32,7 +35,7 @@ from typing import Any
 from compress.benchmarks.peers.environment import ENVIRONMENTS
 from compress.benchmarks.protocol import LENGTH, TOKENS, Rows
 from compress.benchmarks.quantization_models import moved_model
-from compress.benchmarks.quantization_rows import RECIPES, Bench, row_of
+from compress.benchmarks.quantization_rows import FILES, RECIPES, Bench, row_of
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import resolve
@@ -42,6 +45,8 @@ from compress.pipelines.settings import Common
 from compress.pipelines.workspace import read_json
 
 SOURCE = "wikitext2"
+DTYPE = "float32"
+"""Of everything that is computed here, whatever the machine prefers, so that rows compare across machines."""
 CALIBRATION = 64 * LENGTH
 TRAINING: dict[str, Any] = {
     "steps": 200,
@@ -74,13 +79,18 @@ def chosen(patterns: str | None, part: str) -> list[str]:
 
     Args:
         patterns: Names or shell patterns separated by ``;``; None: all rows of the part.
-        part: ``table`` or ``headline``.
+        part: ``table``, ``files`` or ``headline``.
 
     Raises:
         UsageError: A pattern matches no row.
     """
     if patterns is None:
-        return list(RECIPES if part == "table" else HEADLINE)
+        parts = {
+            "table": tuple(name for name in RECIPES if name not in FILES),
+            "files": ("dense", *FILES),
+            "headline": HEADLINE,
+        }
+        return list(parts[part])
     wanted = [pattern.strip() for pattern in patterns.split(";")]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in RECIPES):
@@ -99,12 +109,22 @@ def table(rows: Found) -> str:
     """The rows as text, by stored bits; then what was not run, and how perplexity was measured."""
     run = {name: row for name, row in rows.items() if "not_run" not in row}
     dense = run["dense"]["perplexity"] if "dense" in run else None
-    header = f"{'row':30}{'bits':>8}{'perplexity':>12}{'to dense':>10}{'seconds':>9}{'peak GB':>9}{'load':>7}"
+    titles = {
+        "bits": 8,
+        "file MB": 9,
+        "perplexity": 12,
+        "to dense": 10,
+        "seconds": 9,
+        "peak GB": 9,
+        "load": 7,
+    }
+    header = f"{'row':30}" + "".join(f"{title:>{width}}" for title, width in titles.items())
     lines = [header]
     for name, row in sorted(run.items(), key=lambda item: (item[1]["bits_per_weight"], item[0])):
         seconds = row.get("seconds")
         cells = (
             f"{row['bits_per_weight']:8.3f}",
+            f"{format(row['file_bytes'] / 1e6, '.1f') if row.get('file_bytes') else '-':>9}",
             f"{row['perplexity']:12.2f}",
             f"{'-' if dense is None else format(row['perplexity'] / dense, '.3f'):>10}",
             f"{'-' if seconds is None else format(seconds, '.0f'):>9}",
@@ -162,7 +182,7 @@ def main() -> int:
         prog="python -m compress.benchmarks.quantization", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="few tokens and steps, to see that it runs")
-    parser.add_argument("--part", choices=("table", "headline"), default="table")
+    parser.add_argument("--part", choices=("table", "files", "headline"), default="table")
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--only", help="rows by name or shell pattern, separated by ;")
     parser.add_argument(
@@ -194,7 +214,7 @@ def main() -> int:
         model = moved_model(model, SOURCE, arguments.work, length=LENGTH, **moving)
         about = read_json(model / "moved.json")
         moved = {**about["identity"], "relative_change": about["relative_change"]}
-    device, dtype = device_and_dtype(Common())
+    device, dtype = device_and_dtype(Common(dtype=DTYPE))
     bench = Bench(
         model=model,
         work=arguments.work,

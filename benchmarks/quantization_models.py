@@ -60,7 +60,7 @@ def quantize_uniformly(context: Context, settings: QuantizeSettings, config: Qua
         return HessianWalk(context, model, settings, source, device, dtype)
 
     def work(folder: Path) -> Mapping[str, Any]:
-        minds = known_sensitivities(context, model, settings, source, device, dtype, folder / "tables")
+        minds, _ = known_sensitivities(context, model, settings, source, device, dtype, folder / "tables")
         chosen = config
         if chosen is None:
             tables = build_tables(

@@ -35,7 +35,7 @@ from compress.pipelines.workspace import Workspace, digest, read_json, write_jso
 from compress.progress import Progress
 from compress.quantize.config import QuantConfig
 
-PARTS = ("calibration inputs", "sensitivities", "error tables", "exact errors", "decompose")
+PARTS = ("sensitivities", "error tables", "exact errors", "decompose")
 """What ``quantize`` times; the solver's seconds come from its certificate."""
 
 PAPER = {"objective": "frobenius", "menu": "paper", "iterations": 100}
@@ -67,6 +67,17 @@ class Recipe:
     config: QuantConfig | None = None
     train: str | None = None
     peer: str | None = None
+
+
+def _files() -> list[tuple[str, int, str]]:
+    """Rows at the size of a whole file: name, size in MB, what becomes of the embeddings."""
+    sizes = {95: ("keep", "8bit", "menu"), 70: ("8bit", "menu"), 50: ("menu",)}
+    return [
+        (f"ours {size} MB, embeddings {mode}", size, mode) for size, modes in sizes.items() for mode in modes
+    ]
+
+
+FILES = tuple(name for name, _, _ in _files())
 
 
 def _recipes() -> dict[str, Recipe]:
@@ -105,6 +116,8 @@ def _recipes() -> dict[str, Recipe]:
         config=QuantConfig(bits=4),
         train="lora",
     )
+    for name, megabytes, embeddings in _files():
+        found[name] = Recipe(quantize={"budget": f"{megabytes}MB", "embeddings": embeddings})
     return found
 
 
@@ -161,7 +174,12 @@ class Bench:
     def context(self, folder: Path) -> Context:
         """Options and workspace of a chain in ``folder``: effort quick, seed 0."""
         common = Common(
-            run=folder, model=str(self.model), data=self.source, device=self.device, effort="quick"
+            run=folder,
+            model=str(self.model),
+            data=self.source,
+            device=self.device,
+            dtype=str(self.dtype).removeprefix("torch."),
+            effort="quick",
         )
         return Context(common=common, workspace=Workspace(folder), reporter=Stopwatch(quiet=self.quiet))
 
@@ -275,6 +293,7 @@ def _facts(record: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any
         "settings": {name: record["config"][name] for name in kept},
         "gap": certificate.get("gap"),
         "bits_recorded": metrics["stored_bits_per_weight"],
+        "file_bytes": metrics.get("after", {}).get("bytes"),
         "widths": dict(Counter(str(matrix["bits"]) for matrix in metrics["matrices"])),
         "ranks": dict(Counter(str(matrix["rank"]) for matrix in metrics["matrices"])),
         "squared_error": metrics["squared_error"],

@@ -307,6 +307,13 @@ def quantize(
     factors: Annotated[
         str | None, typer.Option(help="How the low-rank factors are stored: 8bit or 16bit.")
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="keep; 8bit: 8 bits for the embedding and the output matrix; menu: they are chosen for under the "
+            "budget like every matrix."
+        ),
+    ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(help="any, or vllm: q, k and v share a format and a rank, and so do gate and up."),

@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError
-from compress.pipelines.hessian_walk import SHARED_INPUT
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.workspace import FORMAT_VERSION
@@ -30,13 +29,26 @@ COSTS = {
 }
 """What the choice for each objective costs, and the allocation sums."""
 
+SHARED_INPUT = {
+    "q": "attention",
+    "k": "attention",
+    "v": "attention",
+    "qkv": "attention",
+    "gate": "mlp",
+    "up": "mlp",
+}
+"""Roles that read the same hidden states, and so have the same statistics, and may be fused into one matrix."""
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
 
 
+VOCABULARY = -1
+"""The layer number of the embedding and the output matrix, which come before all layers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """One decoder matrix to be quantized."""
+    """One matrix to be quantized."""
 
     layer: int
     module: str
@@ -45,7 +57,7 @@ class Matrix:
     transposed: bool = False
     """Stored [in, out] (Conv1D) instead of [out, in]; ``shape`` is (out, in) either way."""
     role: str = ""
-    """What it does in its layer: q, k, v, o, gate, up, down, ..."""
+    """What it does in its layer: q, k, v, o, gate, up, down, ..., or embedding, head."""
 
     @property
     def numel(self) -> int:
@@ -63,15 +75,34 @@ class Choice:
     factor_config: QuantConfig | None
     """How the factors are stored; None: in 16 bits."""
     bits: int
-    expected_cost: float
-    squared_norm: float
+    expected_cost: float | None = None
+    """Of what the objective counts; None for what was not chosen."""
+    squared_norm: float | None = None
+
+    def to_dict(self, *, counted: bool) -> dict[str, Any]:
+        """Its entry in ``allocation.json``; ``counted``: it is part of the budget in bits."""
+        return {
+            "name": self.matrix.module,
+            "shape": list(self.matrix.shape),
+            **self.config.to_dict(),
+            "rank": self.rank,
+            "stored_bits": self.bits,
+            "bits_per_weight": self.bits / self.matrix.numel,
+            "expected_cost": self.expected_cost,
+            "squared_norm": self.squared_norm,
+            "counted": counted,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """A choice for every matrix, with the solver's certificate."""
+    """A choice for every matrix, with the solver's certificate.
+
+    ``choices`` are the solver's; ``uncounted`` is what has one format whatever the budget in bits.
+    """
 
     choices: tuple[Choice, ...]
+    uncounted: tuple[Choice, ...] = ()
     budget: Budget
     includes: str
     limit_bits: int
@@ -81,8 +112,13 @@ class Allocation:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the quantized linears, factors and all scales included."""
+        """Stored bits per weight of what the solver chose for, factors and all scales included."""
         return sum(c.bits for c in self.choices) / sum(c.matrix.numel for c in self.choices)
+
+    @property
+    def everything(self) -> tuple[Choice, ...]:
+        """All choices, layer by layer."""
+        return (*self.uncounted, *self.choices)
 
     def to_dict(self) -> dict[str, Any]:
         """``allocation.json``."""
@@ -95,19 +131,7 @@ class Allocation:
             "bits_per_weight": self.bits_per_weight,
             "certificate": dict(self.certificate),
             "plain_rounding": None if self.plain is None else dict(self.plain),
-            "matrices": [
-                {
-                    "name": c.matrix.module,
-                    "shape": list(c.matrix.shape),
-                    **c.config.to_dict(),
-                    "rank": c.rank,
-                    "stored_bits": c.bits,
-                    "bits_per_weight": c.bits / c.matrix.numel,
-                    "expected_cost": c.expected_cost,
-                    "squared_norm": c.squared_norm,
-                }
-                for c in self.choices
-            ],
+            "matrices": [c.to_dict(counted=c in self.choices) for c in self.everything],
         }
 
 
@@ -119,6 +143,11 @@ def offered(settings: QuantizeSettings) -> tuple[QuantConfig, ...]:
 def factor_format(settings: QuantizeSettings) -> QuantConfig | None:
     """How the factors are stored; None: in 16 bits."""
     return FACTOR_8BIT if settings.factors == "8bit" else None
+
+
+def layer_name(layer: int) -> str:
+    """A layer as progress lines call it."""
+    return "embeddings" if layer == VOCABULARY else f"layer {layer}"
 
 
 def matrices_of(model: ModelInput) -> list[Matrix]:
@@ -144,11 +173,17 @@ def read_matrix(model: ModelInput, matrix: Matrix) -> Tensor:
     return weight.t().contiguous() if matrix.transposed else weight
 
 
-def ranks_for(shape: tuple[int, int], fixed: int | None) -> tuple[int, ...]:
-    """Ranks a matrix may take: the whole menu, or the fixed one where the matrix is wide enough for it."""
+def ranks_for(matrix: Matrix, fixed: int | None) -> tuple[int, ...]:
+    """Ranks a matrix may take: the whole menu, or the fixed one where the matrix is wide enough for it.
+
+    Embeddings and output matrices have none: rounding leaves noise, and of noise as narrow as a hidden size a rank
+    takes away less than the bits it costs.
+    """
+    if matrix.layer == VOCABULARY:
+        return (0,)
     if fixed is None:
-        return offered_ranks(shape, RANKS)
-    return (max(offered_ranks(shape, (fixed,))),)
+        return offered_ranks(matrix.shape, RANKS)
+    return (max(offered_ranks(matrix.shape, (fixed,))),)
 
 
 def limit_in_bits(
@@ -157,8 +192,17 @@ def limit_in_bits(
     matrices: Sequence[Matrix],
     settings: QuantizeSettings,
     fixed_rank: int | None,
+    uncounted: Sequence[Choice] = (),
 ) -> int:
-    """The budget as stored bits of the quantized linears.
+    """The budget as stored bits of the matrices that are chosen for.
+
+    Args:
+        budget: As given.
+        model: The model.
+        matrices: Those to choose for.
+        settings: What is offered and counted.
+        fixed_rank: The one rank to offer; None: all of them.
+        uncounted: Other matrices that are quantized; only a budget in bytes sees them.
 
     Raises:
         UsageError: The budget lies above what the model takes now.
@@ -166,7 +210,9 @@ def limit_in_bits(
     """
     numel = sum(matrix.numel for matrix in matrices)
     dense = sum(model.checkpoint.nbytes(matrix.tensor) for matrix in matrices)
-    rest = model.checkpoint.bytes - dense + HEADER_BYTES_PER_MATRIX * len(matrices) + 100_000
+    fixed = sum(model.checkpoint.nbytes(c.matrix.tensor) - math.ceil(c.bits / 8) for c in uncounted)
+    headers = HEADER_BYTES_PER_MATRIX * (len(matrices) + len(uncounted)) + 100_000
+    rest = model.checkpoint.bytes - dense - fixed + headers
     if budget.kind == "bits":
         limit, own = math.floor(budget.value * numel), f"{8 * dense / numel:.3g}bit"
         too_much = budget.value >= 8 * dense / numel
@@ -181,7 +227,7 @@ def limit_in_bits(
     smallest = 0
     for matrix in matrices:
         least = min(config.storage_bits(matrix.shape) for config in offered(settings))
-        rank = ranks_for(matrix.shape, fixed_rank)[0] if settings.budget_includes == "factors" else 0
+        rank = ranks_for(matrix, fixed_rank)[0] if settings.budget_includes == "factors" else 0
         smallest += least + factor_bits(matrix.shape, rank, factor_format(settings))
     if limit < smallest:
         least_text = (
@@ -189,10 +235,12 @@ def limit_in_bits(
             if budget.kind == "bits"
             else f"{math.ceil((smallest / 8 + rest) / 1e5) / 10:.1f}MB"
         )
+        other = ", or prune the model first."
+        if budget.kind == "bytes" and settings.embeddings != "menu":
+            other = ", or let the embeddings be quantized too (--embeddings menu)."
         raise CompressError(
             f"The budget {budget.text} is below the smallest this model can be stored in ({least_text}).",
-            f"Give {least_text} or more"
-            + (", or prune the model first." if budget.kind == "bits" else ": embeddings stay as they are."),
+            f"Give {least_text} or more{other}",
         )
     return limit
 
@@ -206,7 +254,7 @@ def problem_of(
 ) -> tuple[Problem, list[list[int]]]:
     """The solver's question, and the position in its table of each candidate of every matrix."""
     groups = fused_groups(matrices) if settings.runtime == "vllm" else ()
-    allowed = [set(ranks_for(matrix.shape, fixed_rank)) for matrix in matrices]
+    allowed = [set(ranks_for(matrix, fixed_rank)) for matrix in matrices]
     for group in groups:  # what is fused has one format and one rank, so only ranks that all of it may take
         common = set.intersection(*(allowed[member] for member in group))
         for member in group:
@@ -248,6 +296,7 @@ def allocate(
     fixed_rank: int | None,
     *,
     plain: QuantConfig | None = None,
+    uncounted: Sequence[Choice] = (),
 ) -> Allocation:
     """Solve for the choice with the least summed cost within the limit.
 
@@ -263,6 +312,7 @@ def allocate(
         settings: The objective, what the budget includes, the solver.
         fixed_rank: The one rank to offer; None: all of them.
         plain: The single format to compare with (objective ``frobenius``); None: the best one.
+        uncounted: Matrices that are quantized without a choice.
     """
     problem, candidates = problem_of(matrices, tables, limit_bits, settings, fixed_rank)
     solution = solve(problem, solver=settings.solver)
@@ -286,6 +336,7 @@ def allocate(
         compared = plain_rounding(matrices, tables, limit_bits, plain)
     return Allocation(
         choices=tuple(choices),
+        uncounted=tuple(uncounted),
         budget=budget,
         includes=settings.budget_includes,
         limit_bits=limit_bits,

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compress.pipelines.allocate import Allocation, Matrix, factor_format, offered, read_matrix
+from compress.pipelines.allocate import (
+    VOCABULARY,
+    Allocation,
+    Matrix,
+    factor_format,
+    layer_name,
+    offered,
+    read_matrix,
+)
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.model_input import ModelInput
@@ -21,12 +29,14 @@ from compress.quantize.error_table import RANKS, ErrorTable, error_table, refine
 from compress.quantize.fisher import Fisher
 from compress.quantize.fisher_table import fisher_error_table
 from compress.quantize.hessian import InputStatistics
-from compress.quantize.output_table import output_error_table
+from compress.quantize.output_table import ROWS, output_error_table
 
 LARGE = 2048
 """Error tables of matrices with more rows than this come from a sample (objective ``frobenius``)."""
 SAMPLE = 256
 """Rows of a sample."""
+VOCABULARY_ROWS = 1024
+"""Rows of an embedding that predictions are made from: they differ far more than those of a linear."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +98,11 @@ def build_tables(
             )
             for matrix in missing:
                 weight = read_matrix(model, matrix)
-                table = _table(weight, matrix, settings, ranks, context.common.seed, known)
+                own_ranks = (0,) if matrix.layer == VOCABULARY else ranks
+                table = _table(weight, matrix, settings, own_ranks, context.common.seed, known)
                 write_json(paths[matrix.module], table.to_dict())
             tables += [ErrorTable.from_dict(read_json(paths[matrix.module])) for matrix in group]
-            progress(len(tables), len(matrices), f"layer {layer}")
+            progress(len(tables), len(matrices), layer_name(layer))
     return tables
 
 
@@ -107,7 +118,14 @@ def _table(
     if module in known.statistics:
         statistics, minds = known.statistics[module], known.minds.get(module)
         return output_error_table(
-            weight, configs, statistics, ranks, factor_config=factors, row_weights=minds, seed=seed
+            weight,
+            configs,
+            statistics,
+            ranks,
+            factor_config=factors,
+            row_weights=minds,
+            rows=VOCABULARY_ROWS if matrix.layer == VOCABULARY else ROWS,
+            seed=seed,
         )
     if module in known.fisher:
         fisher = known.fisher[module]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,33 +12,30 @@ from torch import Tensor
 from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.load import load_model
+from compress.pipelines.allocate import SHARED_INPUT, VOCABULARY
 from compress.pipelines.measure import calibration_windows, summed_loss
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
+from compress.pipelines.vocabulary import vocabulary_moments
 from compress.quantize.hessian import InputStatistics, input_statistics
 from compress.quantize.sensitivity import output_sensitivities
+from compress.quantize.vocabulary import MatrixMoments
 
-SHARED_INPUT = {
-    "q": "attention",
-    "k": "attention",
-    "v": "attention",
-    "qkv": "attention",
-    "gate": "mlp",
-    "up": "mlp",
-}
-"""Roles that read the same hidden states, and so have the same statistics, and may be fused into one matrix."""
 BATCH = 4
 GRADIENT_BATCH = 2
 GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 4096
 """Share of the calibration windows that go through the backward pass, and at most how many tokens: with 8,192 of them
 the predicted cost of the choice was up to 0.1 % lower, on five layers of the embedded model at four budgets."""
+NO_MOMENTS: Mapping[str, MatrixMoments] = {}
 TABLE_TOKENS = 8192
 """Calibration tokens that predictions are made from; what is rounded in the end sees all of them."""
 
 
 class HessianWalk:
     """Walks a model with calibration text; each layer's weights may be replaced before the walk goes on.
+
+    The embedding and the output matrix are there as the layer :data:`VOCABULARY`, where there are moments for them.
 
     Args:
         context: Gives the seed and the reporter.
@@ -46,6 +44,7 @@ class HessianWalk:
         source: Text source; its training split is read.
         device: Where the model runs.
         dtype: In which precision.
+        moments: Of the embedding and the output matrix, by module name; none where they are not chosen for.
         most: At most so many tokens; None: all of them.
     """
 
@@ -58,17 +57,23 @@ class HessianWalk:
         device: str,
         dtype: Any,
         *,
+        moments: Mapping[str, MatrixMoments] = NO_MOMENTS,
         most: int | None = None,
     ) -> None:
         self._arch = model.architecture
+        self._moments = moments
         self._network = load_model(model.path, dtype=dtype, device=device)
         windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
         self.protocol = dict(windows.protocol)
         ids = windows.ids if most is None else windows.ids[: max(1, most // windows.ids.shape[1])]
-        batch = min(BATCH, len(ids))
-        self.tokens = len(ids) // batch * batch * ids.shape[1]
-        with context.reporter.bar("calibration inputs"), torch.no_grad():
-            self._walk = LayerWalk(self._network, self._arch, ids, batch=batch)
+        self._ids, self._batch = ids, min(BATCH, len(ids))
+        self.tokens = len(ids) // self._batch * self._batch * ids.shape[1]
+
+    @cached_property
+    def _walk(self) -> LayerWalk:
+        """In front of the first layer, behind the embedding as it then is."""
+        with torch.no_grad():
+            return LayerWalk(self._network, self._arch, self._ids, batch=self._batch)
 
     @torch.no_grad()
     def statistics(self, layer: int, *, advance: bool = False) -> dict[str, InputStatistics]:
@@ -76,6 +81,8 @@ class HessianWalk:
 
         With ``advance`` the same pass goes on to the next layer, through this one as it is.
         """
+        if layer == VOCABULARY:
+            return {name: input_statistics(known.gram) for name, known in self._moments.items()}
         first: dict[str, LinearSpec] = {}
         for spec in self._arch.linears_at(layer):
             first.setdefault(SHARED_INPUT.get(spec.role, spec.name), spec)
@@ -91,6 +98,11 @@ class HessianWalk:
     @torch.no_grad()
     def advance(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """Go on to the next layer, through this one as it is or with the weights given by module name [out, in]."""
+        if layer == VOCABULARY:
+            known = (weights or {}).get(self._arch.embedding_module)
+            if known is not None:
+                self._network.get_parameter(self._arch.embedding).copy_(known)
+            return
         for spec in self._arch.linears_at(layer):
             name = self._arch.module_name(layer, spec)
             if weights is not None and name in weights:
@@ -101,7 +113,7 @@ class HessianWalk:
 
 def sensitivities(
     context: Context, model: ModelInput, settings: QuantizeSettings, source: str, device: str, dtype: Any
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, MatrixMoments]]:
     """What a unit of squared output error costs, in nats per token: half the mean squared gradient there, float32 [O].
 
     Args:
@@ -113,17 +125,19 @@ def sensitivities(
         dtype: In which precision.
 
     Returns:
-        By module name.
+        By module name; and, where embeddings are chosen for, the moments of the embedding and the output matrix.
     """
     network = load_model(model.path, dtype=dtype, device=device)
     windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
     count = max(1, min(round(GRADIENT_SHARE * len(windows)), GRADIENT_TOKENS // windows.ids.shape[1]))
+    batches = windows.ids[:count].to(device).split(GRADIENT_BATCH)
     with context.reporter.bar("sensitivities") as progress:
         found = output_sensitivities(
-            network,
-            model.architecture,
-            windows.ids[:count].to(device).split(GRADIENT_BATCH),
-            summed_loss(network),
-            progress=progress,
+            network, model.architecture, batches, summed_loss(network), progress=progress
         )
-    return {name: (0.5 * mean).float().cpu() for name, mean in found.items()}
+        at_embedding = found.pop(model.architecture.embedding_module)
+        moments: dict[str, MatrixMoments] = {}
+        if settings.embeddings == "menu":
+            moments = vocabulary_moments(model, network, batches, at_embedding, progress)
+    minds = {name: (0.5 * mean).float().cpu() for name, mean in found.items()}
+    return minds | {name: known.minds.cpu() for name, known in moments.items()}, moments

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
-from compress.pipelines.allocate import Allocation, Choice, read_matrix
+from compress.pipelines.allocate import VOCABULARY, Allocation, Choice, layer_name, read_matrix
 from compress.pipelines.error_tables import LayerKnowledge
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
@@ -55,7 +55,9 @@ def decompose_layers(
         What became of each matrix, in the allocation's order.
     """
     folder.mkdir(exist_ok=True)
-    layers = [list(group) for _, group in groupby(allocation.choices, key=lambda choice: choice.matrix.layer)]
+    layers = [
+        list(group) for _, group in groupby(allocation.everything, key=lambda choice: choice.matrix.layer)
+    ]
     records: list[dict[str, Any]] = []
     with context.reporter.bar("decompose") as progress:
         for done, choices in enumerate(layers, start=1):
@@ -65,14 +67,22 @@ def decompose_layers(
                 known = LayerKnowledge(
                     statistics=walk.statistics(layer) if walk is not None else {},
                     minds=minds,
-                    fisher=fisher.layer(layer) if fisher is not None else {},
+                    fisher=fisher.layer(layer) if fisher is not None and layer != VOCABULARY else {},
                 )
-                _decompose_layer(model, choices, settings, context.common.seed, path, known)
+                _decompose_layer(
+                    model,
+                    choices,
+                    settings,
+                    context.common.seed,
+                    path,
+                    known,
+                    counted=choices[0] in allocation.choices,
+                )
             with safe_open(path, framework="pt") as file:
                 records += json.loads(file.metadata()["matrices"])
             if walk is not None:
                 walk.advance(layer, read_layer(path, choices))
-            progress(done, len(layers), f"layer {layer}")
+            progress(done, len(layers), layer_name(layer))
     return records
 
 
@@ -100,7 +110,7 @@ def matrix_record(choice: Choice) -> MatrixRecord:
 
 def layer_file(folder: Path, layer: int) -> Path:
     """Where the quantized tensors of one layer lie until the checkpoint is written."""
-    return folder / f"{layer:04d}.safetensors"
+    return folder / ("vocabulary.safetensors" if layer == VOCABULARY else f"{layer:04d}.safetensors")
 
 
 def _decompose_layer(
@@ -110,6 +120,8 @@ def _decompose_layer(
     seed: int,
     path: Path,
     known: LayerKnowledge,
+    *,
+    counted: bool,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
@@ -130,6 +142,7 @@ def _decompose_layer(
                 "squared_error": result.error,
                 "relative_error": _root_share(result.error, result.weight_norm),
                 **own_error,
+                "counted": counted,
             }
         )
     temporary = path.with_suffix(".tmp")
@@ -185,12 +198,16 @@ def _root_share(error: float, norm: float) -> float:
 
 def write_checkpoint(model: ModelInput, allocation: Allocation, layers: Path, folder: Path) -> None:
     """Write the LQ checkpoint: quantized linears from ``layers``, everything else as it was."""
-    choices = {choice.matrix.tensor: choice for choice in allocation.choices}
-    per_matrix = {choice.matrix.module: matrix_record(choice) for choice in allocation.choices}
+    choices = {choice.matrix.tensor: choice for choice in allocation.everything}
+    per_matrix = {choice.matrix.module: matrix_record(choice) for choice in allocation.everything}
+    arch = model.architecture
+    doubled = arch.lm_head if arch.tied and arch.embedding in choices else None
     config = dict(model.checkpoint.config) | {"quantization_config": lq_config(per_matrix)}
     with CheckpointWriter(folder, config=config) as writer:
         for name in model.checkpoint.names:
             choice = choices.get(name)
+            if name == doubled:  # some checkpoints store a tied output matrix too
+                continue
             if choice is None:
                 writer.add(name, model.checkpoint.read(name))
                 continue

@@ -18,6 +18,7 @@ from compress.prune.compensate import swapped
 from compress.prune.mask import GroupMasks
 from compress.prune.select import select
 from compress.prune.shape import ShapePlan
+from compress.prune.trials import next_trial
 from compress.structure import structure_map
 
 TRIAL_TOKENS, TRIAL_SHARE = 4096, 0.25
@@ -34,7 +35,7 @@ def try_shapes(
     plan: ShapePlan,
     store: GramStore,
 ) -> tuple[ShapePlan, list[dict[str, Any]]]:
-    """The best of the first ``--trials`` candidates of a uniform plan, by their loss on training text.
+    """The best of ``--trials`` candidates of a uniform plan, by their loss on training text.
 
     Predictions rank shapes of nearly the same size poorly where heads stand against channels; a masked model tells.
 
@@ -49,8 +50,9 @@ def try_shapes(
     Returns:
         The plan with the best shape, and what every trial measured; the same plan and nothing for one candidate.
     """
-    candidates = plan.candidates[: goal.settings.trials]
-    if len(candidates) < 2:
+    candidates = (*plan.candidates, *plan.further)
+    trials = min(goal.settings.trials, len(candidates))
+    if trials < 2:
         return plan, []
     arch = goal.model.architecture
     tokens = max(TRIAL_TOKENS, round(TRIAL_SHARE * goal.settings.calibration_tokens))
@@ -58,9 +60,12 @@ def try_shapes(
         place.context, goal.model.path, place.source, tokens=tokens, draw=TRIAL_DRAW
     )
     found: list[dict[str, Any]] = []
-    losses: list[float] = []
+    losses: dict[int, float] = {}
     with place.context.reporter.bar("try shapes") as progress:
-        for done, candidate in enumerate(candidates, start=1):
+        whole = mean_loss(network, windows, batch_size=min(BATCH, len(windows)))
+        for done in range(1, trials + 1):
+            at = next_trial(candidates, {known: loss - whole for known, loss in losses.items()})
+            candidate = candidates[at]
             layers = select(arch, scores, [candidate.layer] * arch.layers)
             structure = structure_map(arch, layers, base_fingerprint="")
             weights = (
@@ -76,15 +81,16 @@ def try_shapes(
                 else {}
             )
             with swapped(network, arch, weights), GroupMasks(network, arch, layers):
-                loss = mean_loss(network, windows, batch_size=min(BATCH, len(windows)))
+                losses[at] = mean_loss(network, windows, batch_size=min(BATCH, len(windows)))
             shape = {
                 "kv_heads": candidate.kv_heads,
                 "queries": candidate.queries,
                 "channels": candidate.channels,
             }
-            found.append({**shape, "loss": loss, "predicted": candidate.damage})
-            losses.append(loss)
-            progress(done, len(candidates), f"loss {loss:.3f}")
-    chosen = candidates[losses.index(min(losses))]
+            found.append(
+                {**shape, "loss": losses[at], "rise": losses[at] - whole, "predicted": candidate.damage}
+            )
+            progress(done, trials, f"loss {losses[at]:.3f}")
+    chosen = candidates[min(losses, key=lambda at: losses[at])]
     rest = tuple(candidate for candidate in plan.candidates if candidate is not chosen)
-    return replace(goal.uniform(chosen.layer), candidates=(chosen, *rest)), found
+    return replace(goal.uniform(chosen.layer), candidates=(chosen, *rest), further=plan.further), found

@@ -14,7 +14,14 @@ from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
-from compress.pipelines.allocate import Allocation, allocate, check_solver, limit_in_bits, matrices_of
+from compress.pipelines.allocate import (
+    Allocation,
+    Choice,
+    allocate,
+    check_solver,
+    limit_in_bits,
+    matrices_of,
+)
 from compress.pipelines.error_tables import build_tables, exact_tables
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import TABLE_TOKENS, HessianWalk, sensitivities
@@ -26,11 +33,19 @@ from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.tradeoff import tradeoff
+from compress.pipelines.vocabulary import (
+    eight_bit_choices,
+    load_moments,
+    save_moments,
+    vocabulary_matrices,
+)
 from compress.pipelines.workspace import read_json, write_json
 from compress.quantize.config import QuantConfig
+from compress.quantize.vocabulary import MatrixMoments
 from compress.solvers.budget import parse_budget
 
 SENSITIVITIES = "sensitivities.safetensors"
+MOMENTS = "vocabulary.safetensors"
 NEAR = 0.8
 """Budgets at most so many bits away are printed."""
 
@@ -41,7 +56,8 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
     Raises:
         UsageError: A budget that is not understood or lies above the model's own size; an unknown solver,
             or rank.
-        CompressError: The budget lies below the smallest size the menu can reach, or the model is quantized already.
+        CompressError: The budget lies below the smallest size the menu can reach, the model is quantized already, or
+            its embeddings are of a kind that cannot be.
     """
     budget = parse_budget(settings.budget)
     fixed_rank = parse_rank(settings.rank)
@@ -49,7 +65,12 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
     model = current(context, "quantize")
     require_dense(model.checkpoint, allow_lq=False)
     matrices = matrices_of(model)
-    limit = limit_in_bits(budget, model, matrices, settings, fixed_rank)
+    uncounted: list[Choice] = []
+    if settings.embeddings == "menu":
+        matrices = [*vocabulary_matrices(model), *matrices]
+    elif settings.embeddings == "8bit":
+        uncounted = eight_bit_choices(vocabulary_matrices(model))
+    limit = limit_in_bits(budget, model, matrices, settings, fixed_rank, uncounted)
     device, dtype = device_and_dtype(context.common)
     source = context.common.data or default_source()
     config = settings_dict(settings) | {
@@ -64,9 +85,11 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         def walk(most: int | None = None) -> HessianWalk | None:
             if settings.objective != "hessian":
                 return None
-            return HessianWalk(context, model, settings, source, device, dtype, most=most)
+            return HessianWalk(context, model, settings, source, device, dtype, moments=moments, most=most)
 
-        minds = known_sensitivities(context, model, settings, source, device, dtype, folder / "tables")
+        minds, moments = known_sensitivities(
+            context, model, settings, source, device, dtype, folder / "tables"
+        )
         fisher = None
         if settings.objective == "fisher":
             fisher = FisherFiles(context, model, settings, source, device, dtype, folder / "fisher")
@@ -81,12 +104,14 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             minds,
             fisher,
         )
-        allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank)
+        allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank, uncounted=uncounted)
         if any(table.sample is not None for table in tables):
             tables = exact_tables(context, model, allocation, tables, settings, folder / "tables")
             known = allocation.plain
             plain = None if known is None else QuantConfig.from_dict(known["config"])
-            allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank, plain=plain)
+            allocation = allocate(
+                matrices, tables, budget, limit, settings, fixed_rank, plain=plain, uncounted=uncounted
+            )
         record_allocation(allocation, folder)
         records = decompose_layers(
             context, model, allocation, settings, folder / "layers", walk(), minds, fisher
@@ -141,19 +166,24 @@ def known_sensitivities(
     device: str,
     dtype: Any,
     folder: Path,
-) -> dict[str, Tensor]:
-    """What the loss minds, by module, kept in ``folder``; nothing for other objectives than ``hessian``."""
+) -> tuple[dict[str, Tensor], dict[str, MatrixMoments]]:
+    """What the loss minds, by module, kept in ``folder``; nothing for other objectives than ``hessian``.
+
+    And, where embeddings are chosen for, the moments of the embedding and the output matrix.
+    """
     if settings.objective != "hessian":
-        return {}
+        return {}, {}
     folder.mkdir(exist_ok=True)
     path = folder / SENSITIVITIES
     if not path.is_file():
-        found = sensitivities(context, model, settings, source, device, dtype)
+        found, moments = sensitivities(context, model, settings, source, device, dtype)
+        if moments:
+            save_moments(moments, folder / MOMENTS)
         temporary = path.with_suffix(".tmp")
         save_file(found, temporary)
         temporary.replace(path)
     known: dict[str, Tensor] = load_file(path)
-    return known
+    return known, load_moments(folder / MOMENTS)
 
 
 def record_allocation(allocation: Allocation, folder: Path) -> None:

@@ -178,6 +178,7 @@ class QuantizeSettings:
     budget_includes: Literal["factors", "none"] = "factors"
     rank: str = "auto"
     factors: Literal["8bit", "16bit"] = "8bit"
+    embeddings: Literal["keep", "8bit", "menu"] = "keep"
     runtime: Literal["any", "vllm"] = "any"
     solver: str = "highs"
     objective: Literal["hessian", "fisher", "frobenius"] = "hessian"
@@ -187,6 +188,11 @@ class QuantizeSettings:
 
     def __post_init__(self) -> None:
         _check_least(self, iterations=1, calibration_tokens=1)
+        if self.embeddings == "menu" and self.objective == "fisher":
+            raise UsageError(
+                "The objective fisher knows of decoder matrices alone, so it cannot compare embeddings with them.",
+                "Use --embeddings 8bit, or the objective hessian.",
+            )
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"calibration_tokens": 8192, "iterations": 5, "menu": "quick"},

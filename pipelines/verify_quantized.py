@@ -13,6 +13,7 @@ from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.allocate import Matrix, matrices_of, read_matrix
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.verify_target import Finding, Target, Value
+from compress.pipelines.vocabulary import vocabulary_matrices
 from compress.pipelines.workspace import read_json
 from compress.progress import Progress
 from compress.quantize.checkpoint import MatrixRecord
@@ -33,10 +34,12 @@ def check_stored_bits(
     """Bits of each matrix, counted from its tensors, against the stage's record and the allocation's."""
     recorded, allocated = by_name(target.metrics), by_name(read_allocation(target))
     values, total, numel = [], 0, 0
+    uncounted = _uncounted(read_allocation(target))
     for module, record in matrices.items():
         bits = 8 * sum(checkpoint.nbytes(f"{module}.{part}") for part in record.layout())
         weights = record.shape[0] * record.shape[1]
-        total, numel = total + bits, numel + weights
+        if module not in uncounted:
+            total, numel = total + bits, numel + weights
         for where, entry in (("stage.json", recorded.get(module)), (ALLOCATION, allocated.get(module))):
             known = entry or {}
             choice = {"rank": record.rank, **record.config.to_dict()}
@@ -57,7 +60,7 @@ def check_stored_bits(
     for key in ("stored_bits_per_weight", "bits_per_weight"):
         place = target.metrics if key.startswith("stored") else target.metrics.get("after", {})
         values.append(Value(what=key, recorded=place.get(key), found=total / numel, tolerance=1e-9))
-    summary = f"{len(matrices)} matrices, {total} bits, {total / numel:.4f} per weight"
+    summary = f"{len(matrices)} matrices, {total} bits that a budget counts, {total / numel:.4f} per weight"
     yield from target.compare("stored bits", values, summary)
 
 
@@ -69,9 +72,11 @@ def check_allocation(target: Target, matrices: Mapping[str, MatrixRecord]) -> It
         return
     certificate, limit = allocation["certificate"], allocation["limit_bits"]
     counted = allocation["budget_includes"] == "factors"
-    size = sum(r.storage_bits if counted else r.config.storage_bits(r.shape) for r in matrices.values())
-    total = sum(record.storage_bits for record in matrices.values())
-    numel = sum(record.shape[0] * record.shape[1] for record in matrices.values())
+    uncounted = _uncounted(allocation)
+    chosen = [record for module, record in matrices.items() if module not in uncounted]
+    size = sum(r.storage_bits if counted else r.config.storage_bits(r.shape) for r in chosen)
+    total = sum(record.storage_bits for record in chosen)
+    numel = sum(record.shape[0] * record.shape[1] for record in chosen)
     cost, bound, gap = (certificate[key] for key in ("objective", "lower_bound", "gap"))
     faults = []
     if size > limit:
@@ -92,7 +97,9 @@ def check_allocation(target: Target, matrices: Mapping[str, MatrixRecord]) -> It
         Value(what="certificate in stage.json", recorded=target.metrics.get("allocation"), found=certificate),
         Value(what="budget in stage.json", recorded=target.metrics.get("budget"), found=allocation["budget"]),
     ]
-    summed = math.fsum(entry["expected_cost"] for entry in allocation["matrices"])
+    summed = math.fsum(
+        entry["expected_cost"] for entry in allocation["matrices"] if entry["name"] not in uncounted
+    )
     values.append(Value(what="objective", recorded=cost, found=summed, tolerance=1e-9, floor=1e-300))
     budget, taken = allocation["budget"], file_bytes(target.path)
     if budget["kind"] == "bits":
@@ -118,6 +125,8 @@ def check_errors(
         return
     source = _model_input(target)
     places = {matrix.module: matrix for matrix in matrices_of(source)}
+    if source.architecture.embedding_module in matrices:
+        places |= {matrix.module: matrix for matrix in vocabulary_matrices(source)}
     values: list[Value] = []
     errors: list[float] = []
     worst = 0.0
@@ -211,6 +220,11 @@ def read_allocation(target: Target) -> Mapping[str, Any]:
     """The content of ``allocation.json``; empty when there is none."""
     path = target.path / ALLOCATION
     return read_json(path) if path.is_file() else {}
+
+
+def _uncounted(allocation: Mapping[str, Any]) -> set[str]:
+    """Modules that a budget in bits does not count."""
+    return {name for name, entry in by_name(allocation).items() if not entry.get("counted", True)}
 
 
 def by_name(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from compress.quantize.embedding import LQTiedHead
+from compress.quantize.linear import LQLinear
+
 IGNORED = -100
 """The label of a position that is neither trained nor scored."""
 
@@ -73,7 +76,8 @@ def summed_cross_entropy(
 
     Args:
         hidden_ND: Final hidden states, one row for each trained position.
-        head: Hidden states to logits: a frozen linear layer (fast), or any module (recomputed in backward).
+        head: Hidden states to logits: a frozen linear layer, quantized or not (fast), or any module (recomputed in
+            backward).
         target_N: int64 token ids, none of them ``IGNORED``.
         softcap: Gemma 2's ``final_logit_softcapping``.
         chunk: Rows of logits held at once.
@@ -81,13 +85,18 @@ def summed_cross_entropy(
     Returns:
         A float32 scalar.
     """
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+    if type(head) in (nn.Linear, LQLinear, LQTiedHead) and not any(
+        p.requires_grad for p in head.parameters()
+    ):
         device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-        bias_V = None if head.bias is None else head.bias.to(dtype)
+        dtype = hidden_ND.dtype if type(head) is not nn.Linear else head.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        bias = getattr(head, "bias", None)
+        bias_V = None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):  # backward runs outside autocast, so forward does too
             total: Tensor = _FrozenHeadLoss.apply(
-                hidden_ND.to(dtype), head.weight.to(dtype), bias_V, target_N, softcap, chunk
+                hidden_ND.to(dtype), _frozen_weight(head, dtype), bias_V, target_N, softcap, chunk
             )
         return total
 
@@ -99,6 +108,14 @@ def summed_cross_entropy(
         rows = slice(start, start + chunk)
         loss = loss + checkpoint(part, hidden_ND[rows], target_N[rows], use_reentrant=False)
     return loss
+
+
+def _frozen_weight(head: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix [V, D]; a quantized one is unpacked once for all chunks."""
+    if isinstance(head, LQLinear | LQTiedHead):
+        return head.dequantized_weight(dtype)
+    weight: Tensor = head.weight.to(dtype)
+    return weight
 
 
 def shifted(labels_BS: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, 
         dx = torch.ops.compress.nf_linear_transposed(grad, *tensors, ctx.sizes, left, right)
     if left_needs:
         d_left = (inner.T @ grad.float()).to(left.dtype)
-    if right_needs:
-        d_right = ((grad @ left.T).T @ x).to(right.dtype)
+    if right_needs:  # in float32: few processors multiply 16-bit floats any faster
+        d_right = ((grad.float() @ left.float().T).T @ x.float()).to(right.dtype)
     return dx, *(None,) * 6, d_left, d_right
 
 

@@ -121,6 +121,16 @@ class Architecture:
         parents = {spec.name.rpartition(".")[0] for spec in linears}
         return parents.pop() if len(parents) == 1 else ""
 
+    @property
+    def embedding_module(self) -> str:
+        """Full name of the embedding, "model.embed_tokens"."""
+        return self.embedding.removesuffix(".weight")
+
+    @property
+    def head_module(self) -> str:
+        """Full name of the output layer, "lm_head"."""
+        return self.lm_head.removesuffix(".weight")
+
     def module_name(self, layer: int, linear: LinearSpec) -> str:
         """Full module name, "model.layers.3.self_attn.q_proj"."""
         return self.layer_prefix.format(layer=layer) + linear.name

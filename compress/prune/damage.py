@@ -67,8 +67,11 @@ class DamageTable:
 
     def __call__(self, shape: LayerShape) -> float:
         """Damage of giving every one of the layers this shape."""
-        attention = self._attention[shape.kv_heads, shape.queries]
-        return float(attention + self._channels[shape.channels])
+        return float(self._attention[shape.kv_heads, shape.queries] + self._channels[shape.channels])
+
+    def parts(self, shape: LayerShape) -> tuple[float, float]:
+        """What of it the attention and the MLP bear."""
+        return float(self._attention[shape.kv_heads, shape.queries]), float(self._channels[shape.channels])
 
 
 def estimated_damage(scores: GroupScores, shape: LayerShape) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from compress.errors import CompressError, UsageError
@@ -69,6 +70,7 @@ class Shape:
         channels: MLP channels kept.
         achieved: Fraction of the layer's linear parameters it removes.
         damage: Estimated damage (see :func:`compress.prune.damage.estimated_damage`), None without scores.
+        parts: What of it the attention and the MLP bear, None without scores.
     """
 
     kv_heads: int
@@ -76,6 +78,7 @@ class Shape:
     channels: int
     achieved: float
     damage: float | None = None
+    parts: tuple[float, float] | None = None
 
     @property
     def layer(self) -> LayerShape:
@@ -93,6 +96,7 @@ class ShapePlan:
         achieved: The fraction these shapes remove.
         reason: One sentence: why the two differ, or that they do not.
         candidates: The near-ties a uniform shape was chosen from, best first; else empty.
+        further: Shapes that are no near-ties only because channels come in multiples, best first: worth a trial.
         certificate: Of an allocation: damage, lower bound, gap, solver, seconds; else None.
     """
 
@@ -101,6 +105,7 @@ class ShapePlan:
     achieved: float
     reason: str
     candidates: tuple[Shape, ...] = ()
+    further: tuple[Shape, ...] = ()
     certificate: Mapping[str, Any] | None = None
 
     @property
@@ -131,6 +136,12 @@ class Choices:
     def size(self) -> int:
         """Linear weights of the whole layer."""
         return self.units.of(self.full)
+
+    @property
+    def half_step(self) -> float:
+        """Half of the fraction that lies between two channel counts: the nearest one may miss a ratio by so much."""
+        steps = [b - a for a, b in pairwise(self.widths)]
+        return max(steps, default=0) * self.units.channel / self.size / 2
 
     def removed(self, shape: LayerShape) -> float:
         """Fraction of the layer's linear weights that ``shape`` removes."""

@@ -62,14 +62,16 @@ def choose_shape(
     choices = choices_of(arch, targets=targets, multiple=multiple, head_unit=head_unit)
     check_reachable(arch, ratio, choices.reach(), targets)
     damage = DamageTable(scores) if scores is not None else None
-    near = near_ties(choices, ratio, damage=damage, accepts=accepts)
-    if not near:
+    wide = near_ties(choices, ratio, damage=damage, accepts=accepts, slack=max(NEAR, choices.half_step))
+    if not wide:
         raise CompressError(
             "No smaller shape is valid for this model's configuration class.",
             "Prune only the MLP, or another model.",
         )
+    limit = min(abs(shape.achieved - ratio) for shape in wide) + NEAR
+    near = tuple(shape for shape in wide if abs(shape.achieved - ratio) <= limit)
     plan = uniform_plan(arch, choices, near[0].layer, ratio, targets=targets, head_unit=head_unit)
-    return replace(plan, candidates=tuple(near))
+    return replace(plan, candidates=near, further=tuple(shape for shape in wide if shape not in near))
 
 
 def uniform_plan(
@@ -95,6 +97,7 @@ def near_ties(
     damage: DamageTable | None,
     accepts: Accepts | None = None,
     whole: bool = False,
+    slack: float = NEAR,
 ) -> list[Shape]:
     """The acceptable shapes near the nearest one, least damage first.
 
@@ -107,6 +110,7 @@ def near_ties(
         damage: Estimates; None: most equal shares of attention and MLP first.
         accepts: Says whether a shape is allowed.
         whole: Whether the layer may stay as it is.
+        slack: How much farther from the request than the nearest shape is near.
     """
     fits = [s for pair in choices.pairs if (s := choices.nearest(pair, ratio, whole=whole)) is not None]
 
@@ -121,12 +125,12 @@ def near_ties(
             break
         if accepts is None or accepts(shape.layer):
             near.append(shape)
-            limit = min(limit, distance + NEAR)
+            limit = min(limit, distance + slack)
     if damage is None:
         return sorted(near, key=lambda s: (_imbalance(choices, s), *order(s)))
     judged = [(damage(s.layer), s) for s in near]
     judged.sort(key=lambda pair: (pair[0], *order(pair[1])))
-    return [replace(shape, damage=value) for value, shape in judged]
+    return [replace(shape, damage=value, parts=damage.parts(shape.layer)) for value, shape in judged]
 
 
 def kept_sentence(choices: Choices, shape: LayerShape) -> str:

@@ -17,7 +17,7 @@ from compress.kernels.reference import Grid, PackedMatrix
 from compress.quantize.codebook import fitted_grid
 from compress.quantize.config import QuantConfig
 from compress.quantize.normal_float import normal_float_grid
-from compress.quantize.packing import pack, unpack
+from compress.quantize.packing import pack, unpack, unpack_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +141,7 @@ class QuantizedTensor:
 
     def packed(self) -> PackedMatrix:
         """The kernels' view: packed codes and dequantized scales."""
-        blocks, table = self.config.blocks(self.shape), self.table
-        if table is None:
-            table = normal_float_grid(self.config.bits, self.codes.device).table
+        blocks = self.config.blocks(self.shape)
         scales = Scales(
             codes=unpack(self.scale_codes, self.config.scale_bits, blocks),
             maxima=self.scale_max,
@@ -152,7 +150,7 @@ class QuantizedTensor:
         return PackedMatrix(
             codes=self.codes,
             scales=scales.values(self.config).view(self.shape[0], -1),
-            table=table,
+            table=self.lookup_table(),
             bits=self.config.bits,
             block_size=self.config.block_size,
             rows=self.shape[0],
@@ -162,6 +160,35 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights [O, I]: computed in float32, then cast."""
         return backend().dequantize(self.packed(), dtype, 0, None)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of the weights, ``dequantize()[index]`` bit for bit, without unpacking the others.
+
+        Args:
+            index: Row numbers, int64, any shape [...].
+
+        Returns:
+            float32 [..., I].
+        """
+        config, count = self.config, self.config.blocks(self.shape)
+        per_row = count // self.shape[0]
+        block = index[..., None] * per_row + torch.arange(per_row, device=index.device)
+        steps = self.scale_max.float() / (2**config.scale_bits - 1)
+        scales = (
+            unpack_at(self.scale_codes, config.scale_bits, count, block) * steps[block // config.group_size]
+        )
+        scales += self.offset
+        table = self.lookup_table()
+        at = block[..., None] * config.block_size + torch.arange(config.block_size, device=index.device)
+        codes = unpack_at(self.codes, config.bits, count * config.block_size, at)
+        values: torch.Tensor = table[codes.to(torch.int32)] * scales[..., None]
+        return values.flatten(-2)[..., : self.shape[1]]
+
+    def lookup_table(self) -> torch.Tensor:
+        """The table that codes point into, float32 [2 ** bits]."""
+        if self.table is not None:
+            return self.table
+        return normal_float_grid(self.config.bits, self.codes.device).table
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of the weights, [stop - start, I]."""

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import CompressError
 from compress.quantize.checkpoint import FORMAT_VERSION, QUANT_METHOD, MatrixRecord, read_lq_config
+from compress.quantize.embedding import LQEmbedding, LQTiedHead
 from compress.quantize.linear import LQLinear
 
 _REWRITE = "Quantize the model again, or take the checkpoint from where it is complete."
@@ -54,7 +55,7 @@ class LQConfig(QuantizationConfigMixin):
 
 
 class LQQuantizer(HfQuantizer):
-    """Puts :class:`LQLinear` where the checkpoint holds packed codes, which are never computed on load."""
+    """Puts :class:`LQLinear` or :class:`LQEmbedding` where the checkpoint holds codes, never computed on load."""
 
     requires_calibration = True
 
@@ -74,18 +75,56 @@ class LQQuantizer(HfQuantizer):
         for name, record in records.items():
             place, module = _find(model, name, prefix)
             _check_shape(name, module, record)
-            layer = LQLinear(record, bias=module.bias is not None, dtype=kwargs.get("dtype"), device="meta")
+            dtype = kwargs.get("dtype")
+            if isinstance(module, nn.Embedding):
+                table = LQEmbedding.in_place_of(module, record, dtype=dtype, device="meta")
+                _replace(model, place, table)
+                _tie_head(model, table)
+                continue
+            layer = LQLinear(record, bias=module.bias is not None, dtype=dtype, device="meta")
             _replace(model, place, layer)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        tied: dict[LQEmbedding, nn.Parameter] = {}
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, LQLinear):
+            if isinstance(layer, LQEmbedding):
+                tied[layer] = _dense_embedding(model, name, layer, dtype or torch.get_default_dtype())
+            elif isinstance(layer, LQTiedHead):
+                _replace(model, name, _dense_linear(layer, tied[layer.owner], None))
+            elif isinstance(layer, LQLinear):
                 weight = layer.dequantized_weight(dtype or torch.get_default_dtype())
-                dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                dense.weight = nn.Parameter(weight, requires_grad=False)
-                dense.bias = layer.bias
-                _replace(model, name, dense)
+                _replace(
+                    model, name, _dense_linear(layer, nn.Parameter(weight, requires_grad=False), layer.bias)
+                )
         return model
+
+
+def _dense_linear(layer: LQLinear | LQTiedHead, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = weight
+    dense.register_parameter("bias", bias)
+    return dense
+
+
+def _dense_embedding(model: nn.Module, name: str, layer: LQEmbedding, dtype: torch.dtype) -> nn.Parameter:
+    if layer.multiplier is not None:
+        raise CompressError(
+            f"The embedding {name} also scales its rows, which a plain one does not.",
+            "Use the quantized model as it is, or the one it was made from.",
+        )
+    dense = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
+    dense.weight = nn.Parameter(layer.dequantized_weight(dtype), requires_grad=False)
+    _replace(model, name, dense)
+    return dense.weight
+
+
+def _tie_head(model: Any, table: LQEmbedding) -> None:
+    """Where the output layer shares the embedding's weight, let it read the quantized one."""
+    head = model.get_output_embeddings()
+    if head is None or not model.config.get_text_config(decoder=True).tie_word_embeddings:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    _replace(model, name, LQTiedHead(table))
 
 
 def _names(name: str, prefix: str) -> tuple[str, str]:
@@ -108,6 +147,8 @@ def _check_shape(name: str, module: nn.Module, record: MatrixRecord) -> None:
     shape: tuple[int, ...] = ()
     if isinstance(module, nn.Linear):
         shape = (module.out_features, module.in_features)
+    elif isinstance(module, nn.Embedding):
+        shape = (module.num_embeddings, module.embedding_dim)
     elif isinstance(module, Conv1D):
         shape = tuple(reversed(module.weight.shape))
     if shape != record.shape:

@@ -130,15 +130,17 @@ class LQLinear(nn.Linear):
         if self.record.rank == 0 or not self.use_factors:
             return None
         if native.factors is None or native.factors[0].dtype != dtype:
-            left = read_factor(self._factor("factor_out", self.out_features))
-            right = read_factor(self._factor("factor_in", self.in_features))
-            native.factors = (left.to(dtype).contiguous(), right.to(dtype).contiguous())
+            with torch.inference_mode(False):
+                left = read_factor(self._factor("factor_out", self.out_features))
+                right = read_factor(self._factor("factor_in", self.in_features))
+                native.factors = (left.to(dtype).contiguous(), right.to(dtype).contiguous())
         return native.factors
 
     def _native_form(self) -> NativeForm:
         with _CONVERTING:
             if self._native is None or self._native.versions != self._versions():
-                matrix = tiled_form(self.quantized())
+                with torch.inference_mode(False):  # what is kept may be used in training later
+                    matrix = tiled_form(self.quantized())
                 self.weight.data = matrix.codes
                 self._buffers["weight_scale_codes"] = matrix.scale_codes
                 self._native = NativeForm(versions=self._versions(), matrix=matrix)
@@ -146,7 +148,11 @@ class LQLinear(nn.Linear):
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         stored = (self.weight, *self._buffers.values())
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in stored if tensor is not None)
+        return tuple(
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for tensor in stored
+            if tensor is not None
+        )
 
     def _plain(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scale codes of Q as a checkpoint has them, whichever way they are held."""

@@ -73,3 +73,26 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         start += size
         shift += width
     return codes
+
+
+def unpack_at(packed: torch.Tensor, bits: int, count: int, positions: torch.Tensor) -> torch.Tensor:
+    """The codes at some positions of ``count`` packed ones: ``unpack(packed, bits, count)[positions]``.
+
+    Args:
+        packed: uint8 [packed_bytes(count, bits)].
+        bits: 2, 3, 4 or 8.
+        count: How many codes there are.
+        positions: int64, any shape, below ``count``.
+
+    Returns:
+        uint8, the shape of ``positions``.
+    """
+    codes = torch.zeros(positions.shape, dtype=torch.uint8, device=packed.device)
+    start = shift = 0
+    for width in _planes(bits):
+        offset = positions * width
+        found = packed[start + (offset >> 3)] >> (offset & 7).to(torch.uint8)
+        codes |= (found & ((1 << width) - 1)) << shift
+        start += -(-count * width // 8)
+        shift += width
+    return codes

@@ -11,11 +11,13 @@ Shapes: O outputs, T tokens of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from compress.importance.base import Loss
-from compress.importance.output_gradients import Place, backward_passes
+from compress.importance.modules import plain_model
+from compress.importance.output_gradients import backward_passes
 from compress.model.architecture import Architecture
 from compress.progress import Progress
 
@@ -30,6 +32,8 @@ def output_sensitivities(
 ) -> dict[str, Tensor]:
     """Diagonal of S of every decoder linear by module name, float64 [O]: mean squared gradient per token.
 
+    That of the embedding's rows [D] is there too, under the embedding's name.
+
     Args:
         model: A causal language model in evaluation mode.
         arch: Its architecture.
@@ -39,11 +43,27 @@ def output_sensitivities(
     """
     sums: dict[str, Tensor] = {}
 
-    def take(place: Place, gradient_TO: Tensor) -> None:
-        name = arch.module_name(*place)
-        part = gradient_TO.square().sum(dim=0).double()
+    def add(name: str, gradient_TO: Tensor) -> None:
+        part = gradient_TO.float().square().sum(dim=0).double()
         sums[name] = sums[name] + part if name in sums else part
 
+    def watch(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.requires_grad_(True)
+        output.register_hook(lambda gradient: add(arch.embedding_module, gradient.flatten(0, -2)))
+
+    plain: Any = plain_model(model)
+    handle = plain.get_input_embeddings().register_forward_hook(watch)
     roles = {spec.role for spec in arch.linears}
-    tokens = backward_passes(model, arch, roles, batches, loss, take, progress=progress)
+    try:
+        tokens = backward_passes(
+            model,
+            arch,
+            roles,
+            batches,
+            loss,
+            lambda place, gradient_TO: add(arch.module_name(*place), gradient_TO),
+            progress=progress,
+        )
+    finally:
+        handle.remove()
     return {name: total / tokens for name, total in sums.items()}

@@ -40,6 +40,8 @@ typedef struct {
     void (*inner)(const ck_product *p, float *inner, int64_t begin, int64_t end);
     /* Tokens begin to end of x as float32, where the two products look for them. */
     void (*widen)(const ck_product *p, float *to, int64_t begin, int64_t end);
+    /* 192 multiplications and additions a round, for the account of a benchmark. */
+    float (*peak)(int64_t rounds);
 } ck_kernels;
 
 extern const ck_kernels ck_kernels_scalar, ck_kernels_avx2, ck_kernels_avx512;

@@ -9,5 +9,5 @@
 
 CK_END_OF_LEVEL
 
-const ck_kernels ck_kernels_avx2 = {MOST_DIRECT, direct, panel, dequantize, inner, widen};
+const ck_kernels ck_kernels_avx2 = {MOST_DIRECT, direct, panel, dequantize, inner, widen, peak};
 #endif

@@ -348,3 +348,17 @@ static void widen(const ck_product *p, float *to, int64_t begin, int64_t end) {
         }
     }
 }
+
+/* Multiply and add in registers, 192 of them a round: how fast the processor can be at most. */
+static float peak(int64_t rounds) {
+    v16 sums[12], factor = v_set(0.5f);
+    UNROLL
+    for (int i = 0; i < 12; i++) sums[i] = v_set((float)i);
+    for (int64_t round = 0; round < rounds; round++) {
+        UNROLL
+        for (int i = 0; i < 12; i++) sums[i] = v_fma(sums[i], factor, factor);
+    }
+    float total = 0;
+    for (int i = 0; i < 12; i++) total += v_sum(sums[i]);
+    return total;
+}

@@ -84,6 +84,7 @@ def stopping_at(model: nn.Module, forward: int) -> Any:
 def test_one_step_equals_a_plain_computation() -> None:
     """Loss and update against Hugging Face's loss over the whole batch and torch's own AdamW."""
     model, plain = adapted(dropout=0.0), adapted(dropout=0.0)
+    start = trained(plain)
     data, config = windows(), replace(CONFIG, steps=1, warmup_steps=0, max_grad_norm=0.05)
     result = fit(model, data, config)
     rows = window_order(10, config.seed, 0, 4)
@@ -96,7 +97,8 @@ def test_one_step_equals_a_plain_computation() -> None:
     assert result.losses[0] == pytest.approx(loss.item(), rel=1e-5)
     assert result.tokens == int((data.labels[rows][:, 1:] != -100).sum())
     for (name, ours), theirs in zip(trained(model).items(), trained(plain).values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+        # AdamW's first step divides a gradient by its own size: where that is near epsilon, rounding shows
+        assert (ours - theirs).norm() <= 1e-3 * (theirs - start[name]).norm(), name
 
 
 def test_hooks_see_the_mean_gradient_before_clipping() -> None:

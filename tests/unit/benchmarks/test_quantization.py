@@ -75,7 +75,7 @@ def test_every_row_has_settings_that_are_taken(bench: Bench) -> None:
         if recipe.train is not None:
             resolve_settings(TrainSettings, {**TRAINING, "method": recipe.train}, "quick")
     assert set(HEADLINE) <= set(RECIPES)
-    assert chosen(None, "table") == list(RECIPES)
+    assert sorted([*chosen(None, "table"), *chosen(None, "files")[1:]]) == sorted(RECIPES)
     paper = bench.settings(RECIPES["lq-lora 2.75 + rank 64"])
     assert (paper.objective, paper.menu, paper.rank, paper.budget_includes) == (
         "frobenius",
@@ -205,7 +205,12 @@ def made_up() -> dict[str, dict[str, Any]]:
         name: {"bits_per_weight": bits, "perplexity": value, "protocol_line": "some text"}
         for name, (bits, value) in figures.items()
     }
-    rows["ours 4.25"] |= {"seconds": 61.4, "peak_bytes": 1_500_000_000, "load_before": 1.06}
+    rows["ours 4.25"] |= {
+        "file_bytes": 95_000_000,
+        "seconds": 61.4,
+        "peak_bytes": 1_500_000_000,
+        "load_before": 1.06,
+    }
     return rows | {"hqq 3": {"not_run": "no environment"}}
 
 
@@ -221,8 +226,8 @@ def test_the_table_is_sorted_by_stored_bits() -> None:
         "gptqmodel 4",
         "dense",
     ]
-    assert lines[5][30:].split() == ["4.250", "31.00", "1.033", "61", "1.50", "1.1"]
-    assert lines[7][30:].split() == ["16.000", "30.00", "1.000", "-", "-", "-"]
+    assert lines[5][30:].split() == ["4.250", "95.0", "31.00", "1.033", "61", "1.50", "1.1"]
+    assert lines[7][30:].split() == ["16.000", "-", "30.00", "1.000", "-", "-", "-"]
     assert lines[8].split(maxsplit=2) == ["hqq", "3", "not run: no environment"]
     assert lines[9:] == ["perplexity: some text"]
     assert len({len(line) for line in lines[:8]}) == 1

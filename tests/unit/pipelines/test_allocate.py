@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,14 @@ import pytest
 
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines.allocate import limit_in_bits, matrices_of, plain_rounding, ranks_for
+from compress.pipelines.allocate import (
+    VOCABULARY,
+    Matrix,
+    limit_in_bits,
+    matrices_of,
+    plain_rounding,
+    ranks_for,
+)
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings, resolve
 from compress.quantize.error_table import error_table, menu
@@ -102,10 +110,13 @@ def test_factors_in_16_bits_raise_the_least(model: ModelInput) -> None:
 
 
 def test_a_rank_is_offered_where_the_matrix_is_wide_enough() -> None:
-    assert ranks_for((64, 64), None) == (0, 4, 8, 16)
-    assert ranks_for((64, 64), 16) == (16,)
-    assert ranks_for((64, 64), 32) == (0,)
-    assert ranks_for((64, 64), 0) == (0,)
+    matrix = Matrix(layer=0, module="m", tensor="m.weight", shape=(64, 64))
+    assert ranks_for(matrix, None) == (0, 4, 8, 16)
+    assert ranks_for(matrix, 16) == (16,)
+    assert ranks_for(matrix, 32) == (0,)
+    assert ranks_for(matrix, 0) == (0,)
+    for fixed in (None, 16):
+        assert ranks_for(replace(matrix, layer=VOCABULARY), fixed) == (0,)
 
 
 def test_plain_rounding_is_the_best_single_format(model: ModelInput) -> None:

@@ -56,7 +56,8 @@ def test_half_precision_keeps_the_weights(pair: Pair) -> None:
     for model in (bfloat, cast):
         for name, layer in lq_layers(model).items():
             assert torch.equal(layer.dequantized_weight(), expected[name])
-    torch.testing.assert_close(logits(bfloat), logits(load(pair.dense, torch.bfloat16)), rtol=0, atol=0.1)
+    ours, dense = logits(bfloat), logits(load(pair.dense, torch.bfloat16))
+    assert (ours - dense).norm() < 0.02 * dense.norm()  # processors round single logits in their own ways
     cast.model.half()  # transformers itself refuses half() on the outermost quantized model
     for name, layer in lq_layers(cast).items():
         assert torch.equal(layer.dequantized_weight(), expected[name])

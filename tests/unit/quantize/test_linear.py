@@ -198,6 +198,19 @@ def test_a_layer_that_was_used_can_be_copied_moved_and_cast() -> None:
     torch.testing.assert_close(wide, layer()(inputs()).double(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_first_use_without_gradients_does_not_stand_in_the_way_of_training() -> None:
+    quantized, expected = layer(), used(layer())
+    with torch.inference_mode():
+        quantized(inputs())
+    assert not any(t.is_inference() for t in (*quantized.parameters(), *quantized.buffers()))
+    x, y = inputs(), inputs()
+    quantized(x).square().sum().backward()
+    expected(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    quantized.load_state_dict(expected.state_dict())
+    assert_same(quantized, expected)
+
+
 def test_a_change_in_place_is_seen() -> None:
     quantized, expected = used(layer()), layer()
     for of in (quantized, expected):

@@ -27,15 +27,14 @@ def test_sensitivities_are_mean_squared_gradients_at_the_outputs(kind: str, batc
     found = output_sensitivities(model, arch, ids.split(batch), summed_loss)
     exact = copy.deepcopy(model).double().requires_grad_(True)
     kept: dict[str, torch.Tensor] = {}
-    for layer in range(arch.layers):
-        for spec in arch.linears:
-            name = arch.module_name(layer, spec)
+    names = [arch.module_name(layer, spec) for layer in range(arch.layers) for spec in arch.linears]
+    for name in (arch.embedding_module, *names):
 
-            def keep(_: object, __: object, output: torch.Tensor, name: str = name) -> None:
-                output.retain_grad()
-                kept[name] = output
+        def keep(_: object, __: object, output: torch.Tensor, name: str = name) -> None:
+            output.retain_grad()
+            kept[name] = output
 
-            exact.get_submodule(name).register_forward_hook(keep)
+        exact.get_submodule(name).register_forward_hook(keep)
     summed_loss(exact, ids).backward()
     assert set(found) == set(kept)
     for name, output in kept.items():

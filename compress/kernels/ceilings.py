@@ -1,0 +1,44 @@
+"""What this machine can do at most: multiplications in registers, and bytes copied through memory."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from compress.kernels.packed import needed
+
+_COPIED = 128 << 20
+_PER_ROUND = 192
+
+
+def bandwidth(*, repeats: int = 5) -> float:
+    """Bytes per second that a copy of 128 MB reads and writes together on torch's threads, the fastest of some."""
+    source = torch.ones(_COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - began)
+    return 2 * _COPIED / min(seconds)
+
+
+def multiplications(*, rounds: int = 1_000_000, repeats: int = 5) -> float:
+    """Multiplications (each with an addition) per second at the level in force, on as many threads as torch has.
+
+    Raises:
+        UsageError: The C library is not in use.
+    """
+    run = needed().ck_peak
+    run.restype = ctypes.c_float
+    threads = torch.get_num_threads()
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            list(pool.map(run, [ctypes.c_int64(rounds)] * threads))
+            seconds.append(time.perf_counter() - began)
+    return _PER_ROUND * rounds * threads / min(seconds)
