@@ -285,6 +285,8 @@ static void ranges_of_tiles(void *argument, int64_t begin, int64_t end) {
     free(work), free(chosen);
 }
 
+#define STREAMS 4 /* sums of neighbours are kept apart, so that none waits for the one before it */
+
 /* Mass and moment of what is nearest to each entry, blocks in units of their scales, by chunks begin to end. */
 static void sums_of_chunks(void *argument, int64_t begin, int64_t end) {
     const ck_fitting *f = argument;
@@ -292,24 +294,30 @@ static void sums_of_chunks(void *argument, int64_t begin, int64_t end) {
     lookup table;
     make_lookup(&table, f->table, f->entries);
     for (int64_t chunk = begin; chunk < end; chunk++) {
-        double *mass = f->sums + chunk * 2 * f->entries, *moment = mass + f->entries;
-        memset(mass, 0, (size_t)(2 * f->entries) * sizeof *mass);
+        double mass[STREAMS][256] = {{0}}, moment[STREAMS][256] = {{0}};
+        double *sums = f->sums + chunk * 2 * f->entries;
         int64_t stop = ck_min(f->count, (chunk + 1) * CK_FIT_CHUNK);
         for (int64_t block = chunk * CK_FIT_CHUNK; block < stop; block++) {
             const float *values = f->values + block * size, *weights = f->weights + block % f->period * size;
-            float scale = f->scales[block], square = scale * scale, units[LANES];
+            float scale = f->scales[block], square = scale * scale, units[LANES] = {0};
             uint8_t codes[LANES];
             if (!(scale > 0)) continue;
             for (int64_t start = 0; start < size; start += LANES) {
                 int64_t count = ck_min(LANES, size - start);
-                for (int64_t at = 0; at < LANES; at++) units[at] = at < count ? values[start + at] / scale : 0;
+                memcpy(units, values + start, (size_t)count * sizeof *units);
+                store(units, load(units) / every(scale)); /* what lies after the block is not read */
                 store_codes(codes, nearest(&table, load(units)));
                 for (int64_t at = 0; at < count; at++) {
                     double weight = weights[start + at] * square;
-                    mass[codes[at]] += weight;
-                    moment[codes[at]] += weight * units[at];
+                    mass[at % STREAMS][codes[at]] += weight;
+                    moment[at % STREAMS][codes[at]] += weight * units[at];
                 }
             }
+        }
+        for (int64_t entry = 0; entry < f->entries; entry++) {
+            sums[entry] = mass[0][entry] + mass[1][entry] + (mass[2][entry] + mass[3][entry]);
+            sums[f->entries + entry] =
+                moment[0][entry] + moment[1][entry] + (moment[2][entry] + moment[3][entry]);
         }
     }
 }

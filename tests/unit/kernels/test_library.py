@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ import sys
 import pytest
 
 from compress.errors import UsageError
+from compress.kernels.ceilings import multiplications
 from compress.kernels.library import LEVELS, library, status, using
+from compress.kernels.packed import needed
 from tests.fresh import ForkServer
 
 needs_library = pytest.mark.skipif(library() is None, reason="the C library was not built")
@@ -56,6 +59,17 @@ def test_a_level_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("COMPRESS_KERNELS", "sse9")
     with pytest.raises(UsageError, match=r"'sse9'.*torch, scalar, avx2, avx512"):
         status()
+
+
+@needs_library
+def test_the_peak_is_measured_on_real_sums() -> None:
+    run = needed().ck_peak
+    run.restype = ctypes.c_float
+    for level in status().available[1:]:
+        with using(level):
+            assert run(ctypes.c_int64(0)) == 16 * sum(range(12))
+            assert run(ctypes.c_int64(1)) == 16 * sum(0.5 * i + 0.5 for i in range(12))
+            assert multiplications(rounds=1000, repeats=1) > 0
 
 
 @needs_library
