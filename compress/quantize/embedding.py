@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +33,6 @@ class LQEmbedding(LQLinear):
     Raises:
         CompressError: The record has factors.
     """
-
-    codes_held_once: ClassVar[bool] = False
-    """Rows are looked up in the stored codes; a tied output layer makes the kernels' copy of them."""
 
     def __init__(
         self,
