@@ -118,18 +118,16 @@ EVERYWHERE = _Shared(
         "debug": (Debug, False),
     }
 )
-TRAINS = _Shared(
+LOOP = _Shared(
     {
         "steps": (Steps, None),
         "micro_batch": (MicroBatch, None),
         "accumulation": (Accumulation, None),
         "sequence": (Sequence, None),
         "lr": (LearningRate, None),
-        "rank": (Rank, None),
-        "alpha": (Alpha, None),
-        "dropout": (Dropout, None),
     }
 )
+ADAPTER = _Shared({"rank": (Rank, None), "alpha": (Alpha, None), "dropout": (Dropout, None)})
 
 
 def _verb(name: str, *shared: _Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -203,7 +201,7 @@ def _complain(cause: str, remedy: str) -> None:
     sys.stderr.write(f"error: {cause}\n{remedy}\n")
 
 
-@_verb("prune", TRAINS, EVERYWHERE)
+@_verb("prune", LOOP, ADAPTER, EVERYWHERE)
 def prune(
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of the decoder linear parameters to remove (default 0.5).")
@@ -232,8 +230,11 @@ def prune(
         str | None,
         typer.Option(
             help="uniform: all layers alike, loads everywhere; local, global or allocated: layers differ, "
-            "loads with compress.load_model."
+            "loads with compress.load_model; semi or unstructured: single weights become zero, sizes stay."
         ),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Shape semi: N:M, so many of M neighbouring weights stay.")
     ] = None,
     multiple: Annotated[
         int | None,
@@ -244,12 +245,17 @@ def prune(
         typer.Option(help="Shape uniform: so many shapes of nearly the asked size are tried on text."),
     ] = None,
     skip_first: Annotated[
-        int | None, typer.Option(help="Shape local: first layers left whole (default: a tenth).")
+        int | None,
+        typer.Option(help="Shapes local, semi and unstructured: first layers left whole (default: a tenth)."),
     ] = None,
-    skip_last: Annotated[int | None, typer.Option(help="Shape local: last layers left whole.")] = None,
+    skip_last: Annotated[
+        int | None, typer.Option(help="Shapes local, semi and unstructured: last layers left whole.")
+    ] = None,
     ratio_of: Annotated[
         str | None,
-        typer.Option(help="Shape local: model: the whole loses the ratio; layers: each pruned layer does."),
+        typer.Option(
+            help="Shapes local and unstructured: model: the whole loses the ratio; layers: each pruned layer does."
+        ),
     ] = None,
     solver: Annotated[
         str | None, typer.Option(help="Shape allocated: highs, cbc, dynamic or lagrangian.")
@@ -287,6 +293,22 @@ def prune(
     ] = None,
 ) -> None:
     """Remove attention heads and MLP channels and repair the rest; writes a smaller checkpoint."""
+
+
+@_verb("align", LOOP, EVERYWHERE)
+def align(
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="text: the text's next token; distill: the full model's predictions; both: half of each."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="adamw, or galore: moments in small subspaces (needs compress-llm[galore])."),
+    ] = None,
+) -> None:
+    """Train the pruned model's own weights on text, the output matrix frozen, before adapters are trained."""
 
 
 @_verb("quantize", EVERYWHERE)
@@ -335,7 +357,7 @@ def quantize(
     """Store every decoder matrix as quantized + low-rank, bits and ranks chosen under one budget."""
 
 
-@_verb("train", TRAINS, EVERYWHERE)
+@_verb("train", LOOP, ADAPTER, EVERYWHERE)
 def train(
     method: Annotated[
         str | None,

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
+    AlignSettings,
     Common,
     EvalSettings,
     PruneSettings,
@@ -76,6 +77,10 @@ def run_stage_verb(context: Context, verb: str, given: Mapping[str, Any]) -> Out
         from compress.pipelines.prune import prune
 
         return prune(context, resolve(PruneSettings, given, effort))
+    if verb == "align":
+        from compress.pipelines.align import align
+
+        return align(context, resolve(AlignSettings, given, effort))
     if verb == "quantize":
         from compress.pipelines.quantize import quantize
 

@@ -95,7 +95,7 @@ def list_entries(context: Context, full: ModelInput) -> list[Entry]:
     workspace = context.workspace
     parameters = full.checkpoint.parameters
     entries = [Entry(name="original", model=full.path, adapter=None, parameters=parameters, id=full.id)]
-    names = {"prune": "pruned", "quantize": "quantized"}
+    names = {"prune": "pruned", "align": "aligned", "quantize": "quantized"}
     for stage in workspace.stages:
         metrics = stage.record["metrics"]
         last = entries[-1]

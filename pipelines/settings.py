@@ -41,21 +41,31 @@ class Common:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSettings:
-    """How adapter training runs; part of several verbs."""
+class LoopSettings:
+    """How training runs, whatever it trains; part of several verbs."""
 
     steps: int
     micro_batch: int
     accumulation: int
     sequence: int
     lr: float
+
+    def __post_init__(self) -> None:
+        _check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2)
+        _check_positive(self, "lr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings(LoopSettings):
+    """How adapter training runs; part of several verbs."""
+
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2, rank=1, alpha=1)
-        _check_positive(self, "lr")
+        LoopSettings.__post_init__(self)
+        _check_least(self, rank=1, alpha=1)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout} is not in [0, 1).", "Give a fraction such as 0.05.")
 
@@ -76,7 +86,8 @@ class PruneSettings(TrainingSettings):
     criterion_options: str = ""
     targets: str = "heads,mlp"
     head_unit: Literal["auto", "group", "query"] = "auto"
-    shape: Literal["uniform", "local", "global", "allocated"] = "uniform"
+    shape: Literal["uniform", "local", "global", "allocated", "semi", "unstructured"] = "uniform"
+    pattern: str = "4:8"
     multiple: int | None = None
     trials: int = 4
     skip_first: int | None = None
@@ -168,6 +179,24 @@ class PruneSettings(TrainingSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AlignSettings(LoopSettings):
+    """Settings of ``align``; under the effort ``paper`` those of LoRAM (arXiv 2502.13533) §4: about 105 M tokens."""
+
+    loss: Literal["text", "distill", "both"] = "text"
+    optimizer: Literal["adamw", "galore"] = "adamw"
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {"steps": 40, "micro_batch": 4, "accumulation": 1, "sequence": 128, "lr": 1e-4},
+        "standard": {"steps": 400, "micro_batch": 4, "accumulation": 4, "sequence": 512, "lr": 5e-5},
+        "paper": {"steps": 1600, "micro_batch": 2, "accumulation": 64, "sequence": 512, "lr": 5e-5},
+    }
+
+    def __post_init__(self) -> None:
+        _check_least(self, steps=1)
+        LoopSettings.__post_init__(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeSettings:
     """Settings of ``quantize``. The effort ``paper`` is LQ-LoRA without data (arXiv 2311.12023 §3).
 
@@ -250,10 +279,11 @@ class EvalSettings:
     }
 
 
-S = TypeVar("S", PruneSettings, QuantizeSettings, TrainSettings, RecoverSettings, EvalSettings)
+S = TypeVar("S", PruneSettings, AlignSettings, QuantizeSettings, TrainSettings, RecoverSettings, EvalSettings)
 
 VERBS: dict[str, type] = {
     "prune": PruneSettings,
+    "align": AlignSettings,
     "quantize": QuantizeSettings,
     "train": TrainSettings,
     "recover": RecoverSettings,

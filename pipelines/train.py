@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.adapters.attach import attach_factors, attach_lora, load_adapter, save_adapter
+from compress.adapters.masked import mask_adapters
 from compress.adapters.train import fit
 from compress.data.sources import default_source
 from compress.errors import UsageError
@@ -18,14 +19,16 @@ from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.training import fit_config, training_metrics
+from compress.prune.weight_masks import FILE_NAME as MASKS
+from compress.prune.weight_masks import load_masks
 
 
 def train(context: Context, settings: TrainSettings) -> Outcome:
     """Train an adapter; see ``compress train --help``.
 
     Raises:
-        UsageError: ``lq`` on a model that is not an LQ checkpoint, or windows
-            longer than the model's positions.
+        UsageError: ``lq`` on a model that is not an LQ checkpoint, or is a thinned one; or windows longer than the
+            model's positions.
     """
     model = current(context, "train")
     check_length(model.path, settings.sequence)
@@ -34,6 +37,12 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         raise UsageError(
             f"{model.name} is not quantized, so it has no factors to start from.",
             "Quantize it first, or use --method lora.",
+        )
+    masks = load_masks(model.path)
+    if settings.method == "lq" and masks is not None:
+        raise UsageError(
+            f"The factors of {model.name} are dense, and adapters of a thinned model have its zeros.",
+            "Use --method lora.",
         )
     device, dtype = device_and_dtype(context.common)
     source = context.common.data or default_source()
@@ -65,6 +74,8 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
                 dropout=settings.dropout,
                 seed=context.common.seed,
             )
+        if masks is not None:
+            mask_adapters(adapted, masks)
         with context.reporter.bar("train") as progress:
             result = fit(
                 adapted,
@@ -75,6 +86,8 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
                 validation=validation,
             )
         save_adapter(adapted, folder, base_name=model.name, initial=initial)
+        if masks is not None:
+            masks.save(folder / MASKS)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         del adapted, network
         reopened = load_adapter(load_model(model.path, dtype="float32", device=device), folder)

@@ -16,9 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.adapters.adapter_file import PREFIX, AdapterFile, Scaling, scaling_entries, write_adapter
 from compress.adapters.factors import factor_product
+from compress.adapters.masked import mask_adapters
 from compress.errors import CompressError, UsageError
 from compress.importance.modules import lora_factors
 from compress.model.architecture import Architecture
+from compress.prune.weight_masks import load_masks
 from compress.quantize.linear import LQLinear
 
 
@@ -117,12 +119,16 @@ def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> Pe
     """Put a saved adapter back on the model it was trained on.
 
     The result is in eval mode. An adapter with initial factors replaces the LQ model's own, so those are
-    switched off; stock PEFT would add both.
+    switched off; stock PEFT would add both. One with masks computes with its masked product; stock PEFT would
+    take all of it.
     """
     with AdapterFile(path) as file:
         switch_off_factors(model, file.initial_modules)
     with _peft_notice_off():
         peft_model: PeftModel = PeftModel.from_pretrained(model, str(path), is_trainable=trainable).eval()
+    masks = load_masks(path)
+    if masks is not None:
+        mask_adapters(peft_model, masks)
     return peft_model
 
 
