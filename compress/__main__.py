@@ -361,7 +361,19 @@ def quantize(
 def train(
     method: Annotated[
         str | None,
-        typer.Option(help="lora: a fresh adapter; lq: start from the quantized model's own factors."),
+        typer.Option(
+            help="lora: a fresh adapter; lq: start from the quantized model's own factors; pissa: start from the "
+            "leading singular directions of the weights."
+        ),
+    ] = None,
+    adapter_targets: Annotated[
+        str | None,
+        typer.Option(
+            help="all (every decoder linear), lm_head, or roles such as q,v,down; separated by commas."
+        ),
+    ] = None,
+    rslora: Annotated[
+        bool | None, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
     ] = None,
 ) -> None:
     """Train a low-rank adapter on the chain's current (small) model."""
@@ -371,6 +383,10 @@ def train(
 def recover(
     onto: Annotated[
         str | None, typer.Option(help="Full model to recover onto (default: the chain's original model).")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Folder of a LoRA trained elsewhere on the small model, instead of the chain's."),
     ] = None,
     merge: Annotated[
         bool | None, typer.Option("--merge", help="Also write the full model with the adapter merged in.")

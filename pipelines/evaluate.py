@@ -19,7 +19,7 @@ from compress.evaluate.perplexity import mean_loss, perplexity
 from compress.evaluate.protocol import protocol_line
 from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.measure import WINDOWS, check_length, validation_windows
-from compress.pipelines.model_input import ModelInput, device_and_dtype, original
+from compress.pipelines.model_input import ModelInput, device_and_dtype, open_model, original
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
@@ -118,12 +118,14 @@ def list_entries(context: Context, full: ModelInput) -> list[Entry]:
                 )
             )
         elif stage.verb == "recover":
+            onto = stage.record["config"].get("onto")
+            whole = full if onto is None else open_model(context, str(onto))
             entries.append(
                 Entry(
                     name="full + recovered",
-                    model=full.path,
+                    model=whole.path,
                     adapter=stage.path,
-                    parameters=full.checkpoint.parameters,
+                    parameters=whole.checkpoint.parameters,
                     id=stage.id,
                 )
             )

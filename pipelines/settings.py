@@ -228,7 +228,9 @@ class QuantizeSettings:
 class TrainSettings(TrainingSettings):
     """Settings of ``train``; under the effort ``paper`` those of LoRAM (arXiv 2502.13533) §4."""
 
-    method: Literal["lora", "lq"] = "lora"
+    method: Literal["lora", "lq", "pissa"] = "lora"
+    adapter_targets: str = "all"
+    rslora: bool = False
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {
@@ -240,7 +242,14 @@ class TrainSettings(TrainingSettings):
             "dropout": 0.0,
         },
         "standard": {"steps": 400, "micro_batch": 4, "accumulation": 4, "sequence": 512, "lr": 3e-4},
-        "paper": {"steps": 1600, "micro_batch": 2, "accumulation": 64, "sequence": 512, "lr": 3e-4},
+        "paper": {
+            "steps": 1600,
+            "micro_batch": 2,
+            "accumulation": 64,
+            "sequence": 512,
+            "lr": 3e-4,
+            "adapter_targets": "all,lm_head",
+        },
     }
 
     def __post_init__(self) -> None:
@@ -253,6 +262,7 @@ class RecoverSettings:
     """Settings of ``recover``."""
 
     onto: str | None = None
+    adapter: str | None = None
     merge: bool = False
     compress_rank: int | None = None
 

@@ -65,7 +65,7 @@ def _expected(chain: Chain, target: Target, stage: Stage) -> dict[str, str]:
         stages = {row: chain.find(verb) for row, verb in EVALUATED.items()}
         return {"original": original} | {row: found.id for row, found in stages.items() if found is not None}
     if stage.verb == "recover":
-        trained = chain.find("train")
+        trained = None if stage.record["config"].get("adapter") else chain.find("train")
         # what --onto names must have been the original's weights, unless nothing was pruned
         full = (
             {} if stage.record["config"].get("onto") and chain.find("prune") is None else {"full": original}
@@ -107,4 +107,7 @@ def _folders(chain: Chain, row: str) -> list[Path] | None:
         return None if stage is None else [stage.path]
     small = chain.model_before(stage.path.name) if stage.verb == "train" else None
     base = chain.original if small is None else small.path
+    onto = stage.record["config"].get("onto")
+    if onto is not None:
+        base = Path(str(onto)) if Path(str(onto)).is_dir() else None
     return None if base is None else [base, stage.path]
