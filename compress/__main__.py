@@ -101,7 +101,8 @@ class _Shared:
     options: Mapping[str, tuple[Any, Any]]
 
 
-PLACE = _Shared({"run": (Run, DEFAULT_RUN), "json_": (Json, False), "debug": (Debug, False)})
+OUTPUT = _Shared({"json_": (Json, False), "debug": (Debug, False)})
+PLACE = _Shared({"run": (Run, DEFAULT_RUN), **OUTPUT.options})
 EVERYWHERE = _Shared(
     {
         "run": (Run, DEFAULT_RUN),
@@ -199,6 +200,32 @@ def _execute(verb: str, values: dict[str, Any]) -> None:
 
 def _complain(cause: str, remedy: str) -> None:
     sys.stderr.write(f"error: {cause}\n{remedy}\n")
+
+
+@_verb("plan", OUTPUT)
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hub id (only its config is read), folder, GGUF file or smollm2-135m (the default)."
+        ),
+    ] = None,
+    loram: Annotated[
+        bool | None, typer.Option("--loram", help="Also the small models that LoRAM would train on.")
+    ] = None,
+    ratios: Annotated[
+        str | None, typer.Option(help="What pruned layers lose, separated by commas (with --loram).")
+    ] = None,
+    skip_first: Annotated[int | None, typer.Option(help="First layers left whole (with --loram).")] = None,
+    skip_last: Annotated[int | None, typer.Option(help="Last layers left whole (with --loram).")] = None,
+    rank: Annotated[int | None, typer.Option(help="Adapter rank.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of the device, such as 24GiB (default: that of the GPU here).")
+    ] = None,
+) -> None:
+    """Sizes and training memory, from the model's config alone; nothing is downloaded but that, nothing is written."""
 
 
 @_verb("prune", LOOP, ADAPTER, EVERYWHERE)

@@ -13,6 +13,7 @@ from compress.pipelines.settings import (
     AlignSettings,
     Common,
     EvalSettings,
+    PlanSettings,
     PruneSettings,
     QuantizeSettings,
     RecoverSettings,
@@ -27,14 +28,14 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
     """Run one verb and return its result as JSON values.
 
     Args:
-        verb: One of the stage verbs, ``report``, ``verify`` or ``run``.
+        verb: One of the stage verbs, ``plan``, ``report``, ``verify`` or ``run``.
         common: Options that mean the same to every verb.
         given: The verb's own options; None means not given.
         quiet: Print nothing.
 
     Returns:
-        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. ``report``,
-        ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
+        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. ``plan``,
+        ``report``, ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
 
     Raises:
         CompressError: Whatever the verb refuses, with cause and remedy.
@@ -45,6 +46,11 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
 
         quiet_libraries()
         return verify(reporter, common.run, given.get("path") or ())
+    if verb == "plan":
+        from compress.pipelines.plan import plan
+
+        quiet_libraries()
+        return plan(reporter, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
     workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report

@@ -289,7 +289,36 @@ class EvalSettings:
     }
 
 
-S = TypeVar("S", PruneSettings, AlignSettings, QuantizeSettings, TrainSettings, RecoverSettings, EvalSettings)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """Settings of ``plan``, which has no workspace and no effort."""
+
+    model: str | None = None
+    loram: bool = False
+    ratios: str = "0.65,0.75,0.85,0.95"
+    skip_first: int = 4
+    skip_last: int = 2
+    rank: int = 8
+    micro_batch: int = 2
+    sequence: int = 512
+    memory: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_least(self, skip_first=0, skip_last=0, rank=1, micro_batch=1, sequence=2)
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
+S = TypeVar(
+    "S",
+    PruneSettings,
+    AlignSettings,
+    QuantizeSettings,
+    TrainSettings,
+    RecoverSettings,
+    EvalSettings,
+    PlanSettings,
+)
 
 VERBS: dict[str, type] = {
     "prune": PruneSettings,
