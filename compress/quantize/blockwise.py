@@ -170,19 +170,7 @@ class QuantizedTensor:
         Returns:
             float32 [..., I].
         """
-        config, count = self.config, self.config.blocks(self.shape)
-        per_row = count // self.shape[0]
-        block = index[..., None] * per_row + torch.arange(per_row, device=index.device)
-        steps = self.scale_max.float() / (2**config.scale_bits - 1)
-        scales = (
-            unpack_at(self.scale_codes, config.scale_bits, count, block) * steps[block // config.group_size]
-        )
-        scales += self.offset
-        table = self.lookup_table()
-        at = block[..., None] * config.block_size + torch.arange(config.block_size, device=index.device)
-        codes = unpack_at(self.codes, config.bits, count * config.block_size, at)
-        values: torch.Tensor = table[codes.to(torch.int32)] * scales[..., None]
-        return values.flatten(-2)[..., : self.shape[1]]
+        return picked_rows(self, index, index)
 
     def lookup_table(self) -> torch.Tensor:
         """The table that codes point into, float32 [2 ** bits]."""
@@ -193,6 +181,28 @@ class QuantizedTensor:
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of the weights, [stop - start, I]."""
         return backend().dequantize(self.packed(), dtype, start, stop)
+
+
+def picked_rows(part: QuantizedTensor, local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a matrix of which only some lie in ``part``, float32 [..., I].
+
+    Args:
+        part: Codes and scale codes of those that are there; all second-level scales of the whole matrix.
+        local: Where the wanted rows lie in ``part``, int64 [...].
+        index: Their numbers in the whole matrix, which say the second-level scales.
+    """
+    config, count = part.config, part.config.blocks(part.shape)
+    per_row = count // part.shape[0]
+    across = torch.arange(per_row, device=index.device)
+    block = local[..., None] * per_row + across
+    group = (index[..., None] * per_row + across) // config.group_size
+    steps = part.scale_max.float() / (2**config.scale_bits - 1)
+    scales = unpack_at(part.scale_codes, config.scale_bits, count, block) * steps[group]
+    scales += part.offset
+    at = block[..., None] * config.block_size + torch.arange(config.block_size, device=index.device)
+    codes = unpack_at(part.codes, config.bits, count * config.block_size, at)
+    values: torch.Tensor = part.lookup_table()[codes.to(torch.int32)] * scales[..., None]
+    return values.flatten(-2)[..., : part.shape[1]]
 
 
 def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTensor:
