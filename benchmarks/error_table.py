@@ -32,6 +32,7 @@ import torch
 from scipy.stats import kendalltau
 
 from compress.benchmarks.protocol import Rows
+from compress.kernels.library import status
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import EMBEDDED, resolve
 from compress.quantize.blockwise import quantize_dequantize
@@ -320,6 +321,7 @@ def main() -> int:
         "model": EMBEDDED,
         "quick": arguments.quick,
         "rounds": list(ROUNDS),
+        "kernels": status().level,
         "goals": GOALS,
     }
     with tempfile.TemporaryDirectory() as folder:

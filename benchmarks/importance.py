@@ -41,6 +41,7 @@ from compress.evaluate.memory import PeakMemory
 from compress.importance.base import create_criterion
 from compress.importance.lora import lora_group_sums
 from compress.importance.modules import WeightRows
+from compress.kernels.library import status
 from compress.model.architecture import architecture_of
 from compress.model.load import EMBEDDED, load_model, load_tokenizer, preferred_dtype, resolve
 
@@ -316,6 +317,7 @@ def main() -> int:
         "model": arguments.model or EMBEDDED,
         "dtype": str(preferred_dtype("cpu")).removeprefix("torch."),
         "rank": RANK,
+        "kernels": status().level,
         "quick": arguments.quick,
         "goals": GOALS,
     }

@@ -254,12 +254,15 @@ def _add_native_squares(
 ) -> None:
     """What :func:`_add_squares` does, by the C library, whose divisions are exact but for the last bit."""
     tables = [normal_float_grid(bits, rows_SI.device).table for bits in TABLE_BITS]
-    places = [{TABLE_BITS.index(bits): at for at, bits in widths} for _, widths in scalings]
+    uses = [
+        [TABLE_BITS.index(bits) for bits in sorted({bits for _, bits in widths})] for _, widths in scalings
+    ]
     counted = None if weights_SI is None else weights_SI.detach().float()
     scales = torch.stack([scales_SN for scales_SN, _ in scalings])
-    found = native.menu_errors(rows_SI, counted, size, scales, tables, [list(own) for own in places])
-    for (scaling, table), (errors, _) in found.items():
-        squares[places[scaling][table]] = errors
+    found = native.menu_errors(rows_SI, counted, size, scales, tables, uses)
+    for scaling, (_, widths) in enumerate(scalings):
+        for at, bits in widths:
+            squares[at], _ = found[scaling, TABLE_BITS.index(bits)]
 
 
 def _add_squares(

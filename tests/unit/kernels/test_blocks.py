@@ -117,13 +117,17 @@ def test_errors_of_a_menu_are_exact(level: str, rows: int, columns: int, size: i
         torch.testing.assert_close(sums, plain, rtol=1e-4, atol=1e-4 * float(weight.abs().max()) + 1e-30)
 
 
-def test_errors_of_a_menu_do_not_depend_on_threads() -> None:
+def test_errors_of_a_menu_do_not_depend_on_threads_or_levels() -> None:
     weight = matrix(200, 96, 3)
-    scales, table = block_maxima(weight, 32)[None], normal_float_grid(3, CPU).table
+    scales = block_maxima(weight, 32)[None]
+    tables = [normal_float_grid(bits, CPU).table for bits in (3, 4, 8)]
     before, found = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.append(menu_errors(weight, None, 32, scales, [table], [[0]])[0, 0])
+    for level in LEVELS:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with using(level):
+                found.append(menu_errors(weight, None, 32, scales, tables, [[0, 1, 2]]))
     torch.set_num_threads(before)
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for other in found[1:]:
+        for key, pair in found[0].items():
+            assert all(torch.equal(one, two) for one, two in zip(pair, other[key], strict=True))

@@ -187,6 +187,18 @@ def test_sums_of_entries_are_those_of_torch(
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_sums_of_entries_are_the_same_bits_everywhere() -> None:
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randn(700, 24, generator=generator)
+    weights, table = torch.rand(5, 24, generator=generator), normal_float_grid(4, CPU).table
+    found = []
+    for level in status().available[1:]:
+        for count in (1, 2):
+            with using(level), threads(count):
+                found.append(rounding.entry_sums(blocks, blocks.abs().amax(1), weights, table))
+    assert all(torch.equal(one, two) for other in found for one, two in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("level", status().available[1:])
 def test_tables_too_dense_for_cells_are_searched(level: str) -> None:
     table = torch.cat([torch.linspace(-1, 0.2, 20), 0.2 + 1e-5 * torch.arange(1, 20), torch.tensor([1.0])])
