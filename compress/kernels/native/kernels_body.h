@@ -55,10 +55,8 @@ INLINE v16 next_scales(scale_walk *walk) {
     return scale;
 }
 
-/* Nibbles of an octet of a tile. */
-INLINE w16 octet_nibbles(const uint32_t *tile, int bits, int64_t octet) {
-    const uint32_t *chunk = tile + octet / 4 * bits * CK_TILE;
-    int q = (int)(octet % 4);
+/* Nibbles of octet q of a chunk. */
+INLINE w16 octet_nibbles(const uint32_t *chunk, int bits, int q) {
     if (bits == 4) return w_load(chunk + q * CK_TILE);
     w16 low = w_right(w_load(chunk + q / 2 * CK_TILE), 2 * (q % 2));
     if (bits == 2) return low;
@@ -76,7 +74,7 @@ INLINE void octet_values(const ck_matrix *m, const uint32_t *tile, int bits, sma
             values[f] = look_up_bytes(m->table, w_right(w_load(words + f / 4 * CK_TILE), 8 * (f % 4)));
         return;
     }
-    w16 nibbles = octet_nibbles(tile, bits, octet);
+    w16 nibbles = octet_nibbles(tile + octet / 4 * bits * CK_TILE, bits, (int)(octet % 4));
     UNROLL
     for (int f = 0; f < 8; f++) {
         w16 index = w_right(nibbles, 4 * f);
@@ -107,6 +105,28 @@ static __attribute__((noinline)) void finish(const ck_product *p, int64_t tile, 
 
 #define PREFETCHED 1024 /* words: a single token is done with a cache line sooner than memory brings the next */
 
+/* Add an octet's products to the sums of its block: octet q of a chunk, `octet` in the row. */
+INLINE void direct_octet(const ck_product *p, int bits, small_table table, const uint32_t *chunk, int64_t octet, int q,
+                         int tokens, int chains, v16 part[][4]) {
+    const float *x = p->x + octet * tokens * 8;
+    w16 nibbles = {0};
+    __builtin_prefetch(chunk + q * bits * (CK_TILE / 4) + PREFETCHED);
+    if (bits < 8) nibbles = octet_nibbles(chunk, bits, q);
+    UNROLL
+    for (int f = 0; f < 8; f++) {
+        v16 w;
+        if (bits == 8)
+            w = look_up_bytes(p->matrix->table, w_right(w_load(chunk + (2 * q + f / 4) * CK_TILE), 8 * (f % 4)));
+        else if (bits == 4)
+            w = look_up(table, w_right(nibbles, 4 * f));
+        else
+            w = look_up_8(table, w_right(nibbles, 4 * f));
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
+    }
+}
+
 INLINE void direct_tiles(const ck_matrix *m, int bits, const ck_product *p, int64_t begin, int64_t end, int tokens) {
     small_table table = matrix_table(m, bits);
     int64_t octets = m->block_size / 8, words = ck_tile_words(m);
@@ -124,29 +144,17 @@ INLINE void direct_tiles(const ck_matrix *m, int bits, const ck_product *p, int6
             for (int t = 0; t < tokens; t++)
                 UNROLL
                 for (int c = 0; c < chains; c++) part[t][c] = v_zero();
-            for (int64_t stop = octet + octets; octet < stop; octet++) {
-                const float *x = p->x + octet * tokens * 8;
-                __builtin_prefetch(codes + octet * bits * (CK_TILE / 4) + PREFETCHED);
-                if (bits == 8) {
-                    const uint32_t *pair = codes + octet * 2 * CK_TILE;
+            int64_t stop = octet + octets;
+            if (tokens == 1 && bits < 8 && octets % 4 == 0) /* whole chunks: places in it are constants */
+                for (; octet < stop; octet += 4) {
+                    const uint32_t *chunk = codes + octet / 4 * bits * CK_TILE;
                     UNROLL
-                    for (int f = 0; f < 8; f++) {
-                        v16 w = look_up_bytes(m->table, w_right(w_load(pair + f / 4 * CK_TILE), 8 * (f % 4)));
-                        UNROLL
-                        for (int t = 0; t < tokens; t++)
-                            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
-                    }
-                } else {
-                    w16 nibbles = octet_nibbles(codes, bits, octet);
-                    UNROLL
-                    for (int f = 0; f < 8; f++) {
-                        w16 index = w_right(nibbles, 4 * f);
-                        v16 w = bits == 4 ? look_up(table, index) : look_up_8(table, index);
-                        UNROLL
-                        for (int t = 0; t < tokens; t++)
-                            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
-                    }
+                    for (int q = 0; q < 4; q++)
+                        direct_octet(p, bits, table, chunk, octet + q, q, tokens, chains, part);
                 }
+            for (; octet < stop; octet++) {
+                const uint32_t *chunk = codes + octet / 4 * bits * CK_TILE;
+                direct_octet(p, bits, table, chunk, octet, (int)(octet % 4), tokens, chains, part);
             }
             v16 scale = next_scales(&walk);
             UNROLL

@@ -87,6 +87,11 @@ static inline v16 look_up_bytes(const float *table, w16 index) {
 
 static inline v16 floats_of(__m256i a, __m256i b) { return (v16){_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
 
+/* 4 in every lane whose bit is set. */
+static inline __m256i four_where(__m256i bits, __m256i bit) {
+    return _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(bits, bit), bit), _mm256_set1_epi32(4));
+}
+
 /* The scale codes of a block of a tile as floats. */
 static inline v16 scale_codes(const uint8_t *p, int bits) {
     __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), a, b, bit;
@@ -107,10 +112,8 @@ static inline v16 scale_codes(const uint8_t *p, int bits) {
                                  _mm256_set1_epi32(3));
             if (bits == 2) return floats_of(a, b);
             bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128); /* lane l is bit l of the high plane */
-            a = _mm256_or_si256(a, _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(p[4]), bit), bit),
-                                                    _mm256_set1_epi32(4)));
-            b = _mm256_or_si256(b, _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(p[5]), bit), bit),
-                                                    _mm256_set1_epi32(4)));
+            a = _mm256_or_si256(a, four_where(_mm256_set1_epi32(p[4]), bit));
+            b = _mm256_or_si256(b, four_where(_mm256_set1_epi32(p[5]), bit));
             return floats_of(a, b);
     }
 }
