@@ -2,7 +2,7 @@
 
 ``python -m compress.benchmarks.model_shapes [--quick] [--out FILE]``
 
-The 70B rows are LoRAM's (arXiv 2502.13533): the first four and last two layers stay whole, and every published
+The 13B and 70B rows are LoRAM's (arXiv 2502.13533): the first four and last two layers stay whole, and every published
 count must come out exactly. The 7B rows prune all layers alike, at the ratios of LoRAPrune (arXiv 2305.18403).
 """
 
@@ -24,8 +24,8 @@ from compress.prune.counts import (
     kept_linear_parameters,
     published_kept,
     published_parameters,
-    published_quantized_reduction,
 )
+from compress.prune.loram_size import small_size
 from compress.quantize.config import QuantConfig
 from compress.structure import LayerStructure, full_layer, structure_map
 
@@ -46,6 +46,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
+    },
+    "LLaMA-2-13B": {
+        **_LLAMA,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
     },
     "LLaMA-2-70B": _LLAMA_70B,
     "LLaMA-3.1-70B": {**_LLAMA_70B, "vocab_size": 128256},
@@ -81,6 +89,7 @@ def _loram(model: str, ratio: float, published: int) -> Case:
 CASES = (
     Case(model="LLaMA-2-7B", ratio=0.2),
     Case(model="LLaMA-2-7B", ratio=0.5),
+    _loram("LLaMA-2-13B", 0.65, 6_005_662_720),
     _loram("LLaMA-2-70B", 0.65, 28_099_436_544),
     _loram("LLaMA-2-70B", 0.75, 21_488_738_304),
     _loram("LLaMA-2-70B", 0.85, 16_272_924_672),
@@ -138,8 +147,11 @@ def architecture(model: str) -> Architecture:
 
 
 def row_of(case: Case) -> Row:
-    """Count one case twice: by the published formula, and from the kept indices of every layer."""
+    """Count one case three times: by the published formula, by `small_size`, from the kept indices of every layer."""
     arch = architecture(case.model)
+    skips = {"skip_first": case.skip_first, "skip_last": case.skip_last}
+    before = published_parameters(arch, 0.0, **skips)
+    size = small_size(arch, before, case.ratio, **skips)
     kv_heads, channels = published_kept(arch, case.ratio)
     cut = LayerStructure(
         kv_groups=torch.arange(kv_heads, dtype=torch.int32),
@@ -148,11 +160,7 @@ def row_of(case: Case) -> Row:
     pruned = range(case.skip_first, arch.layers - case.skip_last)
     layers = [cut if layer in pruned else full_layer(arch) for layer in range(arch.layers)]
     linears = kept_linear_parameters(arch, structure_map(arch, layers, base_fingerprint=""))
-    skips = {"skip_first": case.skip_first, "skip_last": case.skip_last}
     after = published_parameters(arch, case.ratio, **skips)
-    before = published_parameters(arch, 0.0, **skips)
-    beside = before - arch.decoder_linear_parameters()  # embeddings, output matrix, norms
-    stored_bits = NF4.nominal_bits * linears + 16 * beside
     return Row(
         model=case.model,
         ratio=case.ratio,
@@ -164,11 +172,11 @@ def row_of(case: Case) -> Row:
         linear_ratio=1 - linears / arch.decoder_linear_parameters(),
         parameters=after,
         parameters_before=before,
-        reduction=before / after,
+        reduction=size.reduction,
         published=case.published,
-        agrees=after == linears + beside and case.published in (None, after),
-        quantized_reduction=published_quantized_reduction(before, after),
-        stored_reduction=16 * before / stored_bits,
+        agrees=(after, linears) == (size.parameters, size.linears) and case.published in (None, after),
+        quantized_reduction=size.paper_reduction,
+        stored_reduction=size.stored_reduction(NF4.nominal_bits),
         bf16_bytes=2 * after,
     )
 

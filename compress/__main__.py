@@ -101,7 +101,8 @@ class _Shared:
     options: Mapping[str, tuple[Any, Any]]
 
 
-PLACE = _Shared({"run": (Run, DEFAULT_RUN), "json_": (Json, False), "debug": (Debug, False)})
+OUTPUT = _Shared({"json_": (Json, False), "debug": (Debug, False)})
+PLACE = _Shared({"run": (Run, DEFAULT_RUN), **OUTPUT.options})
 EVERYWHERE = _Shared(
     {
         "run": (Run, DEFAULT_RUN),
@@ -118,18 +119,16 @@ EVERYWHERE = _Shared(
         "debug": (Debug, False),
     }
 )
-TRAINS = _Shared(
+LOOP = _Shared(
     {
         "steps": (Steps, None),
         "micro_batch": (MicroBatch, None),
         "accumulation": (Accumulation, None),
         "sequence": (Sequence, None),
         "lr": (LearningRate, None),
-        "rank": (Rank, None),
-        "alpha": (Alpha, None),
-        "dropout": (Dropout, None),
     }
 )
+ADAPTER = _Shared({"rank": (Rank, None), "alpha": (Alpha, None), "dropout": (Dropout, None)})
 
 
 def _verb(name: str, *shared: _Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -203,7 +202,33 @@ def _complain(cause: str, remedy: str) -> None:
     sys.stderr.write(f"error: {cause}\n{remedy}\n")
 
 
-@_verb("prune", TRAINS, EVERYWHERE)
+@_verb("plan", OUTPUT)
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hub id (only its config is read), folder, GGUF file or smollm2-135m (the default)."
+        ),
+    ] = None,
+    loram: Annotated[
+        bool | None, typer.Option("--loram", help="Also the small models that LoRAM would train on.")
+    ] = None,
+    ratios: Annotated[
+        str | None, typer.Option(help="What pruned layers lose, separated by commas (with --loram).")
+    ] = None,
+    skip_first: Annotated[int | None, typer.Option(help="First layers left whole (with --loram).")] = None,
+    skip_last: Annotated[int | None, typer.Option(help="Last layers left whole (with --loram).")] = None,
+    rank: Annotated[int | None, typer.Option(help="Adapter rank.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of the device, such as 24GiB (default: that of the GPU here).")
+    ] = None,
+) -> None:
+    """Sizes and training memory, from the model's config alone; nothing is downloaded but that, nothing is written."""
+
+
+@_verb("prune", LOOP, ADAPTER, EVERYWHERE)
 def prune(
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of the decoder linear parameters to remove (default 0.5).")
@@ -232,8 +257,11 @@ def prune(
         str | None,
         typer.Option(
             help="uniform: all layers alike, loads everywhere; local, global or allocated: layers differ, "
-            "loads with compress.load_model."
+            "loads with compress.load_model; semi or unstructured: single weights become zero, sizes stay."
         ),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Shape semi: N:M, so many of M neighbouring weights stay.")
     ] = None,
     multiple: Annotated[
         int | None,
@@ -244,12 +272,17 @@ def prune(
         typer.Option(help="Shape uniform: so many shapes of nearly the asked size are tried on text."),
     ] = None,
     skip_first: Annotated[
-        int | None, typer.Option(help="Shape local: first layers left whole (default: a tenth).")
+        int | None,
+        typer.Option(help="Shapes local, semi and unstructured: first layers left whole (default: a tenth)."),
     ] = None,
-    skip_last: Annotated[int | None, typer.Option(help="Shape local: last layers left whole.")] = None,
+    skip_last: Annotated[
+        int | None, typer.Option(help="Shapes local, semi and unstructured: last layers left whole.")
+    ] = None,
     ratio_of: Annotated[
         str | None,
-        typer.Option(help="Shape local: model: the whole loses the ratio; layers: each pruned layer does."),
+        typer.Option(
+            help="Shapes local and unstructured: model: the whole loses the ratio; layers: each pruned layer does."
+        ),
     ] = None,
     solver: Annotated[
         str | None, typer.Option(help="Shape allocated: highs, cbc, dynamic or lagrangian.")
@@ -287,6 +320,22 @@ def prune(
     ] = None,
 ) -> None:
     """Remove attention heads and MLP channels and repair the rest; writes a smaller checkpoint."""
+
+
+@_verb("align", LOOP, EVERYWHERE)
+def align(
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="text: the text's next token; distill: the full model's predictions; both: half of each."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="adamw, or galore: moments in small subspaces (needs compress-llm[galore])."),
+    ] = None,
+) -> None:
+    """Train the pruned model's own weights on text, the output matrix frozen, before adapters are trained."""
 
 
 @_verb("quantize", EVERYWHERE)
@@ -342,11 +391,23 @@ def quantize(
     """Store every decoder matrix as quantized + low-rank, bits and ranks chosen under one budget."""
 
 
-@_verb("train", TRAINS, EVERYWHERE)
+@_verb("train", LOOP, ADAPTER, EVERYWHERE)
 def train(
     method: Annotated[
         str | None,
-        typer.Option(help="lora: a fresh adapter; lq: start from the quantized model's own factors."),
+        typer.Option(
+            help="lora: a fresh adapter; lq: start from the quantized model's own factors; pissa: start from the "
+            "leading singular directions of the weights."
+        ),
+    ] = None,
+    adapter_targets: Annotated[
+        str | None,
+        typer.Option(
+            help="all (every decoder linear), lm_head, or roles such as q,v,down; separated by commas."
+        ),
+    ] = None,
+    rslora: Annotated[
+        bool | None, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
     ] = None,
 ) -> None:
     """Train a low-rank adapter on the chain's current (small) model."""
@@ -356,6 +417,10 @@ def train(
 def recover(
     onto: Annotated[
         str | None, typer.Option(help="Full model to recover onto (default: the chain's original model).")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Folder of a LoRA trained elsewhere on the small model, instead of the chain's."),
     ] = None,
     merge: Annotated[
         bool | None, typer.Option("--merge", help="Also write the full model with the adapter merged in.")

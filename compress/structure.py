@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,6 +153,14 @@ class StructureMap:
         if not torch.equal(groups.int(), layer.kv_groups) or len(counts.unique()) != 1:
             return "are not the same number in every kept KV group"
         return ""
+
+    def digest(self) -> str:
+        """SHA-256 of the sizes and of every kept index, in hexadecimal; what it is a structure of is left out."""
+        total = hashlib.sha256(repr((self.heads, self.kv_heads, self.head_dim, self.channels)).encode())
+        for layer in self.layers:
+            queries = None if layer.query_heads is None else layer.query_heads.tolist()
+            total.update(repr((layer.kv_groups.tolist(), queries, layer.channels.tolist())).encode())
+        return total.hexdigest()
 
     def check_matches(self, arch: Architecture) -> None:
         """Raise CompressError unless the map was made for a model of ``arch``'s sizes."""

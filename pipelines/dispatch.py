@@ -10,8 +10,10 @@ from typing import Any
 
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
+    AlignSettings,
     Common,
     EvalSettings,
+    PlanSettings,
     PruneSettings,
     QuantizeSettings,
     RecoverSettings,
@@ -26,14 +28,14 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
     """Run one verb and return its result as JSON values.
 
     Args:
-        verb: One of the stage verbs, ``report``, ``verify`` or ``run``.
+        verb: One of the stage verbs, ``plan``, ``report``, ``verify`` or ``run``.
         common: Options that mean the same to every verb.
         given: The verb's own options; None means not given.
         quiet: Print nothing.
 
     Returns:
-        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. ``report``,
-        ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
+        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. ``plan``,
+        ``report``, ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
 
     Raises:
         CompressError: Whatever the verb refuses, with cause and remedy.
@@ -44,6 +46,11 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
 
         quiet_libraries()
         return verify(reporter, common.run, given.get("path") or ())
+    if verb == "plan":
+        from compress.pipelines.plan import plan
+
+        quiet_libraries()
+        return plan(reporter, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
     workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report
@@ -76,6 +83,10 @@ def run_stage_verb(context: Context, verb: str, given: Mapping[str, Any]) -> Out
         from compress.pipelines.prune import prune
 
         return prune(context, resolve(PruneSettings, given, effort))
+    if verb == "align":
+        from compress.pipelines.align import align
+
+        return align(context, resolve(AlignSettings, given, effort))
     if verb == "quantize":
         from compress.pipelines.quantize import quantize
 

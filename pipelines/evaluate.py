@@ -19,7 +19,7 @@ from compress.evaluate.perplexity import mean_loss, perplexity
 from compress.evaluate.protocol import protocol_line
 from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.measure import WINDOWS, check_length, validation_windows
-from compress.pipelines.model_input import ModelInput, device_and_dtype, original
+from compress.pipelines.model_input import ModelInput, device_and_dtype, open_model, original
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
@@ -95,7 +95,7 @@ def list_entries(context: Context, full: ModelInput) -> list[Entry]:
     workspace = context.workspace
     parameters = full.checkpoint.parameters
     entries = [Entry(name="original", model=full.path, adapter=None, parameters=parameters, id=full.id)]
-    names = {"prune": "pruned", "quantize": "quantized"}
+    names = {"prune": "pruned", "align": "aligned", "quantize": "quantized"}
     for stage in workspace.stages:
         metrics = stage.record["metrics"]
         last = entries[-1]
@@ -118,12 +118,14 @@ def list_entries(context: Context, full: ModelInput) -> list[Entry]:
                 )
             )
         elif stage.verb == "recover":
+            onto = stage.record["config"].get("onto")
+            whole = full if onto is None else open_model(context, str(onto))
             entries.append(
                 Entry(
                     name="full + recovered",
-                    model=full.path,
+                    model=whole.path,
                     adapter=stage.path,
-                    parameters=full.checkpoint.parameters,
+                    parameters=whole.checkpoint.parameters,
                     id=stage.id,
                 )
             )

@@ -24,8 +24,9 @@ from compress.quantize.vocabulary import MatrixMoments
 
 BATCH = 4
 GRADIENT_BATCH = 2
-GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 8192
-"""Share of the calibration windows that go through the backward pass, and at most how many tokens."""
+GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 4096
+"""Share of the calibration windows that go through the backward pass, and at most how many tokens: with 8,192 of them
+the predicted cost of the choice was up to 0.1 % lower, on five layers of the embedded model at four budgets."""
 NO_MOMENTS: Mapping[str, MatrixMoments] = {}
 TABLE_TOKENS = 8192
 """Calibration tokens that predictions are made from; what is rounded in the end sees all of them."""
@@ -85,7 +86,8 @@ class HessianWalk:
         first: dict[str, LinearSpec] = {}
         for spec in self._arch.linears_at(layer):
             first.setdefault(SHARED_INPUT.get(spec.role, spec.name), spec)
-        with gathered_grams(self._walk.layers[layer], dict.fromkeys(first.values())) as grams:
+        wanted = dict.fromkeys(first.values())
+        with gathered_grams(self._walk.layers[layer], wanted, only=not advance) as grams:
             (self._walk.advance if advance else self._walk.look)(layer)
         found = {name: input_statistics(grams[spec] / self.tokens) for name, spec in first.items()}
         return {

@@ -23,7 +23,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.config import build_config
 from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.model_input import ModelInput
-from compress.pipelines.settings import TrainingSettings
+from compress.pipelines.settings import LoopSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.text import read_text
 
@@ -33,7 +33,7 @@ CALIBRATION_SEED = 1_000_003
 
 
 def training_windows(
-    context: Context, model: Path, source: str, settings: TrainingSettings, *, offset: int = 0
+    context: Context, model: Path, source: str, settings: LoopSettings, *, offset: int = 0
 ) -> Windows:
     """The windows that training reads, drawn from the source's training split.
 

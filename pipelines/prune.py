@@ -16,14 +16,17 @@ from compress.importance.gram_store import GramStore
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
 from compress.model.load import load_model
 from compress.pipelines.measure import check_length, validation_perplexity, validation_windows
-from compress.pipelines.model_input import ModelInput, current, device_and_dtype
+from compress.pipelines.model_input import ModelInput, base_name, current, device_and_dtype, original
 from compress.pipelines.prune_find import find_structure
 from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
+from compress.pipelines.prune_masks import MASKED, thin
+from compress.pipelines.prune_metrics import size_metrics, structure_metrics
 from compress.pipelines.prune_place import Place
 from compress.pipelines.prune_repair import bias_additions, refit_deltas, train_repair
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import PruneSettings
+from compress.pipelines.small_files import write_base
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from compress.prune.counts import kept_linear_parameters
@@ -45,6 +48,8 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             model's positions.
         CompressError: The ratio cannot be reached with these targets, or the model cannot be pruned.
     """
+    if settings.shape in MASKED:
+        return thin(context, settings)
     targets = parse_targets(settings.targets)
     check_settings(settings)
     model = current(context, "prune")
@@ -66,6 +71,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     def work(folder: Path) -> Mapping[str, Any]:
         validation = validation_windows(context, model.path, place.source)
         measured = prune_in_rounds(place, goal, folder)
+        write_base(model, base_name(context) if model.id == original(context).id else model.name, folder)
         before = validation_perplexity(context, place.load(model.path), validation, "the model")
         pruned = load_model(folder, dtype="float32", device=device)
         record_logits(pruned, check_ids(model.architecture.vocab, context.common.seed), folder)
@@ -221,32 +227,6 @@ def _prune_once(
         for file in cut.iterdir():
             shutil.copyfile(file, target / file.name)
     return measured
-
-
-def structure_metrics(model: ModelInput, structure: StructureMap) -> dict[str, Any]:
-    """What was kept of ``model``, as JSON values."""
-    arch, shape = model.architecture, structure.uniform
-    return {
-        "shape": None
-        if shape is None
-        else {"kv_heads": shape.kv_heads, "queries": shape.queries, "channels": shape.channels},
-        "original": {
-            "kv_heads": arch.kv_heads,
-            "queries": arch.queries_per_group,
-            "channels": arch.channels,
-            "layers": arch.layers,
-        },
-        "kept": {
-            "kv_groups": [layer.kv_groups.tolist() for layer in structure.layers],
-            "queries_per_layer": [s.queries if s.kv_heads else 0 for s in structure.shapes],
-            "channels_kept_per_layer": [len(layer.channels) for layer in structure.layers],
-        },
-    }
-
-
-def size_metrics(checkpoint: Checkpoint) -> dict[str, int]:
-    """Parameters and bytes of the stored tensors."""
-    return {"parameters": checkpoint.parameters, "bytes": checkpoint.bytes}
 
 
 def show(context: Context, metrics: Mapping[str, Any]) -> None:

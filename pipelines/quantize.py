@@ -31,6 +31,7 @@ from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
+from compress.pipelines.small_files import carry
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.tradeoff import tradeoff
 from compress.pipelines.vocabulary import (
@@ -117,6 +118,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             context, model, allocation, settings, folder / "layers", walk(), minds, fisher
         )
         write_checkpoint(model, allocation, folder / "layers", folder)
+        carry(model.path, folder)
         network = load_model(folder, dtype="float32", device=device)
         record_logits(network, check_ids(model.architecture.vocab, context.common.seed), folder)
         before = known_perplexity(context, model, validation, dtype, device)

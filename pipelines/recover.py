@@ -12,14 +12,19 @@ from peft import PeftModel
 from compress.adapters.merge import merge_adapter
 from compress.adapters.recover import recover_adapter
 from compress.errors import CompressError, UsageError
+from compress.model.base_record import FILE_NAME as BASE
+from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import require_dense
 from compress.model.load import load_model
-from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, open_model, original
+from compress.pipelines.integrity import describe_files
+from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, current, open_model, original
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
+from compress.pipelines.small_files import check_base, is_small
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.train import train
+from compress.pipelines.workspace import digest
 from compress.structure import FILE_NAME, StructureMap, full_layer, structure_map
 
 
@@ -27,32 +32,25 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     """Recover the chain's adapter; see ``compress recover --help``. Trains one first when there is none.
 
     Raises:
-        UsageError: The chain has no small model yet, or its adapter was trained before there was one.
-        CompressError: ``--onto`` names another model than the one the small model was cut from.
+        UsageError: The chain has no small model yet, its adapter was trained before there was one, or it starts from a
+            small model and ``--onto`` is not given.
+        CompressError: ``--onto`` names another model than the one the small model was cut from, or the adapter does
+            not belong to the small model.
     """
-    workspace = context.workspace
-    trained = workspace.find("train")
-    if workspace.find("prune") is None and workspace.find("quantize") is None:
-        raise UsageError(
-            f"The chain in {workspace.root} has no small model to train on.",
-            "Run compress prune, compress quantize or both first.",
-        )
-    if trained is not None and workspace.model_before("train") is None:
-        raise UsageError(
-            f"The adapter in {trained.path} was trained before there was a small model.",
-            "Start another chain with --run DIR and train after prune or quantize.",
-        )
-    full = original(context) if settings.onto is None else open_model(context, settings.onto)
-    require_dense(full.checkpoint, allow_lq=False)
-    structure = chain_structure(context, full)
-    if trained is None:
-        context.reporter.say("recover: the chain has no trained adapter yet; training one first.")
-        training = train(context, resolve(TrainSettings, {}, context.common.effort or "quick"))
-        trained = training.stage
+    trained = context.workspace.find("train")
+    full, structure = _full_model(context, settings)
+    if settings.adapter is not None:
+        adapter, identity = Path(settings.adapter), _identity(Path(settings.adapter))
+        small = current(context, "recover")
+    else:
         if trained is None:
-            context.reporter.say("recover: would follow with the adapter that training makes.")
-            return training
-    adapter = trained.path
+            context.reporter.say("recover: the chain has no trained adapter yet; training one first.")
+            training = train(context, resolve(TrainSettings, {}, context.common.effort or "quick"))
+            trained = training.stage
+            if trained is None:
+                context.reporter.say("recover: would follow with the adapter that training makes.")
+                return training
+        adapter, identity, small = trained.path, trained.id, current(context, "train")
     name = base_name(context) if settings.onto is None else HUB_NAME.get(settings.onto, settings.onto)
 
     def work(folder: Path) -> Mapping[str, Any]:
@@ -64,6 +62,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 full.checkpoint,
                 folder,
                 full_name=name,
+                small_base=small.checkpoint,
                 compress_rank=settings.compress_rank,
                 progress=progress,
             )
@@ -91,7 +90,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
         context,
         "recover",
         config=settings_dict(settings),
-        inputs={"adapter": trained.id, "full": full.id},
+        inputs={"adapter": identity, "full": full.id},
         work=work,
     )
     if outcome.fresh and outcome.stage is not None:
@@ -108,23 +107,70 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     return outcome
 
 
+def _full_model(context: Context, settings: RecoverSettings) -> tuple[ModelInput, StructureMap]:
+    """The model to recover onto, and what the chain's small model kept of it.
+
+    Raises:
+        UsageError: There is no small model, an adapter was trained before there was one, or the chain starts from a
+            small model and ``--onto`` does not name the full one.
+        CompressError: ``--onto`` names another model than the small one was cut from.
+    """
+    workspace, start = context.workspace, original(context)
+    published = is_small(start.path)
+    pruned = workspace.find("prune")
+    if pruned is None and workspace.find("quantize") is None and not published:
+        raise UsageError(
+            f"The chain in {workspace.root} has no small model to train on.",
+            "Run compress prune, compress quantize or both first.",
+        )
+    trained = workspace.find("train")
+    if trained is not None and workspace.model_before("train") is None and not published:
+        raise UsageError(
+            f"The adapter in {trained.path} was trained before there was a small model.",
+            "Start another chain with --run DIR and train after prune or quantize.",
+        )
+    if pruned is None and published and settings.onto is None:
+        name = BaseRecord.load(start.path / BASE).name if (start.path / BASE).is_file() else "a full model"
+        raise UsageError(
+            f"The chain starts from the small model {start.name}, which was cut from {name}.",
+            "Give that full model with --onto.",
+        )
+    full = start if settings.onto is None else open_model(context, settings.onto)
+    require_dense(full.checkpoint, allow_lq=False)
+    return full, chain_structure(context, full)
+
+
 def chain_structure(context: Context, full: ModelInput) -> StructureMap:
     """Which indices of the full model the chain's small model kept; everything, when nothing was pruned.
 
     Raises:
-        CompressError: The small model was cut from another model than ``full``.
+        CompressError: The small model was made of another model than ``full``; names the first tensor that differs.
     """
-    pruned = context.workspace.find("prune")
-    if pruned is None:
-        return structure_map(
-            full.architecture,
-            [full_layer(full.architecture)] * full.architecture.layers,
-            base_fingerprint=full.id,
-        )
-    structure = StructureMap.load(pruned.path / FILE_NAME)
-    if structure.base_fingerprint != full.id:
+    pruned, start = context.workspace.find("prune"), original(context)
+    folder = pruned.path if pruned is not None else start.path
+    if is_small(folder):
+        structure = StructureMap.load(folder / FILE_NAME)
+        check_base(folder, structure, full)
+        return structure
+    if full.id != start.id:
+        record = BaseRecord(name=start.name, tensors=start.checkpoint.digests())
         raise CompressError(
-            f"The small model was not cut from {full.name}: its weights have another fingerprint.",
-            "Give the model that was pruned with --onto, byte for byte.",
+            f"The small model was not made of {full.name}: {record.difference(full.checkpoint.digests())}.",
+            f"Give {start.name} with --onto, byte for byte, not one that was merged or trained.",
         )
-    return structure
+    return structure_map(
+        full.architecture,
+        [full_layer(full.architecture)] * full.architecture.layers,
+        base_fingerprint=full.id,
+    )
+
+
+def _identity(adapter: Path) -> str:
+    """Hash of what an adapter folder holds.
+
+    Raises:
+        UsageError: There is no such folder.
+    """
+    if not adapter.is_dir():
+        raise UsageError(f"There is no adapter folder {str(adapter)!r}.", "Give the folder that PEFT saved.")
+    return digest(describe_files(adapter))

@@ -41,21 +41,31 @@ class Common:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSettings:
-    """How adapter training runs; part of several verbs."""
+class LoopSettings:
+    """How training runs, whatever it trains; part of several verbs."""
 
     steps: int
     micro_batch: int
     accumulation: int
     sequence: int
     lr: float
+
+    def __post_init__(self) -> None:
+        _check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2)
+        _check_positive(self, "lr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings(LoopSettings):
+    """How adapter training runs; part of several verbs."""
+
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2, rank=1, alpha=1)
-        _check_positive(self, "lr")
+        LoopSettings.__post_init__(self)
+        _check_least(self, rank=1, alpha=1)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout} is not in [0, 1).", "Give a fraction such as 0.05.")
 
@@ -76,7 +86,8 @@ class PruneSettings(TrainingSettings):
     criterion_options: str = ""
     targets: str = "heads,mlp"
     head_unit: Literal["auto", "group", "query"] = "auto"
-    shape: Literal["uniform", "local", "global", "allocated"] = "uniform"
+    shape: Literal["uniform", "local", "global", "allocated", "semi", "unstructured"] = "uniform"
+    pattern: str = "4:8"
     multiple: int | None = None
     trials: int = 4
     skip_first: int | None = None
@@ -168,6 +179,24 @@ class PruneSettings(TrainingSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AlignSettings(LoopSettings):
+    """Settings of ``align``; under the effort ``paper`` those of LoRAM (arXiv 2502.13533) §4: about 105 M tokens."""
+
+    loss: Literal["text", "distill", "both"] = "text"
+    optimizer: Literal["adamw", "galore"] = "adamw"
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {"steps": 40, "micro_batch": 4, "accumulation": 1, "sequence": 128, "lr": 1e-4},
+        "standard": {"steps": 400, "micro_batch": 4, "accumulation": 4, "sequence": 512, "lr": 5e-5},
+        "paper": {"steps": 1600, "micro_batch": 2, "accumulation": 64, "sequence": 512, "lr": 5e-5},
+    }
+
+    def __post_init__(self) -> None:
+        _check_least(self, steps=1)
+        LoopSettings.__post_init__(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeSettings:
     """Settings of ``quantize``. The effort ``paper`` is LQ-LoRA without data (arXiv 2311.12023 §3).
 
@@ -205,7 +234,9 @@ class QuantizeSettings:
 class TrainSettings(TrainingSettings):
     """Settings of ``train``; under the effort ``paper`` those of LoRAM (arXiv 2502.13533) §4."""
 
-    method: Literal["lora", "lq"] = "lora"
+    method: Literal["lora", "lq", "pissa"] = "lora"
+    adapter_targets: str = "all"
+    rslora: bool = False
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {
@@ -217,7 +248,14 @@ class TrainSettings(TrainingSettings):
             "dropout": 0.0,
         },
         "standard": {"steps": 400, "micro_batch": 4, "accumulation": 4, "sequence": 512, "lr": 3e-4},
-        "paper": {"steps": 1600, "micro_batch": 2, "accumulation": 64, "sequence": 512, "lr": 3e-4},
+        "paper": {
+            "steps": 1600,
+            "micro_batch": 2,
+            "accumulation": 64,
+            "sequence": 512,
+            "lr": 3e-4,
+            "adapter_targets": "all,lm_head",
+        },
     }
 
     def __post_init__(self) -> None:
@@ -230,6 +268,7 @@ class RecoverSettings:
     """Settings of ``recover``."""
 
     onto: str | None = None
+    adapter: str | None = None
     merge: bool = False
     compress_rank: int | None = None
 
@@ -256,10 +295,40 @@ class EvalSettings:
     }
 
 
-S = TypeVar("S", PruneSettings, QuantizeSettings, TrainSettings, RecoverSettings, EvalSettings)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """Settings of ``plan``, which has no workspace and no effort."""
+
+    model: str | None = None
+    loram: bool = False
+    ratios: str = "0.65,0.75,0.85,0.95"
+    skip_first: int = 4
+    skip_last: int = 2
+    rank: int = 8
+    micro_batch: int = 2
+    sequence: int = 512
+    memory: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_least(self, skip_first=0, skip_last=0, rank=1, micro_batch=1, sequence=2)
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
+S = TypeVar(
+    "S",
+    PruneSettings,
+    AlignSettings,
+    QuantizeSettings,
+    TrainSettings,
+    RecoverSettings,
+    EvalSettings,
+    PlanSettings,
+)
 
 VERBS: dict[str, type] = {
     "prune": PruneSettings,
+    "align": AlignSettings,
     "quantize": QuantizeSettings,
     "train": TrainSettings,
     "recover": RecoverSettings,

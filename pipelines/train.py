@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.adapters.attach import attach_factors, attach_lora, load_adapter, save_adapter
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.adapters.attach import (
+    attach_factors,
+    attach_lora,
+    attach_pissa,
+    load_adapter,
+    save_adapter,
+    target_modules,
+)
+from compress.adapters.masked import mask_adapters
 from compress.adapters.train import fit
 from compress.data.sources import default_source
 from compress.errors import UsageError
@@ -16,16 +28,21 @@ from compress.pipelines.measure import check_length, training_windows, validatio
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
+from compress.pipelines.small_files import is_small, public_name
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.training import fit_config, training_metrics
+from compress.prune.weight_masks import FILE_NAME as MASKS
+from compress.prune.weight_masks import load_masks
+from compress.structure import FILE_NAME as STRUCTURE
+from compress.structure import StructureMap
 
 
 def train(context: Context, settings: TrainSettings) -> Outcome:
     """Train an adapter; see ``compress train --help``.
 
     Raises:
-        UsageError: ``lq`` on a model that is not an LQ checkpoint, or windows
-            longer than the model's positions.
+        UsageError: ``lq`` on a model that is not an LQ checkpoint, ``pissa`` on one, either on a thinned model; a
+            target that the model has not got; windows longer than the model's positions.
     """
     model = current(context, "train")
     check_length(model.path, settings.sequence)
@@ -34,6 +51,21 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         raise UsageError(
             f"{model.name} is not quantized, so it has no factors to start from.",
             "Quantize it first, or use --method lora.",
+        )
+    targets = parse_adapter_targets(settings.adapter_targets)
+    target_modules(model.architecture, targets)
+    tied_head = model.architecture.tied and "lm_head" in targets
+    if settings.method == "pissa" and (quantized or tied_head):
+        reason = "its weights are quantized" if quantized else "its output matrix is tied to the embedding"
+        raise UsageError(
+            f"PiSSA takes a part out of each weight of {model.name}, and {reason}.",
+            "Use --method lq." if quantized else "Leave lm_head out of --adapter-targets.",
+        )
+    masks = load_masks(model.path)
+    if settings.method != "lora" and masks is not None:
+        raise UsageError(
+            f"--method {settings.method} starts from dense factors, and adapters of {model.name} have its zeros.",
+            "Use --method lora.",
         )
     device, dtype = device_and_dtype(context.common)
     source = context.common.data or default_source()
@@ -47,24 +79,9 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         windows = training_windows(context, model.path, source, settings)
         validation = validation_windows(context, model.path, source, length=settings.sequence)
         network = load_model(model.path, dtype=dtype, device=device)
-        initial = None
-        if settings.method == "lq":
-            adapted, initial = attach_factors(
-                network,
-                model.architecture,
-                rank=settings.rank,
-                alpha=settings.alpha,
-                seed=context.common.seed,
-            )
-        else:
-            adapted = attach_lora(
-                network,
-                model.architecture,
-                rank=settings.rank,
-                alpha=settings.alpha,
-                dropout=settings.dropout,
-                seed=context.common.seed,
-            )
+        adapted, initial = attach(network, model, settings, context.common.seed)
+        if masks is not None:
+            mask_adapters(adapted, masks)
         with context.reporter.bar("train") as progress:
             result = fit(
                 adapted,
@@ -74,7 +91,11 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
                 progress=progress,
                 validation=validation,
             )
-        save_adapter(adapted, folder, base_name=model.name, initial=initial)
+        structure = StructureMap.load(model.path / STRUCTURE) if is_small(model.path) else None
+        name = public_name(model.name)
+        save_adapter(adapted, folder, base_name=name, initial=initial, structure=structure)
+        if masks is not None:
+            masks.save(folder / MASKS)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         del adapted, network
         reopened = load_adapter(load_model(model.path, dtype="float32", device=device), folder)
@@ -82,7 +103,7 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         shutil.rmtree(folder / "training")
         return training_metrics(result) | {
             "method": settings.method,
-            "base": model.name,
+            "base": name,
             "trainable_parameters": trainable,
             "data_protocol": dict(windows.protocol),
             "validation_protocol": dict(validation.protocol),
@@ -103,6 +124,28 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
             ],
         )
     return outcome
+
+
+def attach(
+    network: PreTrainedModel, model: ModelInput, settings: TrainSettings, seed: int
+) -> tuple[PeftModel, dict[str, Tensor] | None]:
+    """The network with adapters as the settings start them, and their initial factors where those are not zero."""
+    shared: dict[str, Any] = {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "targets": parse_adapter_targets(settings.adapter_targets),
+        "rank_stabilized": settings.rslora,
+    }
+    if settings.method == "lq":
+        return attach_factors(network, model.architecture, seed=seed, **shared)
+    if settings.method == "pissa":
+        return attach_pissa(network, model.architecture, **shared)
+    return attach_lora(network, model.architecture, dropout=settings.dropout, seed=seed, **shared), None
+
+
+def parse_adapter_targets(text: str) -> tuple[str, ...]:
+    """``"all,lm_head"`` as a tuple; the model's own names are checked when adapters are attached."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def is_quantized(model: ModelInput) -> bool:

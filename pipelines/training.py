@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from compress.adapters.train import FitConfig, FitResult
-from compress.pipelines.settings import Common, TrainingSettings
+from compress.pipelines.settings import AlignSettings, Common, LoopSettings
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises; at most 100 steps (LoRAM, arXiv 2502.13533, §4)."""
 
 
-def fit_config(settings: TrainingSettings, common: Common) -> FitConfig:
+def fit_config(settings: LoopSettings, common: Common) -> FitConfig:
     """The training loop's configuration from a verb's settings and the seed and dtype asked for."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 needs loss scaling: left to the loop
     if common.dtype == "float32":
@@ -27,6 +27,7 @@ def fit_config(settings: TrainingSettings, common: Common) -> FitConfig:
         seed=common.seed,
         precision=precision,
         save_every=max(1, min(50, settings.steps // 4)),
+        optimizer=settings.optimizer if isinstance(settings, AlignSettings) else "adamw",
     )
 
 

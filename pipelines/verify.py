@@ -16,11 +16,12 @@ from compress.pipelines.reporter import Reporter
 from compress.pipelines.verify_adapter import check_base, check_factors, check_slices
 from compress.pipelines.verify_chain import check_evaluation, check_inputs, check_original
 from compress.pipelines.verify_files import HEADERS, check_files, check_record, check_tensors
-from compress.pipelines.verify_model import check_shapes, check_sizes, check_structure
+from compress.pipelines.verify_model import check_masks, check_shapes, check_sizes, check_structure
 from compress.pipelines.verify_quantized import check_allocation, check_errors, check_stored_bits
 from compress.pipelines.verify_target import Chain, Finding, Target, read_chain, read_stage
 from compress.pipelines.workspace import MODEL_VERBS
 from compress.progress import Progress
+from compress.prune.weight_masks import FILE_NAME as MASKS
 from compress.quantize.checkpoint import QUANT_METHOD, MatrixRecord, read_lq_config
 from compress.structure import FILE_NAME
 
@@ -166,6 +167,8 @@ def _check_model(target: Target, progress: Progress) -> Iterator[Finding]:
         yield from check_sizes(target, checkpoint, arch, matrices)
     if (target.stage is not None and target.stage.verb == "prune") or (target.path / FILE_NAME).is_file():
         yield from check_structure(target, arch)
+    if (target.path / MASKS).is_file():
+        yield from check_masks(target, checkpoint, arch)
     if any(finding.result == "differs" for finding in shapes):
         yield target.not_checked("values", "the stored tensors are not those of config.json")
     elif matrices:

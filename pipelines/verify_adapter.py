@@ -15,6 +15,7 @@ from compress.adapters.factors import difference_factors, squared_norm
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.model_input import HUB_NAME
+from compress.pipelines.small_files import public_name
 from compress.pipelines.verify_target import Finding, Target, Value
 from compress.progress import Progress
 from compress.structure import FILE_NAME, StructureMap, kept_columns, kept_rows
@@ -80,7 +81,8 @@ def check_base(target: Target, adapter: AdapterFile) -> Iterator[Finding]:
         onto = stage.record["config"].get("onto") or original
         expected, recorded = HUB_NAME.get(onto, onto), target.metrics.get("onto")
     else:
-        expected, recorded = original if before is None else before.path.name, target.metrics.get("base")
+        expected = public_name(original) if before is None else before.path.name
+        recorded = target.metrics.get("base")
     values = [
         Value(what="base in adapter_config.json", recorded=expected, found=named),
         Value(what="base in the metrics", recorded=recorded, found=expected),
@@ -94,17 +96,20 @@ def check_slices(target: Target, adapter: AdapterFile, progress: Progress) -> It
     One that was compressed to a lower rank is compared by the norm of the difference that the stage recorded.
     """
     chain = target.chain
-    trained = None if chain is None else chain.find("train")
+    elsewhere = target.stage is not None and target.stage.record["config"].get("adapter")
+    trained = None if chain is None or elsewhere else chain.find("train")
     if chain is None or trained is None:
         yield target.not_checked("slices", "the trained adapter is not here")
         return
     small = chain.model_before(trained.path.name)
     base = chain.original if small is None else small.path
     pruned = chain.find("prune")
+    source = chain.original if pruned is None else pruned.path
     if base is None:
         yield target.not_checked("slices", "the model that the adapter was trained on is not here")
         return
-    places = _places(checkpoint_architecture(Checkpoint(base)), None if pruned is None else pruned.path)
+    kept = source if source is not None and (source / FILE_NAME).is_file() else None
+    places = _places(checkpoint_architecture(Checkpoint(base)), kept)
     faults: list[str] = []
     square = lost = 0.0
     with AdapterFile(trained.path) as start:

@@ -8,10 +8,11 @@ from pathlib import Path
 from compress.evaluate.memory import file_bytes
 from compress.model.checkpoint import Checkpoint
 from compress.pipelines.verify_target import Chain, Finding, Target, Value
-from compress.pipelines.workspace import Stage
+from compress.pipelines.workspace import MODEL_VERBS, Stage
 
 EVALUATED = {
     "pruned": "prune",
+    "aligned": "align",
     "quantized": "quantize",
     "small + adapter": "train",
     "full + recovered": "recover",
@@ -64,14 +65,14 @@ def _expected(chain: Chain, target: Target, stage: Stage) -> dict[str, str]:
         stages = {row: chain.find(verb) for row, verb in EVALUATED.items()}
         return {"original": original} | {row: found.id for row, found in stages.items() if found is not None}
     if stage.verb == "recover":
-        trained = chain.find("train")
+        trained = None if stage.record["config"].get("adapter") else chain.find("train")
         # what --onto names must have been the original's weights, unless nothing was pruned
         full = (
             {} if stage.record["config"].get("onto") and chain.find("prune") is None else {"full": original}
         )
         return full | ({"adapter": trained.id} if trained is not None else {})
     before = chain.model_before(target.path.name)
-    return {"model": original if before is None else before.id}
+    return {"model": original if before is None else before.id, "teacher": original}
 
 
 def check_evaluation(target: Target) -> Iterator[Finding]:
@@ -102,8 +103,11 @@ def _folders(chain: Chain, row: str) -> list[Path] | None:
     if row == "original":
         return None if chain.original is None else [chain.original]
     stage = chain.find(EVALUATED.get(row, ""))
-    if stage is None or stage.verb in ("prune", "quantize"):
+    if stage is None or stage.verb in MODEL_VERBS:
         return None if stage is None else [stage.path]
     small = chain.model_before(stage.path.name) if stage.verb == "train" else None
     base = chain.original if small is None else small.path
+    onto = stage.record["config"].get("onto")
+    if onto is not None:
+        base = Path(str(onto)) if Path(str(onto)).is_dir() else None
     return None if base is None else [base, stage.path]

@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from compress.model.architecture import Architecture, expected_shapes
+from compress.model.base_record import FILE_NAME as BASE
+from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.model.config import build_config, meta_shapes
+from compress.model.config import build_config, meta_shapes, quantization_method
 from compress.model.layout import Shapes
 from compress.model.uneven import plain_config
 from compress.pipelines.verify_target import Finding, Target, Value
+from compress.prune.weight_masks import FILE_NAME as MASKS
+from compress.prune.weight_masks import WeightMasks
 from compress.quantize.checkpoint import MatrixRecord
 from compress.structure import FILE_NAME, StructureMap
 
@@ -110,14 +114,29 @@ def check_structure(target: Target, arch: Architecture) -> Iterator[Finding]:
         CompressError: The file is missing or broken.
     """
     structure = StructureMap.load(target.path / FILE_NAME)
-    if target.source is not None:
-        structure.check_matches(checkpoint_architecture(Checkpoint(target.source)))
-    inputs = {} if target.stage is None else target.stage.record["inputs"]
+    cut = target.stage is not None and target.stage.verb == "prune"
+    base: str | None = None
+    if target.stage is not None and cut:
+        base = target.stage.record["inputs"].get("model")
+        if target.source is not None:
+            structure.check_matches(checkpoint_architecture(Checkpoint(target.source)))
+    elif target.source is not None and (target.source / FILE_NAME).is_file():
+        before = StructureMap.load(target.source / FILE_NAME)
+        base = before.base_fingerprint
+        if structure.layers != before.layers:
+            yield target.differs(
+                "structure", "it keeps other groups or channels than the model it was made of"
+            )
+    if (target.path / BASE).is_file():
+        record = BaseRecord.load(target.path / BASE)
+        base = record.fingerprint if base is None else base
+        if record.fingerprint != structure.base_fingerprint:
+            yield target.differs("structure", f"{BASE} is of another model than {FILE_NAME}")
     kept, shapes = target.metrics.get("kept", {}), structure.shapes
     values = [
         Value(what="layers in config.json", recorded=arch.layers, found=len(structure.layers)),
         Value(what="head width in config.json", recorded=arch.head_dim, found=structure.head_dim),
-        Value(what="base_fingerprint", recorded=inputs.get("model"), found=structure.base_fingerprint),
+        Value(what="base_fingerprint", recorded=base, found=structure.base_fingerprint),
         Value(
             what="kept KV groups",
             recorded=kept.get("kv_groups"),
@@ -144,6 +163,36 @@ def check_structure(target: Target, arch: Architecture) -> Iterator[Finding]:
     ]
     summary = f"{len(shapes)} layers of the sizes in config.json, indices as recorded"
     yield from target.compare("structure", values, summary)
+
+
+def check_masks(target: Target, checkpoint: Checkpoint, arch: Architecture) -> Iterator[Finding]:
+    """``masks.safetensors``: as many weights as recorded, every one of them zero unless the model is quantized.
+
+    Raises:
+        CompressError: The file is broken.
+    """
+    masks = WeightMasks.load(target.path / MASKS)
+    turned = {
+        arch.module_name(layer, spec): spec.transposed
+        for layer in range(arch.layers)
+        for spec in arch.linears_at(layer)
+    }
+    dense = quantization_method(checkpoint.config) is None
+    faults = 0
+    for module in masks.packed:
+        mask, name = masks.mask(module), f"{module}.weight"
+        if mask is not None and dense and name in checkpoint:
+            weight = checkpoint.read(name)
+            faults += int(((weight.T if turned.get(module) else weight)[~mask] != 0).sum())
+    if faults:
+        yield target.differs("masks", f"{faults} weights that were removed are not zero")
+        return
+    removed = target.metrics.get("masked_weights")
+    values = [Value(what="masked_weights", recorded=removed, found=masks.removed)]
+    if removed is None:
+        yield target.ok("masks", f"{masks.removed} weights removed, {masks.pattern}")
+    else:
+        yield from target.compare("masks", values, f"{masks.removed} weights are zero, {masks.pattern}")
 
 
 def _sizes(arch: Architecture) -> tuple[int, int, int]:

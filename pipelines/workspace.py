@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from compress.errors import CompressError, UsageError
 
 FORMAT_VERSION = 1
-MODEL_VERBS = ("prune", "quantize")
+MODEL_VERBS = ("prune", "align", "quantize")
 """Verbs whose artifact is a model that the next verb takes as its input."""
 MEASUREMENTS = ("eval",)
 """Verbs that only measure: a newer one replaces the older without being asked to."""

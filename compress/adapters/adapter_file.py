@@ -17,12 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.structure import StructureMap
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 INITIAL_FILE = "initial_factors.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before every module name."""
+
+BASE_KEY, STRUCTURE_KEY = "compress_base_fingerprint", "compress_structure"
+"""Metadata of the weight file: the fingerprint of the full model behind the small one, and what the small one keeps."""
 
 _KINDS = (
     "lora_A.weight",
@@ -107,6 +111,7 @@ class AdapterFile:
                 raise CompressError(f"The adapter {path} is not supported: {reason}.", "Train a plain LoRA.")
         self._weights = _open(weights_path)
         self.names: tuple[str, ...] = tuple(self._weights.keys())
+        self.metadata: dict[str, str] = self._weights.metadata() or {}
         initial = path / INITIAL_FILE
         self._initial = _open(initial) if initial.is_file() else None
         self._initial_names = frozenset() if self._initial is None else frozenset(self._initial.keys())
@@ -135,7 +140,14 @@ class AdapterFile:
         return tensor
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """(A [r, in], B [out, r]) of ``module``, in their stored dtype."""
+        """(A [r, in], B [out, r]) of ``module``, in their stored dtype.
+
+        Raises:
+            CompressError: B is missing.
+        """
+        needed = f"{PREFIX}{module}.lora_B.weight"
+        if needed not in self.names:
+            raise CompressError(f"The adapter {self.path} has no {needed}.", "Save the adapter again.")
         return self.read(f"{PREFIX}{module}.lora_A.weight"), self.read(f"{PREFIX}{module}.lora_B.weight")
 
     def initial_factors(self, module: str) -> tuple[Tensor, Tensor] | None:
@@ -171,6 +183,11 @@ class AdapterFile:
         )
 
 
+def origin(structure: StructureMap) -> dict[str, str]:
+    """Metadata of an adapter that was trained on a model with this structure."""
+    return {BASE_KEY: structure.base_fingerprint, STRUCTURE_KEY: structure.digest()}
+
+
 def scaling_entries(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
     """The adapter_config entries that give every module its rank and alpha.
 
@@ -192,20 +209,24 @@ def write_adapter(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     initial: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write an adapter folder that stock PEFT loads; returns ``out``. Sets become sorted lists."""
+    """Write an adapter folder that stock PEFT loads; returns ``out``. Sets become sorted lists.
+
+    ``metadata`` goes into the header of the weight file, which PEFT does not look at.
+    """
     out.mkdir(parents=True, exist_ok=True)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (out / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _save(tensors, out / WEIGHTS_FILE)
+    _save(tensors, out / WEIGHTS_FILE, metadata or {})
     if initial:
-        _save(initial, out / INITIAL_FILE)
+        _save(initial, out / INITIAL_FILE, {})
     return out
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(ready, str(path), metadata={"format": "pt"})
+    save_file(ready, str(path), metadata={"format": "pt", **metadata})
 
 
 def _open(path: Path) -> Any:

@@ -29,6 +29,7 @@ class FitConfig:
         precision: Compute dtype. "auto": bfloat16 when the base has it or the device computes it natively,
             else float32. Trained parameters keep their own dtype.
         save_every: Steps between two saved states.
+        optimizer: "adamw", or "galore": AdamW whose moments of a matrix live in a subspace of its gradients.
     """
 
     steps: int
@@ -42,6 +43,7 @@ class FitConfig:
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     save_every: int = 50
+    optimizer: Literal["adamw", "galore"] = "adamw"
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("micro_batch", 1), ("accumulation", 1), ("save_every", 1)):

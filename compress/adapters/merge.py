@@ -23,7 +23,8 @@ from compress.progress import Progress
 def merge_adapter(full: Checkpoint, adapter: Path, out: Path, *, progress: Progress | None = None) -> Path:
     """Write ``W + scaling * B A`` for every adapted linear of ``full`` as a plain Hugging Face folder.
 
-    One tensor is in memory at a time; sums are taken in float32 and rounded once to the stored dtype.
+    One tensor is in memory at a time; sums are taken in float32 and rounded once to the stored dtype. An adapter on
+    an output matrix that is tied to the embedding makes it a matrix of its own.
 
     Args:
         full: The model the adapter belongs to, not quantized.
@@ -39,13 +40,19 @@ def merge_adapter(full: Checkpoint, adapter: Path, out: Path, *, progress: Progr
     arch = checkpoint_architecture(full)
     with AdapterFile(adapter) as file:
         changes = _changes(full, arch, file)
-        with CheckpointWriter(out, config=full.config) as writer:
+        # a changed output matrix cannot be the embedding any more
+        untied = arch.tied and arch.lm_head in changes and arch.lm_head not in full.names
+        config = {**full.config, "tie_word_embeddings": False} if untied else full.config
+        with CheckpointWriter(out, config=config) as writer:
             for index, name in enumerate(full.names):
                 weight = full.read(name)
                 if name in changes:
                     transposed = file.transposed and name not in (arch.lm_head, arch.embedding)
                     weight = _merged(weight, file, changes[name], transposed=transposed)
                 writer.add(name, weight)
+                if untied and name == arch.embedding:
+                    head = _merged(weight, file, changes[arch.lm_head], transposed=False)
+                    writer.add(arch.lm_head, head)
                 if progress is not None:
                     progress(index + 1, len(full.names), name)
     copy_side_files(full.path, out)
@@ -65,12 +72,13 @@ def _changes(full: Checkpoint, arch: Architecture, file: AdapterFile) -> dict[st
     for name in file.names:
         module, kind = owner(name)
         target = f"{module}.bias" if kind.endswith("bias") else f"{module}.weight"
-        if arch.tied and target in (arch.embedding, arch.lm_head):
+        tied_head = arch.tied and target == arch.lm_head and kind in ("lora_A.weight", "lora_B.weight")
+        if arch.tied and target in (arch.embedding, arch.lm_head) and not tied_head:
             raise CompressError(
                 f"The adapter changes {module}, which shares its weight with another layer.",
                 "Use the adapter without merging it.",
             )
-        if target not in full.names:
+        if target not in full.names and not tied_head:
             raise CompressError(
                 f"The adapter changes {target}, which the model has not got.",
                 "Give the model that adapter_config.json names as its base.",

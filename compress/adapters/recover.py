@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import (
+    BASE_KEY,
     PREFIX,
+    STRUCTURE_KEY,
     AdapterFile,
     Scaling,
     owner,
@@ -89,6 +92,7 @@ def recover_adapter(
     out: Path,
     *,
     full_name: str,
+    small_base: Checkpoint | None = None,
     compress_rank: int | None = None,
     progress: Progress | None = None,
 ) -> RecoveryReport:
@@ -105,6 +109,9 @@ def recover_adapter(
         full: The full model; gives the shapes of adapted linears outside of the decoder layers.
         out: Folder to write.
         full_name: What ``adapter_config.json`` names as its base (never the pruned model).
+        small_base: The model the adapter was trained on. Whole trained tensors (embeddings, norms, biases of linears
+            that kept their shape) then become the full model's own plus what training changed; without it they
+            are copied, which is right only where the two models have the same.
         compress_rank: Cut deltas of a larger rank back to this one, by QR of both factors and SVD of the
             core.
         progress: Called after each module.
@@ -125,7 +132,8 @@ def recover_adapter(
         # trained on LQ linears it says no, although the full model's own are stored transposed
         transposed = small.transposed or any(spec.transposed for spec in arch_full.linears)
         _check_kind(small, compress_rank)
-        tensors = _copies(small, places)
+        _check_origin(small, structure)
+        tensors = _copies(small, places, full, small_base)
         for module in small.modules:
             place = places.get(module) or _outside(full, arch_full, module, transposed)
             found[module] = _recover_module(small, module, place, compress_rank)
@@ -242,8 +250,25 @@ def _check_kind(small: AdapterFile, compress_rank: int | None) -> None:
         )
 
 
-def _copies(small: AdapterFile, places: Mapping[str, _Place]) -> dict[str, Tensor]:
-    """Everything but the factor pairs of linears: copied where no shape changed, refused elsewhere."""
+def _check_origin(small: AdapterFile, structure: StructureMap) -> None:
+    """Refuse an adapter that says it was trained on another small model; one that says nothing is compared by shape."""
+    base, digest = small.metadata.get(BASE_KEY), small.metadata.get(STRUCTURE_KEY)
+    if base is not None and base != structure.base_fingerprint:
+        raise CompressError(
+            f"The adapter {small.path} was trained on a model cut from another full model.",
+            "Give the adapter and the small model that belong together.",
+        )
+    if digest is not None and digest != structure.digest():
+        raise CompressError(
+            f"The adapter {small.path} was trained on a small model that keeps other groups or channels.",
+            "Give the adapter and the small model that belong together.",
+        )
+
+
+def _copies(
+    small: AdapterFile, places: Mapping[str, _Place], full: Checkpoint, base: Checkpoint | None
+) -> dict[str, Tensor]:
+    """Everything but the factor pairs of linears: carried over where no shape changed, refused elsewhere."""
     copies: dict[str, Tensor] = {}
     for name in small.names:
         module, kind = owner(name)
@@ -256,8 +281,34 @@ def _copies(small: AdapterFile, places: Mapping[str, _Place]) -> dict[str, Tenso
             raise CompressError(
                 f"The {what} of {module} cannot be recovered: {why}.", "Train a plain LoRA on pruned linears."
             )
-        copies[name] = small.read(name)
+        trained = small.read(name)
+        if kind == "lora_magnitude_vector" and base is not None:
+            _check_same(f"{module}.weight", full, base)
+        if kind in ("weight", "bias") and base is not None:
+            trained = _moved(trained, f"{module}.{kind}", full, base)
+        copies[name] = trained
     return copies
+
+
+def _check_same(name: str, full: Checkpoint, base: Checkpoint) -> None:
+    """Refuse the magnitudes of a DoRA on a weight that the small model has changed."""
+    if name not in base or name not in full or not torch.equal(base.read(name), full.read(name)):
+        raise CompressError(
+            f"The DoRA magnitude of {name} cannot be recovered: the small model has another weight than the full one, "
+            "and magnitudes belong to the norms of the weight they were trained on.",
+            "Train a plain LoRA.",
+        )
+
+
+def _moved(trained: Tensor, name: str, full: Checkpoint, base: Checkpoint) -> Tensor:
+    """The full model's tensor plus what training changed in the small one; sums in float32."""
+    there = name in full and name in base and base.dtype(name).is_floating_point
+    if not there or not full.shape(name) == base.shape(name) == tuple(trained.shape):
+        raise CompressError(
+            f"The trained {name} cannot be recovered: the full and the small model do not both have it.",
+            "Train a plain LoRA.",
+        )
+    return (full.read(name).float() + (trained.float() - base.read(name).float())).to(trained.dtype)
 
 
 def _plain_start(scalings: Mapping[str, Scaling]) -> dict[str, Any]:

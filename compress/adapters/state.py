@@ -31,7 +31,8 @@ class FitState:
         step: Optimizer steps done.
         seconds: Time spent so far.
         losses: Loss of every step done, float64 [step].
-        tensors: ``parameter.{name}``, ``exp_avg.{name}``, ``exp_avg_sq.{name}`` and ``hook.{index}.{name}``.
+        tensors: ``parameter.{name}``, ``exp_avg.{name}``, ``exp_avg_sq.{name}``, with GaLore ``projection.{name}``,
+            and ``hook.{index}.{name}``.
         run: What the run is (configuration, data, parameter names): a resumed run must have the same.
         notes: Small values carried along, such as the validation loss before the first step.
     """

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress.adapters.distill import Distillation, DistillationLoss
 from compress.adapters.fit_config import FitConfig, learning_rate, window_order
 from compress.adapters.loss import TokenLoss, trained_tokens
+from compress.adapters.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from compress.adapters.state import FitState, load_state, save_state
 from compress.data.windows import Windows
 from compress.errors import CompressError
@@ -79,7 +80,7 @@ def fit(
     validation: Windows | None = None,
     distillation: Distillation | None = None,
 ) -> FitResult:
-    """Train every parameter of ``model`` that asks for a gradient (the adapters; the base is frozen).
+    """Train every parameter of ``model`` that asks for a gradient: adapters, or what alignment released.
 
     With ``state_dir`` the state is saved every ``config.save_every`` steps, at the end, and on Ctrl-C; the
     same call then goes on from it and ends bit for bit where an uninterrupted run ends. The caller deletes
@@ -182,10 +183,7 @@ class _Run:
             raise CompressError(
                 f"Training was launched in {self.accelerator.num_processes} processes.", "Launch one process."
             )
-        # foreach: hundreds of small factors in a few calls
-        self.optimizer = torch.optim.AdamW(
-            list(trained.values()), lr=config.lr, weight_decay=config.weight_decay, foreach=True
-        )
+        self.optimizer = make_optimizer(model, trained, config)
         self.token_loss = TokenLoss(model)
         objective = self.token_loss if distillation is None else DistillationLoss(model, distillation)
         self.loss, self.prepared = self.accelerator.prepare(objective, self.optimizer)
@@ -233,12 +231,9 @@ class _Run:
         return total / trained_tokens(windows.labels)
 
     def tensors(self, hooks: Sequence[StepHook]) -> dict[str, Tensor]:
-        """Parameters, AdamW moments and the state of the hooks."""
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.trained.items():
-            found[f"parameter.{name}"] = parameter.detach().cpu()
-            for moment, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"{moment}.{name}"] = value.cpu()
+        """Parameters, the optimizer's state and that of the hooks."""
+        found = {f"parameter.{name}": p.detach().cpu() for name, p in self.trained.items()}
+        found |= optimizer_tensors(self.optimizer, self.trained)
         for index, hook in enumerate(hooks):
             if isinstance(hook, StatefulHook):
                 found |= {f"hook.{index}.{name}": value.clone() for name, value in hook.state_dict().items()}
@@ -249,12 +244,7 @@ class _Run:
         for name, parameter in self.trained.items():
             with torch.no_grad():
                 parameter.copy_(state.tensors[f"parameter.{name}"])
-            if f"step.{name}" in state.tensors:
-                self.optimizer.state[parameter] = {
-                    "step": state.tensors[f"step.{name}"],  # AdamW keeps it on the CPU
-                    "exp_avg": state.tensors[f"exp_avg.{name}"].to(parameter.device),
-                    "exp_avg_sq": state.tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-                }
+        restore_optimizer(self.optimizer, self.trained, state.tensors)
         for index, hook in enumerate(hooks):
             if isinstance(hook, StatefulHook):
                 prefix = f"hook.{index}."

@@ -14,6 +14,7 @@ CRITERIA: Registry[type[Any]] = Registry(
         "base",
         "collect",
         "gram_store",
+        "input_norms",
         "modules",
         "moments",
         "output_gradients",

@@ -15,10 +15,15 @@ from compress.errors import CompressError, UsageError
 from compress.importance import CRITERIA
 from compress.importance.base import Criterion, CriterionConfig, GroupScores, Needs
 from compress.importance.modules import WeightRows, lora_factors, weight_rows
-from compress.importance.reduce import Axis, axis_of, chunked_sums, group_scores
+from compress.importance.reduce import Axis, axis_of, chunked_sums, group_scores, row_chunks
+from compress.kernels.calling import serves
+from compress.kernels.importance import importance_sums
 from compress.model.architecture import LinearSpec
 
 Element = Literal["square", "abs"]
+
+NATIVE_CHUNK = 1 << 20
+"""Elements that the C library gets at once; those of another type are converted for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +114,9 @@ def lora_group_sums(
     )
 
     left, right = gradient_factors(a, b, grad_a, grad_b, first_order=first_order)
+    if weight.dtype == torch.float32 and serves(a, b) and weight.device.type == "cpu":
+        left, right = torch.cat([left, scaling * b], dim=1), torch.cat([right, a])
+        return _native_sums(weight, left, right, over, element, chunk_elements)
 
     def importance(chunk: slice) -> torch.Tensor:
         estimate = left[chunk] @ right
@@ -117,6 +125,32 @@ def lora_group_sums(
         return estimate.square_() if element == "square" else estimate.abs_()
 
     return chunked_sums(weight, importance, over=over, chunk_elements=chunk_elements)
+
+
+def _native_sums(
+    weight: WeightRows,
+    left_OR: torch.Tensor,
+    right_RI: torch.Tensor,
+    over: Axis,
+    element: Element,
+    chunk_elements: int | None,
+) -> torch.Tensor:
+    """The sums by the C library, in float64 from chunk to chunk."""
+    rows, columns = weight.shape
+    sums = torch.zeros(rows if over == "rows" else columns, dtype=torch.float64)
+    for chunk in row_chunks(weight, chunk_elements or NATIVE_CHUNK):
+        found = importance_sums(
+            weight.rows(chunk),
+            left_OR[chunk],
+            right_RI,
+            over_columns=over == "columns",
+            square=element == "square",
+        )
+        if over == "rows":
+            sums[chunk] = found
+        else:
+            sums += found
+    return sums.to(weight.dtype)
 
 
 def moving_average(past: GroupScores | None, new: GroupScores, momentum: float) -> GroupScores:

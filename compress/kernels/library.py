@@ -21,7 +21,7 @@ LEVELS = ("scalar", "avx2", "avx512")
 """Instruction-set levels by their number in the library, each a superset of the one before."""
 VARIABLE = "COMPRESS_KERNELS"
 
-_ABI = 1
+_ABI = 2
 _FILE = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, architecture_of, expected_shapes
+from compress.model.base_record import TensorDigest, fingerprint_of
 from compress.model.config import quantization_method, refuse_quantized
 from compress.model.tensor_file import DTYPE_NAMES, TensorEntry, read_header
 from compress.model.writer import CheckpointWriter
@@ -68,7 +70,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_config(self.path)
         self._entries = _read_entries(self.path)
         self.names: tuple[str, ...] = tuple(self._entries)
-        self._fingerprint: str | None = None
+        self._digests: Mapping[str, TensorDigest] | None = None
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self._entries.get(name)
@@ -108,22 +110,27 @@ class Checkpoint:
         """Bytes of all tensors, headers not counted."""
         return sum(entry.nbytes for entry in self._entries.values())
 
-    def fingerprint(self) -> str:
-        """SHA-256 over name, dtype, shape and content digest of every tensor, sorted by name; cached.
-
-        It does not depend on sharding, and reads every weight once.
-        """
-        if self._fingerprint is None:
-            total = hashlib.sha256()
+    def digests(self) -> Mapping[str, TensorDigest]:
+        """What every tensor is, by name in alphabetical order; cached. Reads every weight once."""
+        if self._digests is None:
+            found = {}
             for name in sorted(self._entries):
                 entry = self._entries[name]
                 content = hashlib.sha256()
                 for piece in entry.chunks():
                     content.update(piece)
-                line = [name, DTYPE_NAMES[entry.dtype], list(entry.shape), content.hexdigest()]
-                total.update(json.dumps(line).encode() + b"\n")
-            self._fingerprint = total.hexdigest()
-        return self._fingerprint
+                found[name] = TensorDigest(
+                    dtype=DTYPE_NAMES[entry.dtype], shape=entry.shape, sha256=content.hexdigest()
+                )
+            self._digests = found
+        return self._digests
+
+    def fingerprint(self) -> str:
+        """SHA-256 over name, dtype, shape and content digest of every tensor, sorted by name; cached.
+
+        It does not depend on sharding, and reads every weight once.
+        """
+        return fingerprint_of(self.digests())
 
 
 def checkpoint_architecture(checkpoint: Checkpoint) -> Architecture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, LinearSpec
+
+_STRIPE = 384
+"""Rows of a Gram matrix that are computed at once, from the diagonal on."""
 
 
 class LayerWalk:
@@ -35,15 +38,18 @@ class LayerWalk:
                 "Give a longer text.",
             )
         device = next(model.parameters()).device
-        self.layers = [
-            model.get_submodule(arch.layer_prefix.format(layer=i).rstrip(".")) for i in range(arch.layers)
-        ]
-        self._calls, self._hidden = _first_inputs(model, self.layers, ids_NS[:count].to(device).split(batch))
+        paths = [arch.layer_prefix.format(layer=i).rstrip(".") for i in range(arch.layers)]
+        self.layers = [model.get_submodule(path) for path in paths]
+        self._calls, self._hidden = _first_inputs(model, paths, ids_NS[:count].to(device).split(batch))
 
     def look(self, index: int) -> None:
-        """Run layer ``index`` on the present states and forget what it gives; for the hooks' sake."""
+        """Run layer ``index`` on the present states and forget what it gives; for the hooks' sake.
+
+        Of each run only as much is done as the hooks of :func:`gathered_grams` ask for.
+        """
         for states in self._hidden:
-            run_layer(self.layers[index], states, self._calls[index])
+            with suppress(_EnoughSeen):
+                run_layer(self.layers[index], states, self._calls[index])
 
     def advance(self, index: int) -> None:
         """Replace the states by what layer ``index`` makes of them."""
@@ -53,24 +59,35 @@ class LayerWalk:
 
 @contextmanager
 def gathered_grams(
-    layer: nn.Module, columns: Mapping[LinearSpec, Tensor | None]
+    layer: nn.Module, columns: Mapping[LinearSpec, Tensor | None], *, only: bool = False
 ) -> Iterator[dict[LinearSpec, Tensor]]:
     """Sum ``X X_kept^T`` [C, K] of the inputs of a layer's linears over all runs of the layer.
 
-    Products are taken in float32, sums in float64.
+    Products are taken in float32, sums in float64. What is symmetric is complete when the block ends.
 
     Args:
         layer: A decoder layer.
         columns: Linear -> the columns to keep, int64 [K]; None keeps all.
+        only: End each run (of :meth:`LayerWalk.look`) as soon as every linear of ``columns`` has been fed.
     """
     grams: dict[LinearSpec, Tensor] = {}
+    fed: set[LinearSpec] = set()
 
     def hook(spec: LinearSpec) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
             x_TC = args[0].flatten(0, -2).float()
             kept = columns[spec]
-            part = (x_TC.T @ (x_TC if kept is None else x_TC.index_select(1, kept))).double()
-            grams[spec] = grams[spec] + part if spec in grams else part
+            if spec not in grams:
+                shape = (x_TC.shape[1], x_TC.shape[1] if kept is None else len(kept))
+                grams[spec] = torch.zeros(shape, dtype=torch.float64, device=x_TC.device)
+            if kept is None:
+                _add_upper_gram(x_TC, grams[spec])
+            else:
+                grams[spec] += x_TC.T @ x_TC.index_select(1, kept)
+            fed.add(spec)
+            if only and len(fed) == len(columns):
+                fed.clear()
+                raise _EnoughSeen
 
         return add
 
@@ -80,6 +97,16 @@ def gathered_grams(
     finally:
         for handle in handles:
             handle.remove()
+        for spec, gram in grams.items():
+            if columns[spec] is None:
+                gram.copy_(gram.triu() + gram.triu(1).T)
+
+
+def _add_upper_gram(x_TC: Tensor, gram_CC: Tensor) -> None:
+    """Add ``X^T X`` to the upper triangle; of the lower one, to some more."""
+    for start in range(0, x_TC.shape[1], _STRIPE):
+        stop = start + _STRIPE
+        gram_CC[start:stop, start:] += x_TC[:, start:stop].T @ x_TC[:, start:]
 
 
 @dataclass(slots=True)
@@ -122,36 +149,61 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: Mapping[str, Any]) -> Tens
 
 
 def _first_inputs(
-    model: nn.Module, layers: list[nn.Module], batches: tuple[Tensor, ...]
+    model: nn.Module, paths: list[str], batches: tuple[Tensor, ...]
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """Keyword arguments of every layer's call, and the first layer's hidden states for each batch."""
-    calls: list[dict[str, Any]] = [{} for _ in layers]
-    hidden: list[Tensor] = []
-
-    def remember(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            if index == 0:
-                hidden.append(args[0] if args else kwargs["hidden_states"])
-                if len(hidden) > 1:
-                    raise _FirstLayerReached
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(remember(index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
+    notes = _Notes(calls=[{} for _ in paths])
+    layers = [model.get_submodule(path) for path in paths]
     try:
-        model(batches[0], use_cache=False)
-        for ids in batches[1:]:
-            with suppress(_FirstLayerReached):
+        for index, layer in enumerate(layers):
+            _put(model, paths[index], _StandIn(layer, index, notes))
+        for ids in batches:
+            with suppress(_EnoughSeen):
                 model(ids, use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
-    return calls, hidden
+        for path, layer in zip(paths, layers, strict=True):
+            _put(model, path, layer)
+    return notes.calls, notes.hidden
 
 
-class _FirstLayerReached(Exception):
-    """Ends a forward pass of which only the first layer's input is wanted."""
+@dataclass(slots=True)
+class _Notes:
+    """What stand-ins have seen: keyword arguments by layer, first hidden states by batch, the first layer's output."""
+
+    calls: list[dict[str, Any]]
+    hidden: list[Tensor] = field(default_factory=list)
+    output: Any = None
+
+
+class _StandIn(nn.Module):
+    """Takes a layer's place and notes how it is called.
+
+    Only the first layer computes, once; what it gives passes all the others, and the last one ends the run.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, notes: _Notes) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, index=index, notes=notes)  # no submodule: its weights have a place
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)  # models ask their layers for the kind of attention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        notes: _Notes = self.notes
+        notes.calls[self.index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if self.index == 0:
+            notes.hidden.append(args[0] if args else kwargs["hidden_states"])
+        if self.index == len(notes.calls) - 1 or len(notes.hidden) > 1:
+            raise _EnoughSeen
+        if self.index == 0:
+            notes.output = self.layer(*args, **kwargs)
+        return notes.output
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+class _EnoughSeen(Exception):
+    """Ends a forward pass of which no more is wanted."""

@@ -82,6 +82,26 @@ def resolve(model: str | None, *, cache: Path | None = None, progress: Progress 
     )
 
 
+def resolve_config(model: str | None, *, cache: Path | None = None) -> dict[str, Any]:
+    """The content of a model's config.json; of a hub model nothing else is downloaded.
+
+    Args:
+        model: As for ``resolve``.
+        cache: As for ``resolve``.
+
+    Raises:
+        CompressError: As ``resolve``.
+    """
+    if (
+        model is None
+        or model == EMBEDDED
+        or Path(model).expanduser().exists()
+        or not _HUB_ID.fullmatch(model)
+    ):
+        return read_config(resolve(model, cache=cache))
+    return read_config(_hub_folder(model, ["config.json"]))
+
+
 def embedded_gguf() -> Path | None:
     """The GGUF file of the embedded model's package, or None when it is not installed; imports nothing."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
@@ -102,8 +122,17 @@ def _embedded_from_hub() -> Path:
 
 def _from_hub(name: str) -> Path:
     patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
+    folder = _hub_folder(name, patterns)
+    if not any(folder.glob("*.safetensors")):
+        raise CompressError(
+            f"The hub model {name!r} has no safetensors weights.", "Choose a revision or model that has them."
+        )
+    return folder
+
+
+def _hub_folder(name: str, patterns: list[str]) -> Path:
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CompressError(
             f"The hub model {name!r} is gated.",
@@ -118,11 +147,6 @@ def _from_hub(name: str) -> Path:
             f"{name!r} is no local folder, and the hub cannot be reached.",
             "Check the path, or try again with a network (and without HF_HUB_OFFLINE).",
         ) from error
-    if not any(folder.glob("*.safetensors")):
-        raise CompressError(
-            f"The hub model {name!r} has no safetensors weights.", "Choose a revision or model that has them."
-        )
-    return folder
 
 
 def load_model(

@@ -26,6 +26,23 @@ from compress.structure import LayerShape
 RatioOf = Literal["model", "layers"]
 
 
+def pruned_layers(layers: int, skip_first: int | None, skip_last: int) -> range:
+    """The layers that are pruned when the first and last ones stay whole (None: the first tenth of them).
+
+    Raises:
+        UsageError: None is left, or a number is negative.
+    """
+    first = layers // 10 if skip_first is None else skip_first
+    pruned = range(first, layers - skip_last)
+    if min(first, skip_last) < 0 or not pruned:
+        raise UsageError(
+            f"With the first {first} and the last {skip_last} of {layers} layers left whole, "
+            "no layer can be pruned.",
+            "Skip fewer layers, and no negative number of them.",
+        )
+    return pruned
+
+
 def local_shapes(
     arch: Architecture,
     ratio: float,
@@ -63,14 +80,8 @@ def local_shapes(
     check_ratio(ratio)
     if ratio_of not in get_args(RatioOf):
         raise UsageError(f"A ratio of {ratio_of!r} is not known.", "Choose model or layers.")
-    first = arch.layers // 10 if skip_first is None else skip_first
-    pruned = range(first, arch.layers - skip_last)
-    if min(first, skip_last) < 0 or not pruned:
-        raise UsageError(
-            f"With the first {first} and the last {skip_last} of {arch.layers} layers left whole, "
-            "no layer can be pruned.",
-            "Skip fewer layers, and no negative number of them.",
-        )
+    pruned = pruned_layers(arch.layers, skip_first, skip_last)
+    first = pruned.start
     choices = choices_of(arch, targets=targets, multiple=multiple, head_unit=head_unit)
     part = len(pruned) / arch.layers if ratio_of == "model" else 1.0
     reach = choices.reach()

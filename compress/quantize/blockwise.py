@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from compress.errors import CompressError, UsageError
+from compress.kernels import blocks as native
+from compress.kernels.calling import serves
 from compress.kernels.dispatch import backend
 from compress.kernels.reference import Grid, PackedMatrix
 from compress.quantize.codebook import fitted_grid
@@ -80,10 +82,13 @@ def _checked(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _codes(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, Scales, Grid]:
-    """Codes [O * N, B], not packed, scales and table of a matrix."""
-    blocks = row_blocks(_checked(weight), config.block_size)
-    ranges = blocks.abs().amax(1)
+def _scaled(weight: torch.Tensor, config: QuantConfig) -> tuple[Scales, Grid]:
+    """First-level scales and table of a matrix."""
+    wide = _checked(weight).detach().float()
+    if serves(weight):
+        ranges = native.block_maxima(wide, config.block_size).view(-1)
+    else:
+        ranges = row_blocks(wide, config.block_size).abs().amax(1)
     if not bool(ranges.isfinite().all()):
         raise CompressError(
             "The matrix to be quantized holds a value that is not finite.",
@@ -91,10 +96,10 @@ def _codes(weight: torch.Tensor, config: QuantConfig) -> tuple[torch.Tensor, Sca
         )
     grid = normal_float_grid(config.bits, weight.device)
     if config.codebook == "learned":
-        grid, factor = fitted_grid(blocks, ranges, torch.ones_like(blocks[:1, :1]), grid)
+        blocks = row_blocks(wide, config.block_size)
+        grid, factor = fitted_grid(blocks, ranges, torch.ones_like(blocks[:1]), grid)
         ranges = factor * ranges
-    scales = compress_scales(ranges, config)
-    return backend().quantize_blocks(blocks, scales.values(config), grid), scales, grid
+    return compress_scales(ranges, config), grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,19 +170,7 @@ class QuantizedTensor:
         Returns:
             float32 [..., I].
         """
-        config, count = self.config, self.config.blocks(self.shape)
-        per_row = count // self.shape[0]
-        block = index[..., None] * per_row + torch.arange(per_row, device=index.device)
-        steps = self.scale_max.float() / (2**config.scale_bits - 1)
-        scales = (
-            unpack_at(self.scale_codes, config.scale_bits, count, block) * steps[block // config.group_size]
-        )
-        scales += self.offset
-        table = self.lookup_table()
-        at = block[..., None] * config.block_size + torch.arange(config.block_size, device=index.device)
-        codes = unpack_at(self.codes, config.bits, count * config.block_size, at)
-        values: torch.Tensor = table[codes.to(torch.int32)] * scales[..., None]
-        return values.flatten(-2)[..., : self.shape[1]]
+        return picked_rows(self, index, index)
 
     def lookup_table(self) -> torch.Tensor:
         """The table that codes point into, float32 [2 ** bits]."""
@@ -188,6 +181,28 @@ class QuantizedTensor:
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of the weights, [stop - start, I]."""
         return backend().dequantize(self.packed(), dtype, start, stop)
+
+
+def picked_rows(part: QuantizedTensor, local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a matrix of which only some lie in ``part``, float32 [..., I].
+
+    Args:
+        part: Codes and scale codes of those that are there; all second-level scales of the whole matrix.
+        local: Where the wanted rows lie in ``part``, int64 [...].
+        index: Their numbers in the whole matrix, which say the second-level scales.
+    """
+    config, count = part.config, part.config.blocks(part.shape)
+    per_row = count // part.shape[0]
+    across = torch.arange(per_row, device=index.device)
+    block = local[..., None] * per_row + across
+    group = (index[..., None] * per_row + across) // config.group_size
+    steps = part.scale_max.float() / (2**config.scale_bits - 1)
+    scales = unpack_at(part.scale_codes, config.scale_bits, count, block) * steps[group]
+    scales += part.offset
+    at = block[..., None] * config.block_size + torch.arange(config.block_size, device=index.device)
+    codes = unpack_at(part.codes, config.bits, count * config.block_size, at)
+    values: torch.Tensor = part.lookup_table()[codes.to(torch.int32)] * scales[..., None]
+    return values.flatten(-2)[..., : part.shape[1]]
 
 
 def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTensor:
@@ -204,7 +219,17 @@ def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTe
         UsageError: The tensor is not a floating-point matrix or is empty.
         CompressError: A weight is not finite.
     """
-    return stored(*_codes(weight, config), (weight.shape[0], weight.shape[1]), config)
+    scales, grid = _scaled(weight, config)
+    shape, values = (weight.shape[0], weight.shape[1]), scales.values(config)
+    if serves(weight):
+        by_row = values.view(shape[0], -1)
+        packed = native.packed_codes(
+            weight.detach().float(), by_row, config.block_size, grid.table, config.bits
+        )
+    else:
+        blocks = row_blocks(weight, config.block_size)
+        packed = pack(backend("torch").quantize_blocks(blocks, values, grid), config.bits)
+    return _stored(packed, scales, grid, shape, config)
 
 
 def stored(
@@ -219,10 +244,16 @@ def stored(
         shape: (O, I).
         config: How it was quantized.
     """
+    return _stored(pack(codes, config.bits), scales, grid, shape, config)
+
+
+def _stored(
+    packed: torch.Tensor, scales: Scales, grid: Grid, shape: tuple[int, int], config: QuantConfig
+) -> QuantizedTensor:
     return QuantizedTensor(
         shape=shape,
         config=config,
-        codes=pack(codes, config.bits),
+        codes=packed,
         scale_codes=pack(scales.codes, config.scale_bits),
         scale_max=scales.maxima,
         offset=scales.offset,
@@ -232,8 +263,13 @@ def stored(
 
 def quantize_dequantize(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
     """``quantize_blockwise(weight, config).dequantize()`` bit for bit, without packing; float32 [O, I]."""
-    codes, scales, grid = _codes(weight, config)
+    scales, grid = _scaled(weight, config)
+    rows, columns = weight.shape
+    spread = scales.values(config)
+    if serves(weight):
+        by_row = spread.view(rows, -1)
+        return native.rounded_values(weight.detach().float(), by_row, config.block_size, grid.table)
+    codes = backend("torch").quantize_blocks(row_blocks(weight, config.block_size), spread, grid)
     values = grid.table.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
-    values *= scales.values(config)[:, None]
-    columns = weight.shape[1]
-    return values.view(weight.shape[0], -1)[:, :columns].contiguous()
+    values *= spread[:, None]
+    return values.view(rows, -1)[:, :columns].contiguous()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.kernels import rounding as native
+from compress.kernels.calling import serves
 from compress.kernels.reference import Grid, round_to_grid
 
 PANEL = 64
@@ -38,6 +40,24 @@ def improve_codes(
         gram_II: H, float32, damped: its diagonal is above zero.
         passes: Over all columns.
     """
+    if not serves(wide_OI):
+        return codes_by_torch(wide_OI, codes_OI, scales_NO, block_size, grid, gram_II, passes=passes)
+    return native.improve_codes(
+        wide_OI, codes_OI, scales_NO.T, block_size, grid.table, gram_II, passes=passes
+    )
+
+
+def codes_by_torch(
+    wide_OI: Tensor,
+    codes_OI: Tensor,
+    scales_NO: Tensor,
+    block_size: int,
+    grid: Grid,
+    gram_II: Tensor,
+    *,
+    passes: int,
+) -> Tensor:
+    """:func:`improve_codes` on any device."""
     value_IO = _values(codes_OI, scales_NO, block_size, grid)
     codes_IO = codes_OI.T.contiguous()
     divisor_NO = torch.where(scales_NO > 0, scales_NO, torch.inf)
@@ -68,6 +88,15 @@ def improve_scales(
 
     Never negative: a block whose best scale would be is given zero. Arguments as :func:`improve_codes`.
     """
+    if not serves(wide_OI):
+        return scales_by_torch(wide_OI, codes_OI, scales_NO, block_size, grid, gram_II)
+    return native.improve_scales(wide_OI, codes_OI, scales_NO.T, block_size, grid.table, gram_II).T
+
+
+def scales_by_torch(
+    wide_OI: Tensor, codes_OI: Tensor, scales_NO: Tensor, block_size: int, grid: Grid, gram_II: Tensor
+) -> Tensor:
+    """:func:`improve_scales` on any device."""
     unit_IO = grid.table.index_select(0, codes_OI.T.reshape(-1).to(torch.int32)).view(codes_OI.T.shape)
     scales_NO = scales_NO.clone()
     value_IO = unit_IO * scales_NO.repeat_interleave(block_size, dim=0)[: len(unit_IO)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from compress.errors import CompressError
 from compress.quantize.checkpoint import MatrixRecord
 from compress.quantize.linear import LQLinear
+from compress.quantize.native_form import rows_of_tiles
 
 _SCALE_NAME = "scalar_embed_scale"
 """Where transformers' scaled embeddings (Gemma 3) keep the number they multiply with."""
@@ -32,9 +33,6 @@ class LQEmbedding(LQLinear):
     Raises:
         CompressError: The record has factors.
     """
-
-    codes_held_once: ClassVar[bool] = False
-    """Rows are looked up in the stored codes; a tied output layer makes the kernels' copy of them."""
 
     def __init__(
         self,
@@ -68,12 +66,26 @@ class LQEmbedding(LQLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows [..., D] for ids [...]."""
         like = self.get_buffer("like")
-        rows = self.quantized().rows(input).to(like.dtype)
+        rows = self._rows(input).to(like.dtype)
         return rows if self.multiplier is None else rows * torch.tensor(self.multiplier).to(rows)
+
+    def _rows(self, index: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype == torch.uint8:
+            return self.quantized().rows(index)
+        # A tied output layer has let the kernels have the codes: giving them all back for a few rows would be slow.
+        return rows_of_tiles(self.tiled(), self.record.config, self.get_buffer("weight_scale_max"), index)
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` [..., D] times the matrix, [..., V]: what a tied output layer gives."""
         return super().forward(hidden)
+
+    def hold_stored_form(self) -> None:
+        """Hold the codes as a checkpoint has them, until the kernels ask again."""
+        self._hold_plain()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.hold_stored_form()  # so that a tied output layer's entry is the same tensor
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LQEmbedding:
         # Unlike the stored tensors this one follows casts: it says what type the model computes in.
@@ -101,6 +113,10 @@ class LQTiedHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] for hidden states [..., D]."""
         return self.owner.product(hidden)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.owner.hold_stored_form()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [V, D] this layer multiplies with."""

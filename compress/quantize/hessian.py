@@ -1,10 +1,10 @@
 """The Hessian objective: rounding errors weighed by what a matrix's real inputs make of them (METHODS §3.4).
 
 The squared output error of a matrix, ``||(W - W') X||^2``, is ``tr(E H E^T)`` with ``H = X X^T``. Factored as
-``H = L L^T`` it is the plain squared norm of ``E L``, and rounding column after column with error feedback leaves
+``H = M M^T`` it is the plain squared norm of ``E M``, and rounding column after column with error feedback leaves
 about ``sum_j d_j ||e_j||^2``, where ``e_j`` is the rounding error of column j alone and ``d_j`` the part of its
-input that the columns still to come cannot take over. ``d`` therefore turns the cheap table of plain rounding
-errors into an estimate of what error feedback will reach.
+input that the columns still to come cannot take over: ``M_jj^2``. ``d`` therefore turns the cheap table of plain
+rounding errors into an estimate of what error feedback will reach.
 
 Shapes: O out, I in, r rank.
 """
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from compress.errors import CompressError
 
+_STRIPE = 384
+"""Columns of a whitened matrix that are computed at once, from the rows of the factor that are not zero there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InputStatistics:
@@ -25,27 +28,39 @@ class InputStatistics:
 
     Attributes:
         order: Columns from the strongest input to the weakest, int64 [I]; the order of rounding.
-        upper: U [I, I] float32, upper triangular in that order, with ``inverse(H) = U^T U``.
-        weights: d [I] float32, in the matrix's own column order.
+        root: M [I, I] float32, upper triangular in that order, with ``H = M M^T``.
+        weights: d [I] float32, the squares of M's diagonal, in the matrix's own column order.
         gram: H [I, I] float32, damped, in the matrix's own column order.
     """
 
     order: Tensor
-    upper: Tensor
+    root: Tensor
     weights: Tensor
     gram: Tensor
 
+    def steps(self) -> Tensor:
+        """What a unit of one column's error adds to every later column under feedback, negated: float32 [I, I].
+
+        With ``U`` the inverse of M (``inverse(H) = U^T U``), its rows over their diagonal.
+        """
+        unit = self.root / self.root.diagonal()
+        identity = torch.eye(len(unit), device=unit.device)
+        steps: Tensor = torch.linalg.solve_triangular(unit, identity, upper=True, unitriangular=True)
+        return steps
+
     def whiten(self, error_OI: Tensor) -> Tensor:
-        """``E L``: its squared norm is the squared output error; columns in rounding order."""
-        result: Tensor = torch.linalg.solve_triangular(
-            self.upper, error_OI[:, self.order].float(), upper=True, left=False
-        )
-        return result
+        """``E M``: its squared norm is the squared output error; columns in rounding order."""
+        error = error_OI[:, self.order].float()
+        white = torch.empty_like(error)
+        for start in range(0, len(self.order), _STRIPE):
+            stop = start + _STRIPE
+            torch.mm(error[:, :stop], self.root[:stop, start:stop], out=white[:, start:stop])
+        return white
 
     def unwhiten(self, factor_RI: Tensor) -> Tensor:
         """The inverse of :meth:`whiten` for the right factor of a product."""
         result = torch.empty_like(factor_RI)
-        result[:, self.order] = factor_RI @ self.upper
+        result[:, self.order] = torch.linalg.solve_triangular(self.root, factor_RI, upper=True, left=False)
         return result
 
     def output_error(self, error_OI: Tensor) -> float:
@@ -72,9 +87,15 @@ def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatisti
     mean = diagonal.mean()
     ridge = damping * mean if mean > 0 else torch.ones_like(mean)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = gram_II + ridge * torch.eye(len(order), dtype=torch.float64, device=gram_II.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    damped = gram_II.clone()
+    damped.diagonal().add_(ridge)
+    backwards = order.flip(0)  # with the columns reversed a lower factor is an upper one
+    root = torch.linalg.cholesky(damped[backwards][:, backwards]).flip(0, 1)
     weights = torch.empty_like(diagonal)
-    weights[order] = upper.diagonal().square().reciprocal()
-    return InputStatistics(order=order, upper=upper.float(), weights=weights.float(), gram=damped.float())
+    weights[order] = root.diagonal().square()
+    return InputStatistics(
+        order=order,
+        root=root.float().contiguous(),
+        weights=weights.float(),
+        gram=damped.float(),
+    )

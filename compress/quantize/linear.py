@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,12 +41,9 @@ class LQLinear(nn.Linear):
         device: Of all tensors.
 
     Attributes:
-        codes_held_once: Whether the kernels' layout takes the place of the stored codes, or stands beside them.
         record: As given.
         use_factors: False leaves L1 L2 out, for training them as an adapter instead.
     """
-
-    codes_held_once: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -124,7 +121,7 @@ class LQLinear(nn.Linear):
         return self.quantized().packed(), cast
 
     def tiled(self) -> TiledMatrix:
-        """Q in the layout of the C kernels, which from then on is how its codes are held (:attr:`codes_held_once`)."""
+        """Q in the layout of the C kernels, which from then on is all that is held of its codes."""
         return self._native_form().matrix
 
     def stored_factors(self, dtype: torch.dtype) -> StoredFactors | None:
@@ -144,9 +141,8 @@ class LQLinear(nn.Linear):
             if self._native is None or self._native.versions != self._versions():
                 with torch.inference_mode(False):  # what is kept may be used in training later
                     matrix = tiled_form(self.quantized())
-                if self.codes_held_once:
-                    self.weight.data = matrix.codes
-                    self._buffers["weight_scale_codes"] = matrix.scale_codes
+                self.weight.data = matrix.codes
+                self._buffers["weight_scale_codes"] = matrix.scale_codes
                 self._native = NativeForm(versions=self._versions(), matrix=matrix)
             return self._native
 

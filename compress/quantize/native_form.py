@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from compress.kernels.native_product import StoredFactors
-from compress.kernels.packed import Geometry, TiledMatrix, tile
-from compress.quantize.blockwise import QuantizedTensor
+from compress.kernels.packed import TILE, Geometry, TiledMatrix, tile, untile
+from compress.quantize.blockwise import QuantizedTensor, picked_rows
 from compress.quantize.config import QuantConfig
-from compress.quantize.normal_float import normal_float_grid
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,14 +45,40 @@ def tiled_form(quantized: QuantizedTensor) -> TiledMatrix:
     Raises:
         UsageError: The C library is not in use.
     """
-    table = quantized.table
-    if table is None:
-        table = normal_float_grid(quantized.config.bits, quantized.codes.device).table
     return tile(
         geometry(quantized.shape, quantized.config),
         codes=quantized.codes,
         scale_codes=quantized.scale_codes,
         scale_max=quantized.scale_max,
         offset=quantized.offset,
-        table=table,
+        table=quantized.lookup_table(),
     )
+
+
+def rows_of_tiles(
+    tiled: TiledMatrix, config: QuantConfig, scale_max: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """Some rows of a matrix in the kernels' layout, ``dequantize()[index]`` bit for bit; only their tiles are read.
+
+    Args:
+        tiled: The matrix.
+        config: Its configuration.
+        scale_max: Its second-level scales as stored.
+        index: Row numbers, int64, any shape [...].
+
+    Returns:
+        float32 [..., I].
+    """
+    tiles, place = torch.unique(index // TILE, return_inverse=True)
+    sizes = replace(tiled.geometry, rows=TILE * len(tiles))
+    codes, scale_codes = untile(sizes, tiled.codes[tiles].contiguous(), tiled.scale_codes[tiles].contiguous())
+    part = QuantizedTensor(
+        shape=(sizes.rows, sizes.columns),
+        config=config,
+        codes=codes,
+        scale_codes=scale_codes,
+        scale_max=scale_max,
+        offset=tiled.offset,
+        table=tiled.table,
+    )
+    return picked_rows(part, place * TILE + index % TILE, index)

@@ -12,7 +12,7 @@ from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import QuantConfig
 from compress.quantize.decompose import decompose, read_factor, squared_norm, store_factor
 from compress.quantize.lowrank import truncated_svd
-from compress.quantize.rounding_errors import rounding_errors
+from compress.quantize.rounding_errors import error_means, rounding_errors
 
 EXACT_ITERATIONS = 5
 
@@ -88,13 +88,12 @@ def mean_shares(rest: torch.Tensor, configs: Sequence[QuantConfig]) -> npt.NDArr
     """
     some = rest[:: -(-len(rest) // _ROWS)]
     columns = some.shape[1]
-    found: dict[tuple[int, int], float] = {}
-    for bits, size in {(config.bits, config.block_size) for config in configs}:
-        error = some - quantize_dequantize(some, QuantConfig(bits=bits, block_size=size))
-        total = squared_norm(error)
-        means = float(error.double().mean(1).square().sum())
-        found[bits, size] = max(0.0, means * columns / total - 1 / columns) if total > 0 else 0.0
-    return np.asarray([found[config.bits, config.block_size] for config in configs])
+    kinds = [(config.bits, config.block_size) for config in configs]
+    found = [
+        max(0.0, of_means / total - 1 / columns) if total > 0 else 0.0
+        for total, of_means in error_means(some, kinds)
+    ]
+    return np.asarray(found)
 
 
 def storage_error(left: torch.Tensor, right: torch.Tensor, factor_config: QuantConfig | None) -> float:

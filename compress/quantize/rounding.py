@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compress.kernels import rounding as native
+from compress.kernels.calling import serves
 from compress.kernels.reference import Grid, round_to_grid
 from compress.quantize.blockwise import QuantizedTensor, Scales, compress_scales, row_blocks, stored
 from compress.quantize.codebook import fitted_grid
@@ -44,12 +46,14 @@ class Rounded:
         codes: uint8 [O, I].
         scales: As stored.
         grid: The table.
+        output_error: ``tr(E H E^T)`` of what the matrix it was rounded from is left with, where that is known.
     """
 
     config: QuantConfig
     codes: Tensor
     scales: Scales
     grid: Grid
+    output_error: float | None = None
 
     @property
     def by_block(self) -> Tensor:
@@ -83,6 +87,14 @@ def searched_ranges(weight_OI: Tensor, config: QuantConfig, weights_I: Tensor, g
         weights_I: Weight of each column's squared error.
         grid: The table.
     """
+    if config.bits < 8 and serves(weight_OI):
+        size = config.block_size
+        return native.searched_ranges(weight_OI.float(), size, weights_I.float(), grid.table, RANGES).view(-1)
+    return ranges_by_torch(weight_OI, config, weights_I, grid)
+
+
+def ranges_by_torch(weight_OI: Tensor, config: QuantConfig, weights_I: Tensor, grid: Grid) -> Tensor:
+    """:func:`searched_ranges` on any device."""
     blocks = row_blocks(weight_OI, config.block_size)
     absmax = blocks.abs().amax(1)
     if config.bits >= 8:
@@ -113,7 +125,7 @@ def fitted_table(weight_OI: Tensor, config: QuantConfig, weights_I: Tensor) -> G
         return grid
     sample_OI = weight_OI[:: -(-weight_OI.numel() // SAMPLE)]
     blocks = row_blocks(sample_OI, config.block_size)
-    cost = _in_blocks(weights_I, config.block_size).repeat(len(sample_OI), 1)
+    cost = _in_blocks(weights_I, config.block_size)
     for _ in range(FITS):
         grid, _ = fitted_grid(blocks, searched_ranges(sample_OI, config, weights_I, grid), cost, grid)
     return grid
@@ -139,9 +151,9 @@ def round_with_feedback(
     wide = weight_OI.detach().float()
     table = fitted_table(wide, config, statistics.weights) if grid is None else grid
     scales = compress_scales(searched_ranges(wide, config, statistics.weights, table), config)
-    values_NO = scales.values(config).view(wide.shape[0], -1).T.contiguous()
-    codes = _feedback(wide, values_NO, config.block_size, table, statistics)
-    return Rounded(config=config, codes=codes, scales=scales, grid=table)
+    values_ON = scales.values(config).view(wide.shape[0], -1)
+    codes, errors = feedback(wide, values_ON, config.block_size, table, statistics)
+    return Rounded(config=config, codes=codes, scales=scales, grid=table, output_error=float(errors.sum()))
 
 
 def refine(wide_OI: Tensor, rounded: Rounded, statistics: InputStatistics, *, passes: int) -> Rounded:
@@ -149,7 +161,7 @@ def refine(wide_OI: Tensor, rounded: Rounded, statistics: InputStatistics, *, pa
 
     Args:
         wide_OI: What the codes stand for, float32.
-        rounded: Where to start.
+        rounded: Where to start; its ``output_error``, where there is one, is against ``wide_OI``.
         statistics: Of the inputs.
         passes: Of coordinate descent over all columns.
     """
@@ -158,21 +170,41 @@ def refine(wide_OI: Tensor, rounded: Rounded, statistics: InputStatistics, *, pa
     wanted = improve_scales(wide_OI, rounded.codes, rounded.by_block, block_size, rounded.grid, gram)
     scales = compress_scales(wanted.T.reshape(-1), config)
     moved = replace(rounded, scales=scales)
-    if statistics.output_error(wide_OI - moved.values()) < statistics.output_error(
-        wide_OI - rounded.values()
-    ):
+    before = rounded.output_error
+    if before is None:
+        before = statistics.output_error(wide_OI - rounded.values())
+    if statistics.output_error(wide_OI - moved.values()) < before:
         rounded = moved
     codes = improve_codes(
         wide_OI, rounded.codes, rounded.by_block, block_size, rounded.grid, gram, passes=passes
     )
-    return replace(rounded, codes=codes)
+    return replace(rounded, codes=codes, output_error=None)
 
 
-def _feedback(
-    wide_OI: Tensor, scales_NO: Tensor, block_size: int, grid: Grid, statistics: InputStatistics
-) -> Tensor:
-    """Codes uint8 [O, I]."""
-    order, upper = statistics.order, statistics.upper
+def feedback(
+    wide_OI: Tensor, scales_ON: Tensor, block_size: int, grid: Grid, statistics: InputStatistics
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [O, I] for given scales, and the squared output error of each row, float64 [O]."""
+    if not serves(wide_OI):
+        return feedback_by_torch(wide_OI, scales_ON, block_size, grid, statistics)
+    return native.feedback(
+        wide_OI,
+        scales_ON,
+        block_size,
+        grid.table,
+        steps_II=statistics.steps(),
+        costs_I=statistics.weights,
+        order_I=statistics.order,
+    )
+
+
+def feedback_by_torch(
+    wide_OI: Tensor, scales_ON: Tensor, block_size: int, grid: Grid, statistics: InputStatistics
+) -> tuple[Tensor, Tensor]:
+    """:func:`feedback` on any device."""
+    order, steps_II = statistics.order, statistics.steps()
+    scales_NO = scales_ON.T.contiguous()
+    errors_O = torch.zeros(len(wide_OI), dtype=torch.float64, device=wide_OI.device)
     work_IO = wide_OI[:, order].T.contiguous()  # one column of the matrix is one contiguous row here
     divisors_NO = torch.where(scales_NO > 0, scales_NO, torch.inf)
     codes_IO = torch.empty(work_IO.shape, dtype=torch.uint8, device=work_IO.device)
@@ -181,8 +213,7 @@ def _feedback(
     for start in range(0, count, PANEL):
         stop = min(count, start + PANEL)
         panel, lost = work_IO[start:stop], torch.empty_like(work_IO[start:stop])
-        corner = upper[start:stop, start:stop]
-        steps = (corner / corner.diagonal()[:, None]).contiguous()
+        steps = steps_II[start:stop, start:stop].contiguous()
         for at in range(stop - start):
             row, block = panel[at], block_of[start + at]
             codes = round_to_grid(row / divisors_NO[block], grid)
@@ -191,9 +222,9 @@ def _feedback(
             lost[at] = error
             if at + 1 < stop - start:
                 panel[at + 1 :].addr_(steps[at, at + 1 :], error, alpha=-1)
+        errors_O += statistics.weights[order[start:stop]].double() @ lost.double().square()
         if stop < count:
-            rest = upper[start:stop, stop:] / corner.diagonal()[:, None]
-            work_IO[stop:].addmm_(rest.T, lost, alpha=-1)
+            work_IO[stop:].addmm_(steps_II[start:stop, stop:].T, lost, alpha=-1)
     codes_OI = torch.empty_like(codes_IO).T.contiguous()
     codes_OI[:, order] = codes_IO.T
-    return codes_OI
+    return codes_OI, errors_O

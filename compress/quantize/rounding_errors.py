@@ -6,6 +6,7 @@ Shapes: O out, I in, S rows that are read (all, or a sample), N blocks in a row,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError
+from compress.kernels import blocks as native
+from compress.kernels.calling import serves
 from compress.kernels.reference import round_to_grid
 from compress.quantize.block_model import BlockModel
-from compress.quantize.blockwise import compress_scales, row_blocks
+from compress.quantize.blockwise import compress_scales, quantize_dequantize, row_blocks
 from compress.quantize.config import QuantConfig
-from compress.quantize.normal_float import normal_float_grid
+from compress.quantize.normal_float import TABLE_BITS, normal_float_grid
 from compress.quantize.row_sample import RowSample, sample_rows
 
 _CHUNK = 1 << 17
@@ -68,7 +71,7 @@ def rounding_errors(
         )
     by_size: dict[int, dict[QuantConfig, list[int]]] = {}
     for at, config in enumerate(configs):
-        shared = QuantConfig(**{**config.to_dict(), "bits": 2})
+        shared = replace(config, bits=2)
         by_size.setdefault(config.block_size, {}).setdefault(shared, []).append(at)
     maxima = block_maxima(weight, by_size)
     count, columns = weight.shape
@@ -85,7 +88,7 @@ def rounding_errors(
     roots = None
     if weighing is not None:
         roots = torch.nn.functional.pad(weighing.float().sqrt(), (0, width - columns))
-    norms = torch.zeros(len(configs), count, device=weight.device)
+    squares = torch.zeros(len(configs), count, dtype=torch.float64, device=weight.device)
     corrections = torch.ones(len(configs), dtype=torch.float64, device=weight.device)
     for size, members in by_size.items():
         absmax = maxima[size]
@@ -98,7 +101,10 @@ def rounding_errors(
                 (of_rows(shared), [(at, configs[at].bits) for at in found])
                 for shared, found in pairs[start : start + step]
             ]
-            _add_norms(blocks, scalings, roots, norms)
+            if serves(weight):
+                _add_native_squares(picked[:, :columns], size, scalings, weighing, squares)
+            else:
+                _add_squares(blocks, scalings, roots, squares)
         if rows is not None:
             counted = _weights_of_blocks(weight, element_weights, size)
             widths = {configs[at].bits for found in members.values() for at in found}
@@ -107,10 +113,38 @@ def rounding_errors(
             for shared, found in pairs:
                 for at in found:
                     corrections[at] = model.correction(shared, configs[at].bits)
-    squares = norms.double().square_()
     totals = squares.sum(1) if rows is None else squares @ rows.counts
     errors: npt.NDArray[np.float64] = (totals * corrections).cpu().numpy()
     return errors
+
+
+def error_means(weight: Tensor, kinds: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Summed squares of a matrix's rounding errors, and of what its rows' mean errors make up of them.
+
+    Args:
+        weight: [O, I], finite.
+        kinds: Width and block size of each rounding; the scales have 8 bits.
+    """
+    wide, columns = weight.detach().float(), weight.shape[1]
+    found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for size in {size for _, size in kinds}:
+        widths = sorted({bits for bits, other in kinds if other == size})
+        if serves(weight):
+            shape = (len(wide), -1)
+            absmax = native.block_maxima(wide, size).view(-1)
+            scales = compress_scales(absmax, QuantConfig(bits=2, block_size=size))
+            values = scales.values(QuantConfig(bits=2, block_size=size)).view(1, *shape)
+            tables = [normal_float_grid(bits, weight.device).table for bits in widths]
+            errors = native.menu_errors(wide, None, size, values, tables, [range(len(widths))])
+            found |= {(bits, size): errors[0, at] for at, bits in enumerate(widths)}
+        else:
+            for bits in widths:
+                error = (quantize_dequantize(wide, QuantConfig(bits=bits, block_size=size)) - wide).double()
+                found[bits, size] = error.square().sum(1), error.sum(1)
+    return [
+        (float(squares.sum()), float(sums.square().sum()) / columns)
+        for squares, sums in (found[kind] for kind in kinds)
+    ]
 
 
 def block_maxima(weight: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
@@ -123,8 +157,10 @@ def block_maxima(weight: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
     for size in sorted(set(sizes)):
         smaller = max((known for known in maxima if size % known == 0), default=None)
         if smaller is None:
-            blocks = row_blocks(weight, size)
-            maxima[size] = blocks.abs().amax(1).view(weight.shape[0], -1)
+            if serves(weight):
+                maxima[size] = native.block_maxima(weight.detach().float(), size)
+            else:
+                maxima[size] = row_blocks(weight, size).abs().amax(1).view(weight.shape[0], -1)
             if not bool(maxima[size].isfinite().all()):
                 raise CompressError(
                     "The matrix to be quantized holds a value that is not finite.",
@@ -209,13 +245,30 @@ def _nearest(bits: int, fine_cells: int, device: torch.device) -> Tensor:
     return grid.table.index_select(0, round_to_grid(middles, grid).to(torch.int32))
 
 
-def _add_norms(
+def _add_native_squares(
+    rows_SI: Tensor,
+    size: int,
+    scalings: list[tuple[Tensor, list[tuple[int, int]]]],
+    weights_SI: Tensor | None,
+    squares: Tensor,
+) -> None:
+    """What :func:`_add_squares` does, by the C library, whose divisions are exact but for the last bit."""
+    tables = [normal_float_grid(bits, rows_SI.device).table for bits in TABLE_BITS]
+    places = [{TABLE_BITS.index(bits): at for at, bits in widths} for _, widths in scalings]
+    counted = None if weights_SI is None else weights_SI.detach().float()
+    scales = torch.stack([scales_SN for scales_SN, _ in scalings])
+    found = native.menu_errors(rows_SI, counted, size, scales, tables, [list(own) for own in places])
+    for (scaling, table), (errors, _) in found.items():
+        squares[places[scaling][table]] = errors
+
+
+def _add_squares(
     blocks_SNB: Tensor,
     scalings: list[tuple[Tensor, list[tuple[int, int]]]],
     roots: Tensor | None,
-    norms: Tensor,
+    squares: Tensor,
 ) -> None:
-    """Put the norm of every row's error into ``norms`` [C, S]; scalings are ([S, N], [(configuration, bits)])."""
+    """Put the squared error of every row into ``squares`` [C, S]; scalings are ([S, N], [(configuration, bits)])."""
     count, blocks, size = blocks_SNB.shape
     cells = _FINE_CELLS if blocks_SNB.numel() < _SMALL else _CELLS
     half, most = cells // 2, torch.finfo(blocks_SNB.dtype).max
@@ -246,4 +299,5 @@ def _add_norms(
                 torch.addcmul(part, values_SNB, scale, value=-1, out=error)
                 if weights_SNB is not None:
                     error.mul_(weights_SNB[start : start + step])
-                torch.linalg.vector_norm(error_SI, dim=1, out=norms[at, start : start + step])
+                norms = torch.linalg.vector_norm(error_SI, dim=1)
+                squares[at, start : start + step] = norms.double().square_()

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compress.importance.base import Loss
@@ -45,7 +44,7 @@ def output_sensitivities(
     sums: dict[str, Tensor] = {}
 
     def add(name: str, gradient_TO: Tensor) -> None:
-        part = gradient_TO.float().square().sum(dim=0, dtype=torch.float64)
+        part = gradient_TO.float().square().sum(dim=0).double()
         sums[name] = sums[name] + part if name in sums else part
 
     def watch(_: nn.Module, __: Any, output: Tensor) -> None:

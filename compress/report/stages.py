@@ -37,8 +37,14 @@ def details(verb: str, metrics: Record) -> Html:
 def headline(verb: str, metrics: Record) -> str:
     """One line: what the stage did."""
     if verb == "prune":
+        masked = at(metrics, "masked_ratio")
+        if masked is not None:
+            return f"{percent(masked)} of the decoder's linear weights set to zero"
         removed = percent(at(metrics, "achieved_ratio"))
         return f"{removed} of the decoder's linear parameters removed"
+    if verb == "align":
+        trained = count(at(metrics, "trainable_parameters"))
+        return f"{trained} parameters trained on {count(at(metrics, 'tokens'))} tokens"
     if verb == "quantize":
         bits = stored_bits(at(metrics, "after"))
         return f"{fixed(bits)} bits per linear weight"
@@ -126,6 +132,20 @@ def _prune(metrics: Record) -> Html:
             _loss_figure(at(metrics, "repair"), "Loss of repair training"),
             class_="figures",
         ),
+    )
+
+
+def _align(metrics: Record) -> Html:
+    return join(
+        before_after(metrics),
+        facts(
+            [
+                ("trained parameters", count(at(metrics, "trainable_parameters"))),
+                ("frozen parameters", count(at(metrics, "frozen_parameters"))),
+                ("tokens", count(at(metrics, "tokens"))),
+            ]
+        ),
+        h("div", _loss_figure(metrics, "Loss of alignment"), class_="figures"),
     )
 
 
@@ -255,6 +275,7 @@ def _span(values: list[int] | list[float]) -> str:
 
 VERBS: dict[str, Callable[[Record], Html]] = {
     "prune": _prune,
+    "align": _align,
     "quantize": _quantize,
     "train": _train,
     "recover": _recover,

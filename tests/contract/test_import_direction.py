@@ -65,7 +65,7 @@ def allowed(source: str, target: str) -> bool:
     if source == "kernels":
         return target == "errors"
     if target == "kernels":
-        return RANK[source] >= RANK["quantize"]
+        return RANK[source] >= RANK["importance"]
     return RANK[target] <= RANK[source]
 
 
@@ -112,7 +112,8 @@ def test_solvers_import_only_numerics() -> None:
         ("prune", "importance", True),
         ("importance", "prune", False),
         ("quantize", "kernels", True),
-        ("prune", "kernels", False),
+        ("importance", "kernels", True),
+        ("structure", "kernels", False),
         ("kernels", "model", False),
         ("solvers", "errors", True),
         ("solvers", "registry", False),

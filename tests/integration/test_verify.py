@@ -121,7 +121,7 @@ def test_an_intact_chain_passes_and_nothing_is_written(chain: Path) -> None:
         "original": ["fingerprint"],
         "01-prune": [*shared, "tensors", "shapes", "sizes", "structure"],
         "02-quantize": [
-            *shared, "tensors", "shapes", "sizes", "stored bits", "allocation", "errors", "dense tensors",
+            *shared, "tensors", "shapes", "sizes", "structure", "stored bits", "allocation", "errors", "dense tensors",
         ],
         "03-train": [*shared, "tensors", "factors", "base"],
         "04-recover": [*shared, "tensors", "factors", "base", "slices"],

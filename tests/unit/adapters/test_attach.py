@@ -81,8 +81,8 @@ def test_targets(targets: tuple[str, ...], suffixes: set[str]) -> None:
 def test_wrong_requests_are_usage_errors() -> None:
     with pytest.raises(UsageError, match="no adapter target query"):
         attached(targets=["query"])
-    with pytest.raises(UsageError, match="no adapter target lm_head"):
-        attached("llama_tied", targets=["lm_head"])
+    with pytest.raises(UsageError, match="no adapter target embed_tokens"):
+        attached("llama_tied", targets=["lm_head", "embed_tokens"])
     with pytest.raises(UsageError, match="rank is 0"):
         attached(rank=0)
 

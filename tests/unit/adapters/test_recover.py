@@ -17,6 +17,7 @@ from compress.adapters.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Ad
 from compress.adapters.factors import recompress, scatter_rows, squared_norm
 from compress.adapters.recover import RecoveryReport, recover_adapter
 from compress.errors import CompressError, UsageError
+from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model
 from compress.structure import full_layer, kept_columns, kept_rows, structure_map
 from tests.tiny import DENSE
@@ -231,6 +232,45 @@ def test_lora_biases_are_scattered_and_whole_modules_copied(tmp_path: Path) -> N
     assert small[key].any()
     assert torch.equal(full[key], scatter_rows(small[key], rows, pair.arch.linear_shape(spec)[0]))
     assert torch.equal(full[f"{PREFIX}lm_head.weight"], small[f"{PREFIX}lm_head.weight"])
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_whole_trained_tensors_give_the_full_model_what_training_changed(
+    aligned: bool, tmp_path: Path
+) -> None:
+    """The small model's own norms may have moved (alignment); that is not carried over."""
+    pair = make_pair("llama_gqa", tmp_path)
+    file = pair.small / "model.safetensors"
+    name = "model.norm.weight"
+    if aligned:
+        stored = load_file(file)
+        stored[name] = stored[name] + 0.5
+        save_file(stored, file, metadata={"format": "pt"})
+    adapter = save_random_adapter(pair.small, tmp_path / "adapter", modules_to_save=["norm"])
+    recover_adapter(
+        adapter,
+        pair.structure,
+        pair.arch,
+        pair.full,
+        tmp_path / "out",
+        full_name="org/full",
+        small_base=Checkpoint(pair.small),
+    )
+    trained, small = load_file(adapter / WEIGHTS_FILE)[PREFIX + name], load_file(file)[name]
+    found = load_file(tmp_path / "out" / WEIGHTS_FILE)[PREFIX + name]
+    torch.testing.assert_close(found, pair.full.read(name) + trained - small)
+    assert torch.allclose(found, trained) is not aligned
+    save_file({"x": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(CompressError, match=r"norm\.weight cannot be recovered"):
+        recover_adapter(
+            adapter,
+            pair.structure,
+            pair.arch,
+            pair.full,
+            tmp_path / "again",
+            full_name="org/full",
+            small_base=Checkpoint(pair.small),
+        )
 
 
 def test_dora_is_copied_where_shapes_stay_and_refused_where_not(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_wrong_count_is_noticed() -> None:
 
 def test_the_models_have_grouped_queries_as_published() -> None:
     groups = {name: architecture(name).queries_per_group for name in CONFIGS}
-    assert groups == {"LLaMA-2-7B": 1, "LLaMA-2-70B": 8, "LLaMA-3.1-70B": 8}
+    assert groups == {"LLaMA-2-7B": 1, "LLaMA-2-13B": 1, "LLaMA-2-70B": 8, "LLaMA-3.1-70B": 8}
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def test_lloyd_equals_the_plain_algorithm(bits: int) -> None:
     x = torch.rand(500, generator=generator) * 2 - 1
     weights = torch.rand(500, generator=generator)
     start = normal_float_grid(bits, CPU)
-    found = lloyd(x, weights, start, iterations=4)
+    found = lloyd(x[None], torch.ones(1), weights[None], start, iterations=4)
     torch.testing.assert_close(found.double(), plain_lloyd(x, weights, start.table, 4), rtol=1e-4, atol=1e-5)
 
 
@@ -52,14 +52,14 @@ def test_lloyd_never_raises_the_error(seed: int, bits: int, count: int) -> None:
     x = torch.randn(count, generator=generator).clamp(-1, 1)
     weights = torch.rand(count, generator=generator)
     start = normal_float_grid(bits, CPU)
-    table = lloyd(x, weights, start)
+    table = lloyd(x[None], torch.ones(1), weights[None], start)
     assert weighted_error(x, weights, table) <= weighted_error(x, weights, start.table) * (1 + 1e-5) + 1e-9
     assert float(table.diff().min()) >= min(SMALLEST_STEP, float(start.table.diff().min()))
 
 
 def test_entries_that_nothing_is_rounded_to_stay() -> None:
     start = normal_float_grid(3, CPU)
-    found = lloyd(torch.tensor([0.9, 0.95]), torch.ones(2), start)
+    found = lloyd(torch.tensor([[0.9, 0.95]]), torch.ones(1), torch.ones(1, 2), start)
     assert torch.equal(found[:-1], start.table[:-1])
     assert float(found[-1]) == pytest.approx(0.925)
 
@@ -70,7 +70,7 @@ def test_a_fitted_table_spans_one_and_the_scales_make_up_for_it() -> None:
     blocks[3] = 0
     scales = blocks.abs().amax(1)
     start = normal_float_grid(3, CPU)
-    grid, factor = fitted_grid(blocks, scales, torch.ones(1, 1), start)
+    grid, factor = fitted_grid(blocks, scales, torch.ones(1, blocks.shape[1]), start)
     assert float(grid.table.abs().max()) == pytest.approx(1.0)
     used = scales > 0
     x = (blocks[used] / scales[used, None]).reshape(-1)
@@ -80,7 +80,7 @@ def test_a_fitted_table_spans_one_and_the_scales_make_up_for_it() -> None:
 
 def test_blocks_of_zeros_leave_the_table_alone() -> None:
     start = normal_float_grid(2, CPU)
-    grid, factor = fitted_grid(torch.zeros(3, 8), torch.zeros(3), torch.ones(1, 1), start)
+    grid, factor = fitted_grid(torch.zeros(3, 8), torch.zeros(3), torch.ones(1, 8), start)
     assert grid is start
     assert factor == 1.0
 

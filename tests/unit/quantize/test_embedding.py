@@ -14,6 +14,7 @@ from torch import nn
 
 from compress.adapters.loss import TokenLoss
 from compress.errors import CompressError
+from compress.kernels.library import library
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
 from compress.model.writer import CheckpointWriter
@@ -22,6 +23,7 @@ from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors, re
 from compress.quantize.config import QuantConfig
 from compress.quantize.decompose import decompose
 from compress.quantize.embedding import LQEmbedding, LQTiedHead, embedding_multiplier
+from compress.quantize.native_form import rows_of_tiles, tiled_form
 from compress.quantize.packing import pack, unpack_at
 from tests.tiny import VOCAB, tiny_checkpoint
 
@@ -49,6 +51,9 @@ def test_rows_are_those_of_the_whole_matrix(bits: int, codebook: Any, columns: i
     stored = quantize_blockwise(torch.randn(37, columns, generator=g), config)
     index = torch.randint(0, 37, (3, 4), generator=g)
     assert torch.equal(stored.rows(index), stored.dequantize()[index])
+    if library() is not None:
+        rows = rows_of_tiles(tiled_form(stored), config, stored.scale_max, index)
+        assert torch.equal(rows, stored.dequantize()[index])
 
 
 def quantized_copy(kind: str, folder: Path) -> tuple[Path, torch.Tensor]:

@@ -70,7 +70,7 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 def test_columns_that_are_never_fed_do_no_harm() -> None:
     gram = torch.diag(torch.tensor([0.0, 2.0, 0.0, 1.0], dtype=torch.float64))
     assert input_statistics(gram).order.tolist()[:2] == [1, 3]
-    assert bool(input_statistics(torch.zeros(4, 4, dtype=torch.float64)).upper.isfinite().all())
+    assert bool(input_statistics(torch.zeros(4, 4, dtype=torch.float64)).steps().isfinite().all())
 
 
 def naive_feedback(

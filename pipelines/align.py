@@ -1,0 +1,133 @@
+"""``compress align``: continued pre-training of the pruned model's own weights, before anything is quantized."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.adapters.align import release_weights, write_weights
+from compress.adapters.masked import MaskedWeights
+from compress.adapters.optimizer import require_galore
+from compress.adapters.train import Distillation, fit
+from compress.data.sources import default_source
+from compress.errors import UsageError
+from compress.model.checkpoint import Checkpoint, require_dense
+from compress.model.load import load_model
+from compress.pipelines.measure import (
+    check_length,
+    known_perplexity,
+    training_windows,
+    validation_perplexity,
+    validation_windows,
+)
+from compress.pipelines.model_input import current, device_and_dtype, original
+from compress.pipelines.prune_metrics import size_metrics
+from compress.pipelines.prune_repair import TEXT_SHARE
+from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.settings import AlignSettings
+from compress.pipelines.small_files import carry, is_small
+from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.training import fit_config, training_metrics
+from compress.prune.weight_masks import load_masks
+
+DRAW = 1000
+"""Which draw of the training text alignment reads: another one than scoring, repair and ``train``."""
+
+
+def align(context: Context, settings: AlignSettings) -> Outcome:
+    """Train the weights of the chain's pruned model; see ``compress align --help``.
+
+    The weights are held in float32 while they train and stored in the model's own dtypes.
+
+    Raises:
+        UsageError: There is no pruned model, its full model is not in the chain and distillation is wanted, GaLore is
+            wanted for a thinned model, or windows are longer than the model's positions.
+        CompressError: The model is quantized, or the package that GaLore needs is missing.
+    """
+    model, full = current(context, "align"), original(context)
+    require_dense(model.checkpoint, allow_lq=False)
+    if not is_small(model.path):
+        raise UsageError(
+            f"{model.name} was not pruned, so there is nothing to align.", "Run compress prune first."
+        )
+    if settings.loss != "text" and is_small(full.path):
+        raise UsageError(
+            f"The chain starts from the small model {full.name}, so there is no full model to distil from.",
+            "Give --loss text.",
+        )
+    if settings.optimizer == "galore":
+        require_galore()
+    masks = load_masks(model.path)
+    if masks is not None and settings.optimizer == "galore":
+        raise UsageError(
+            "GaLore's updates would fill the zeros of a thinned model.", "Use --optimizer adamw."
+        )
+    transposed = any(spec.transposed for spec in model.architecture.linears)
+    check_length(model.path, settings.sequence)
+    device, dtype = device_and_dtype(context.common)
+    source = context.common.data or default_source()
+    config = settings_dict(settings) | {
+        "data": source,
+        "seed": context.common.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        windows = training_windows(context, model.path, source, settings, offset=DRAW)
+        validation = validation_windows(context, model.path, source)
+        before = known_perplexity(context, model, validation, dtype, device)
+        network = load_model(model.path, dtype="float32", device=device)
+        trainable = release_weights(network)
+        hooks = [] if masks is None else [MaskedWeights(network, masks, transposed=transposed)]
+        share = TEXT_SHARE[settings.loss]
+        distillation = None
+        if share < 1:
+            teacher = load_model(full.path, dtype=dtype, device=device)
+            distillation = Distillation(teacher=teacher, text_share=share)
+        with context.reporter.bar("align") as progress:
+            result = fit(
+                network,
+                windows,
+                fit_config(settings, context.common),
+                hooks=hooks,
+                state_dir=folder / "training",
+                progress=progress,
+                distillation=distillation,
+            )
+        write_weights(network, model.checkpoint, folder)
+        carry(model.path, folder)
+        del network, distillation
+        aligned = load_model(folder, dtype="float32", device=device)
+        record_logits(aligned, check_ids(model.architecture.vocab, context.common.seed), folder)
+        after = validation_perplexity(context, aligned.to(dtype), validation, "the aligned model")
+        del aligned
+        reopened = check_reopens(folder)
+        shutil.rmtree(folder / "training")
+        return {
+            **training_metrics(result),
+            "before": size_metrics(model.checkpoint) | before,
+            "after": size_metrics(Checkpoint(folder)) | after,
+            "trainable_parameters": trainable,
+            "frozen_parameters": model.checkpoint.parameters - trainable,
+            "data_protocol": dict(windows.protocol),
+            "reopened_relative_error": reopened,
+        }
+
+    inputs = {"model": model.id} | ({} if settings.loss == "text" else {"teacher": full.id})
+    outcome = run_stage(context, "align", config=config, inputs=inputs, work=work)
+    if outcome.fresh and outcome.stage is not None:
+        show(context, outcome.stage.record["metrics"])
+    return outcome
+
+
+def show(context: Context, metrics: Mapping[str, Any]) -> None:
+    """Print the before and after table."""
+    before, after = metrics["before"], metrics["after"]
+    context.reporter.table(
+        "align",
+        ("", "before", "after"),
+        [("perplexity (validation)", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")],
+    )
+    context.reporter.out.print(f"perplexity: {after['protocol_line']}", markup=False)

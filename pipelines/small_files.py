@@ -1,0 +1,59 @@
+"""What goes along with a small model from stage to stage: what was kept, what was masked, and of which model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from compress.errors import CompressError
+from compress.model.base_record import FILE_NAME as BASE
+from compress.model.base_record import BaseRecord
+from compress.pipelines.model_input import ModelInput
+from compress.prune.weight_masks import FILE_NAME as MASKS
+from compress.structure import FILE_NAME as STRUCTURE
+from compress.structure import StructureMap
+
+CARRIED = (STRUCTURE, BASE, MASKS)
+"""Files beside a small model's weights that every later small model needs too."""
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy what belongs to the small model in ``source`` to the one that was made of it in ``target``."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def is_small(folder: Path) -> bool:
+    """Whether the model in a folder was made from a full one by pruning."""
+    return (folder / STRUCTURE).is_file()
+
+
+def write_base(full: ModelInput, name: str, folder: Path) -> None:
+    """Record beside a small model which model it was cut from."""
+    BaseRecord(name=public_name(name), tensors=full.checkpoint.digests()).save(folder / BASE)
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders of this machine."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def check_base(folder: Path, structure: StructureMap, full: ModelInput) -> None:
+    """Refuse a full model that the small one in ``folder`` was not cut from.
+
+    Raises:
+        CompressError: Its fingerprint is another; names the first tensor that differs, where ``base.json`` is there.
+    """
+    if structure.base_fingerprint == full.id:
+        return
+    name, difference = "another model", "its weights have another fingerprint"
+    if (folder / BASE).is_file():
+        record = BaseRecord.load(folder / BASE)
+        if record.fingerprint == structure.base_fingerprint:
+            name = record.name
+            difference = record.difference(full.checkpoint.digests()) or difference
+    raise CompressError(
+        f"The small model was not cut from {full.name}: {difference}.",
+        f"Give with --onto the model that was pruned ({name}), byte for byte, not one that was merged or trained.",
+    )

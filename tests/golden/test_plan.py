@@ -1,0 +1,174 @@
+"""``compress plan --loram``: all published rows of LoRAM (arXiv 2502.13533), in both conventions; counted memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.helpers import disable_input_dtype_casting
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from compress.__main__ import app
+from compress.adapters.attach import attach_lora
+from compress.adapters.loss import TokenLoss
+from compress.benchmarks.model_shapes import CONFIGS
+from compress.errors import UsageError
+from compress.evaluate.training_memory import activation_bytes, adapter_parameters, training_memory
+from compress.pipelines.dispatch import run_verb
+from compress.pipelines.settings import Common
+from compress.prune.loram_size import small_size
+from tests.tiny import TINY, tiny_model
+from tests.unit.prune.common import model_architecture
+
+ROWS = [
+    ("LLaMA-2-13B", 13_015_864_320, 0.65, 6_005_662_720, 2.17, None, None),
+    ("LLaMA-2-70B", 68_976_648_192, 0.65, 28_099_436_544, 2.45, 9.82, None),
+    ("LLaMA-2-70B", 68_976_648_192, 0.75, 21_488_738_304, 3.21, 12.84, None),
+    ("LLaMA-2-70B", 68_976_648_192, 0.85, 16_272_924_672, 4.24, 16.95, 15.0),
+    ("LLaMA-2-70B", 68_976_648_192, 0.95, 9_662_226_432, 7.14, 28.56, None),
+    ("LLaMA-3.1-70B", 70_553_706_496, 0.85, 17_849_982_976, 3.95, 15.81, 11.4),
+]
+
+
+def folder_of(name: str, place: Path) -> Path:
+    """A folder with nothing but a config."""
+    place.mkdir(exist_ok=True)
+    (place / "config.json").write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
+    return place
+
+
+def planned(model: Path, **given: Any) -> dict[str, Any]:
+    return run_verb("plan", Common(), {"model": str(model), **given}, quiet=True)
+
+
+def test_every_published_row(tmp_path: Path) -> None:
+    plans = {name: planned(folder_of(name, tmp_path / name), loram=True) for name in {row[0] for row in ROWS}}
+    for name, full, ratio, pruned, reduction, quantized, fair in ROWS:
+        plan = plans[name]
+        assert plan["parameters"] == full
+        (row,) = (r for r in plan["rows"] if r["ratio"] == ratio)
+        assert row["parameters"] == pruned
+        assert row["whole_layers"] == 6
+        assert round(row["reduction"], 2) == reduction
+        if quantized is not None:
+            assert round(row["paper_reduction"], 2) == quantized
+        if fair is not None:
+            assert round(row["stored_reduction"], 1) == fair
+        assert row["bytes"]["16bit"] == 2 * pruned
+
+
+def test_what_fits_is_said_and_nothing_is_written(tmp_path: Path) -> None:
+    model = folder_of("LLaMA-2-13B", tmp_path / "model")
+    rows = planned(model, loram=True, ratios="0.65", memory="24GiB")["rows"]
+    verdicts = [row["fits"] for row in rows]
+    assert verdicts == [{"16bit": False, "nf4": True}, {"16bit": True, "nf4": True}]
+    for row in rows:
+        for part in row["training"].values():
+            pieces = {k: v for k, v in part.items() if k != "total"}
+            assert part["total"] == pytest.approx(sum(pieces.values()))
+    ran = CliRunner().invoke(
+        app, ["plan", str(model), "--loram", "--ratios", "0.65", "--memory", "24GiB"], env={"COLUMNS": "160"}
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "6,005,662,720" in ran.stdout
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "config.json"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loram": True, "ratios": "half"}, "is not understood"),
+        ({"loram": True, "ratios": "1.0"}, r"not in \[0, 1\)"),
+        ({"loram": True, "ratios": "0.99999"}, "leaves 0 KV heads and 0 channels"),
+        ({"loram": True, "skip_first": 40}, "no layer can be pruned"),
+        ({"memory": "3bit"}, "no memory size"),
+        ({"rank": 0}, "too small"),
+    ],
+)
+def test_what_cannot_be_planned(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(folder_of("LLaMA-2-13B", tmp_path / "m"), **given)
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen2", "phi3", "gemma2"])
+def test_counts_are_those_of_the_model(kind: str) -> None:
+    """Nothing pruned is the model itself; what a ratio removes is what a model of that config has less."""
+    model = tiny_model(kind)
+    arch = model_architecture(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert small_size(arch, parameters, 0.0).parameters == parameters
+    size = small_size(arch, parameters, 0.5, skip_first=0, skip_last=0)
+    config = TINY[kind]()
+    halves = {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config.update({**halves, "head_dim": arch.head_dim})
+    small = AutoModelForCausalLM.from_config(config)
+    assert size.parameters == sum(p.numel() for p in small.parameters())
+    attached = attach_lora(small, model_architecture(small), rank=3)
+    trainable = sum(p.numel() for p in attached.parameters() if p.requires_grad)
+    assert adapter_parameters(size.arch, 3, head=False) == trainable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_activations_are_what_autograd_keeps(dtype: torch.dtype, dropout: float) -> None:
+    """Storages saved for backward, counted as they are saved; of one more layer, and of the whole model."""
+    kept = {layers: _saved(layers, dtype, dropout) for layers in (7, 8)}
+    arch = model_architecture(_llama(8, torch.float32))
+    tokens, itemsize = 2 * 64, dtype.itemsize
+    layer = tokens * activation_bytes(arch.at(0), 4, dropout=dropout > 0, itemsize=itemsize)
+    assert kept[8] - kept[7] == pytest.approx(layer, rel=0 if dtype == torch.float32 else 0.02)
+    counted = training_memory(
+        arch,
+        0,
+        quantized=False,
+        rank=4,
+        batch=2,
+        sequence=64,
+        head_adapter=False,
+        dropout=dropout > 0,
+        itemsize=itemsize,
+    )
+    assert counted.activations == pytest.approx(kept[8], rel=0.1)
+
+
+def _llama(layers: int, dtype: torch.dtype) -> Any:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=96,
+        intermediate_size=224,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=64,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _saved(layers: int, dtype: torch.dtype, dropout: float) -> int:
+    model = _llama(layers, dtype)
+    adapted = attach_lora(model, model_architecture(model), rank=4, dropout=dropout).train()
+    own = {t.untyped_storage().data_ptr() for t in (*adapted.parameters(), *adapted.buffers())}
+    seen: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # its memory must not be given to another one
+        return tensor
+
+    ids = torch.randint(0, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+    loss, narrow = TokenLoss(adapted), dtype == torch.bfloat16
+    loss.separable(ids[:1, :8])
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow),
+        disable_input_dtype_casting(adapted, active=narrow),
+    ):
+        loss(ids, ids)
+    return sum(seen.values())
