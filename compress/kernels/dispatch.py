@@ -68,8 +68,7 @@ def native_matmul(
     x: torch.Tensor, matrix: TiledMatrix, factors: native_product.StoredFactors | None
 ) -> torch.Tensor:
     """``x @ (Q + L1.T @ L2).T`` for x [..., I]; see :func:`compress.kernels.native_product.product`."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y, _ = native_product.product(flat, matrix, factors)
+    y, _ = native_product.product(x.reshape(-1, x.shape[-1]), matrix, factors)
     return y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.kernels.library import LEVELS
-from compress.kernels.packed import NativeMatrix, TiledMatrix, address, needed
+from compress.kernels.packed import NativeMatrix, TiledMatrix, address, check, needed
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of inputs and results, by their number in the library."""
@@ -44,7 +44,7 @@ def _native(matrix: TiledMatrix) -> NativeMatrix:
         columns=g.columns,
         blocks=g.blocks,
         block_size=g.block_size,
-        group_size=g.group_size,
+        group_size=min(g.group_size, g.rows * g.blocks),
         groups=matrix.steps.numel(),
         bits=g.bits,
         scale_bits=g.scale_bits,
@@ -74,17 +74,28 @@ def dequantize(
     """Weights of rows ``start`` to ``stop`` (None: all), [stop - start, I], equal to the reference bit for bit.
 
     Raises:
-        UsageError: The type is none of :data:`TYPES`, or the library is not in use.
+        UsageError: The type is none of :data:`TYPES`, there are no such rows, or the library is not in use.
     """
     if dtype not in TYPES:
         raise UsageError(
             f"The C kernels do not make {dtype}.", f"Choose one of {', '.join(map(str, TYPES))}."
         )
     g = matrix.geometry
-    out = torch.empty((g.rows if stop is None else stop) - start, g.columns, dtype=dtype)
+    end = g.rows if stop is None else stop
+    if not 0 <= start <= end <= g.rows:
+        raise UsageError(f"Rows {start} to {end} were asked for.", f"The matrix has rows 0 to {g.rows}.")
+    out = torch.empty(end - start, g.columns, dtype=dtype)
     if out.numel():
         dequantize_into(out, matrix, start)
     return out
+
+
+def _check(name: str, x: Tensor, width: int, matrix: TiledMatrix, factors: StoredFactors | None) -> None:
+    check(name, x, x.shape[0] * width, tuple(TYPES))
+    if factors is not None:
+        rank, g = factors[0].shape[0], matrix.geometry
+        check("L1", factors[0], rank * g.rows, (x.dtype,))
+        check("L2", factors[1], rank * g.columns, (x.dtype,))
 
 
 def _level() -> str:
@@ -102,13 +113,18 @@ def product(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tu
     """``x @ (Q + L1.T @ L2).T`` and what its first half was.
 
     Args:
-        x: [T, I], contiguous, of a type in :data:`TYPES`.
+        x: [T, I] of a type in :data:`TYPES`.
         matrix: Q.
         factors: In the type of ``x``, or None.
 
     Returns:
         y [T, O] in the type of ``x``, and ``x @ L2.T`` in float32 [T, r] ([T, 0] without factors).
+
+    Raises:
+        UsageError: Sizes or types do not fit, or the library is not in use.
     """
+    _check("x", x, matrix.geometry.columns, matrix, factors)
+    x = x.contiguous()
     tokens, rank = x.shape[0], 0 if factors is None else factors[0].shape[0]
     inner = torch.empty(tokens, rank)
     y = torch.empty(tokens, matrix.geometry.rows, dtype=x.dtype)
@@ -155,7 +171,11 @@ def product_transposed(grad: Tensor, matrix: TiledMatrix, factors: StoredFactors
 
     Returns:
         [T, I] in the type of ``grad``.
+
+    Raises:
+        UsageError: Sizes or types do not fit, or the library is not in use.
     """
+    _check("the gradient", grad, matrix.geometry.rows, matrix, factors)
     wide = grad.float()
     slices = _slices(matrix)
     sums = torch.zeros(grad.shape[0], matrix.geometry.columns)

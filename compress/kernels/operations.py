@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.native_product import StoredFactors, dequantize, product, product_transposed
-from compress.kernels.packed import Geometry, TiledMatrix
+from compress.kernels.packed import TILE, Geometry, TiledMatrix, check
 
 _MATRIX = "Tensor codes, Tensor scale_codes, Tensor steps, Tensor offset, Tensor table, int[] sizes"
 
@@ -53,6 +53,12 @@ def _matrix(tensors: tuple[Any, ...]) -> TiledMatrix:
     codes, scale_codes, steps, offset, table, sizes = tensors
     names = ("rows", "columns", "bits", "scale_bits", "block_size", "group_size")
     geometry = Geometry(**dict(zip(names, sizes, strict=True)))
+    g, floats = geometry, (torch.float32,)
+    check("codes", codes, g.tiles * g.chunks * g.bits * TILE, (torch.int32,))
+    check("scale_codes", scale_codes, g.tiles * g.blocks * 2 * g.scale_bits, (torch.uint8,))
+    check("steps", steps, -(-g.rows * g.blocks // g.group_size), floats)
+    check("offset", offset, 1, floats)
+    check("table", table, 2**g.bits, floats)
     return TiledMatrix(
         geometry=geometry, codes=codes, scale_codes=scale_codes, steps=steps, offset=offset, table=table
     )
@@ -63,7 +69,7 @@ def _factors(left: Tensor | None, right: Tensor | None) -> StoredFactors | None:
 
 
 def _linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return product(x.contiguous(), _matrix(rest[:6]), _factors(*rest[6:]))
+    return product(x, _matrix(rest[:6]), _factors(*rest[6:]))
 
 
 def _linear_meta(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,26 @@ def needed() -> ctypes.CDLL:
     return found
 
 
+def check(name: str, tensor: Tensor, count: int, types: tuple[torch.dtype, ...]) -> None:
+    """Refuse what would make the library read beyond a tensor.
+
+    Raises:
+        UsageError: The tensor is elsewhere, of another type, or of another size.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype not in types or tensor.numel() != count:
+        raise UsageError(
+            f"The C kernels got {name} as {tensor.dtype} {tuple(tensor.shape)} on {tensor.device.type}.",
+            f"Pass {count} elements of {' or '.join(map(str, types))} on the cpu.",
+        )
+
+
+def _plain_bytes(g: Geometry) -> tuple[int, int]:
+    """Bytes of the codes and of the scale codes as a checkpoint stores them."""
+    planes = {3: (2, 1)}.get(g.scale_bits, (g.scale_bits,))
+    blocks = g.rows * g.blocks
+    return blocks * g.block_size * g.bits // 8, sum(-(-blocks * width // 8) for width in planes)
+
+
 def _arguments(geometry: Geometry) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:
     sizes = (geometry.rows, geometry.blocks, geometry.block_size)
     widths = (geometry.bits, geometry.scale_bits, torch.get_num_threads())
@@ -152,9 +172,19 @@ def tile(
         table: float32 [2 ** bits].
 
     Raises:
-        UsageError: The C library is not in use.
+        UsageError: The C library is not in use, or a tensor is not what the sizes ask for.
     """
     g = geometry
+    groups = -(-g.rows * g.blocks // g.group_size)
+    code_bytes, scale_bytes = _plain_bytes(g)
+    for name, tensor, count, types in (
+        ("codes", codes, code_bytes, (torch.uint8,)),
+        ("scale_codes", scale_codes, scale_bytes, (torch.uint8,)),
+        ("scale_max", scale_max, groups, (torch.float32, torch.bfloat16, torch.float16)),
+        ("offset", offset, 1, (torch.float32,)),
+        ("table", table, 2**g.bits, (torch.float32,)),
+    ):
+        check(name, tensor, count, types)
     tiled = torch.empty(g.tiles, g.chunks, g.bits, TILE, dtype=torch.int32)
     scales = torch.empty(g.tiles, g.blocks, 2 * g.scale_bits, dtype=torch.uint8)
     plain, plain_scales = codes.contiguous(), scale_codes.contiguous()
@@ -164,7 +194,7 @@ def tile(
         codes=tiled,
         scale_codes=scales,
         steps=scale_max.float() / (2**g.scale_bits - 1),
-        offset=offset,
+        offset=offset.contiguous(),
         table=table.contiguous(),
     )
 
@@ -178,11 +208,14 @@ def untile(geometry: Geometry, codes: Tensor, scale_codes: Tensor) -> tuple[Tens
         scale_codes: As in a :class:`TiledMatrix`.
 
     Raises:
-        UsageError: The C library is not in use.
+        UsageError: The C library is not in use, or a tensor is not what the sizes ask for.
     """
     g = geometry
-    plain = torch.empty(g.rows * g.blocks * g.block_size * g.bits // 8, dtype=torch.uint8)
-    planes = {3: (2, 1)}.get(g.scale_bits, (g.scale_bits,))
-    plain_scales = torch.zeros(sum(-(-g.rows * g.blocks * w // 8) for w in planes), dtype=torch.uint8)
-    needed().ck_unpack(*map(address, (plain, plain_scales, codes, scale_codes)), *_arguments(g))
+    check("codes", codes, g.tiles * g.chunks * g.bits * TILE, (torch.int32,))
+    check("scale_codes", scale_codes, g.tiles * g.blocks * 2 * g.scale_bits, (torch.uint8,))
+    code_bytes, scale_bytes = _plain_bytes(g)
+    plain = torch.empty(code_bytes, dtype=torch.uint8)
+    plain_scales = torch.zeros(scale_bytes, dtype=torch.uint8)
+    tiled, scales = codes.contiguous(), scale_codes.contiguous()
+    needed().ck_unpack(*map(address, (plain, plain_scales, tiled, scales)), *_arguments(g))
     return plain, plain_scales

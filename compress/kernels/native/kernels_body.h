@@ -55,10 +55,8 @@ INLINE v16 next_scales(scale_walk *walk) {
     return scale;
 }
 
-/* Nibbles of an octet of a tile. */
-INLINE w16 octet_nibbles(const uint32_t *tile, int bits, int64_t octet) {
-    const uint32_t *chunk = tile + octet / 4 * bits * CK_TILE;
-    int q = (int)(octet % 4);
+/* Nibbles of octet q of a chunk. */
+INLINE w16 octet_nibbles(const uint32_t *chunk, int bits, int q) {
     if (bits == 4) return w_load(chunk + q * CK_TILE);
     w16 low = w_right(w_load(chunk + q / 2 * CK_TILE), 2 * (q % 2));
     if (bits == 2) return low;
@@ -76,9 +74,12 @@ INLINE void octet_values(const ck_matrix *m, const uint32_t *tile, int bits, sma
             values[f] = look_up_bytes(m->table, w_right(w_load(words + f / 4 * CK_TILE), 8 * (f % 4)));
         return;
     }
-    w16 nibbles = octet_nibbles(tile, bits, octet);
+    w16 nibbles = octet_nibbles(tile + octet / 4 * bits * CK_TILE, bits, (int)(octet % 4));
     UNROLL
-    for (int f = 0; f < 8; f++) values[f] = look_up(table, w_right(nibbles, 4 * f));
+    for (int f = 0; f < 8; f++) {
+        w16 index = w_right(nibbles, 4 * f);
+        values[f] = bits == 4 ? look_up(table, index) : look_up_8(table, index);
+    }
 }
 
 INLINE small_table matrix_table(const ck_matrix *m, int bits) {
@@ -102,6 +103,30 @@ static __attribute__((noinline)) void finish(const ck_product *p, int64_t tile, 
     v_write((char *)p->y + (token * rows + row) * size, (int)p->type, lanes, sum);
 }
 
+#define PREFETCHED 1024 /* words: a single token is done with a cache line sooner than memory brings the next */
+
+/* Add an octet's products to the sums of its block: octet q of a chunk, `octet` in the row. */
+INLINE void direct_octet(const ck_product *p, int bits, small_table table, const uint32_t *chunk, int64_t octet, int q,
+                         int tokens, int chains, v16 part[][4]) {
+    const float *x = p->x + octet * tokens * 8;
+    w16 nibbles = {0};
+    __builtin_prefetch(chunk + q * bits * (CK_TILE / 4) + PREFETCHED);
+    if (bits < 8) nibbles = octet_nibbles(chunk, bits, q);
+    UNROLL
+    for (int f = 0; f < 8; f++) {
+        v16 w;
+        if (bits == 8)
+            w = look_up_bytes(p->matrix->table, w_right(w_load(chunk + (2 * q + f / 4) * CK_TILE), 8 * (f % 4)));
+        else if (bits == 4)
+            w = look_up(table, w_right(nibbles, 4 * f));
+        else
+            w = look_up_8(table, w_right(nibbles, 4 * f));
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
+    }
+}
+
 INLINE void direct_tiles(const ck_matrix *m, int bits, const ck_product *p, int64_t begin, int64_t end, int tokens) {
     small_table table = matrix_table(m, bits);
     int64_t octets = m->block_size / 8, words = ck_tile_words(m);
@@ -119,27 +144,17 @@ INLINE void direct_tiles(const ck_matrix *m, int bits, const ck_product *p, int6
             for (int t = 0; t < tokens; t++)
                 UNROLL
                 for (int c = 0; c < chains; c++) part[t][c] = v_zero();
-            for (int64_t stop = octet + octets; octet < stop; octet++) {
-                const float *x = p->x + octet * tokens * 8;
-                if (bits == 8) {
-                    const uint32_t *pair = codes + octet * 2 * CK_TILE;
+            int64_t stop = octet + octets;
+            if (tokens == 1 && bits < 8 && octets % 4 == 0) /* whole chunks: places in it are constants */
+                for (; octet < stop; octet += 4) {
+                    const uint32_t *chunk = codes + octet / 4 * bits * CK_TILE;
                     UNROLL
-                    for (int f = 0; f < 8; f++) {
-                        v16 w = look_up_bytes(m->table, w_right(w_load(pair + f / 4 * CK_TILE), 8 * (f % 4)));
-                        UNROLL
-                        for (int t = 0; t < tokens; t++)
-                            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
-                    }
-                } else {
-                    w16 nibbles = octet_nibbles(codes, bits, octet);
-                    UNROLL
-                    for (int f = 0; f < 8; f++) {
-                        v16 w = look_up(table, w_right(nibbles, 4 * f));
-                        UNROLL
-                        for (int t = 0; t < tokens; t++)
-                            part[t][f % chains] = v_fma(w, v_set(x[t * 8 + f]), part[t][f % chains]);
-                    }
+                    for (int q = 0; q < 4; q++)
+                        direct_octet(p, bits, table, chunk, octet + q, q, tokens, chains, part);
                 }
+            for (; octet < stop; octet++) {
+                const uint32_t *chunk = codes + octet / 4 * bits * CK_TILE;
+                direct_octet(p, bits, table, chunk, octet, (int)(octet % 4), tokens, chains, part);
             }
             v16 scale = next_scales(&walk);
             UNROLL
@@ -155,10 +170,68 @@ INLINE void direct_tiles(const ck_matrix *m, int bits, const ck_product *p, int6
     }
 }
 
-#if SPECIALIZED
+#ifdef PAIR_TILES
+/* One token and 2-bit codes. A nibble holds the codes of two columns, f of an even octet and f of the next: one look-up
+ * among the 16 sums that they can make serves both, and serves all tiles that are done together. */
+INLINE void pair_tiles(const ck_product *p, int64_t first, int tiles) {
+    const ck_matrix *m = p->matrix;
+    const uint32_t *codes = m->codes + first * ck_tile_words(m);
+    int64_t words = ck_tile_words(m), pairs = m->block_size / 16, pair = 0;
+    float tables[2][16];
+    for (int i = 0; i < 16; i++) {
+        tables[0][i] = m->table[i & 3];
+        tables[1][i] = m->table[i >> 2];
+    }
+    v16 low = v_load(tables[0]), high = v_load(tables[1]), sums[PAIR_TILES];
+    scale_walk walks[PAIR_TILES];
+    UNROLL
+    for (int n = 0; n < tiles; n++) {
+        sums[n] = v_zero();
+        walks[n] = walk_scales(m, first + n);
+    }
+    for (int64_t block = 0; block < m->blocks; block++) {
+        v16 part[PAIR_TILES];
+        UNROLL
+        for (int n = 0; n < tiles; n++) part[n] = v_zero();
+        for (int64_t stop = pair + pairs; pair < stop; pair++) {
+            const float *x = p->x + pair * 16;
+            w16 nibbles[PAIR_TILES];
+            UNROLL
+            for (int n = 0; n < tiles; n++) {
+                nibbles[n] = w_load(codes + n * words + pair * CK_TILE);
+                __builtin_prefetch(codes + n * words + pair * CK_TILE + PREFETCHED / 4);
+            }
+            UNROLL
+            for (int f = 0; f < 8; f++) {
+                v16 both = v_fma(high, v_set(x[8 + f]), v_mul(low, v_set(x[f])));
+                UNROLL
+                for (int n = 0; n < tiles; n++)
+                    part[n] = v_add(part[n], look_up(both, w_right(nibbles[n], 4 * f)));
+            }
+        }
+        UNROLL
+        for (int n = 0; n < tiles; n++) sums[n] = v_fma(part[n], next_scales(&walks[n]), sums[n]);
+    }
+    for (int n = 0; n < tiles; n++) finish(p, first + n, 0, sums[n]);
+}
+
+static void direct_pairs(const ck_product *p, int64_t begin, int64_t end) {
+    for (; begin + PAIR_TILES <= end; begin += PAIR_TILES) pair_tiles(p, begin, PAIR_TILES);
+    for (; begin < end; begin++) pair_tiles(p, begin, 1);
+}
+#endif
+
 #define DIRECT(tokens) \
     case tokens: BY_BITS(p->matrix, direct_tiles, p, begin, end, tokens); break;
+
 static void direct(const ck_product *p, int64_t begin, int64_t end) {
+#ifdef PAIR_TILES
+    if (p->tokens == 1 && p->matrix->bits == 2 && p->matrix->block_size % 16 == 0) {
+        direct_pairs(p, begin, end);
+        return;
+    }
+#endif
+#if SPECIALIZED
     switch (p->tokens) {
         DIRECT(1)
         DIRECT(2)
@@ -169,14 +242,12 @@ static void direct(const ck_product *p, int64_t begin, int64_t end) {
         DIRECT(6)
         DIRECT(7)
 #endif
-        default: DIRECT(MOST_DIRECT)
+        default: BY_BITS(p->matrix, direct_tiles, p, begin, end, MOST_DIRECT);
     }
-}
 #else
-static void direct(const ck_product *p, int64_t begin, int64_t end) {
     direct_tiles(p->matrix, (int)p->matrix->bits, p, begin, end, (int)p->tokens);
-}
 #endif
+}
 
 /* Decode octets first to last of a tile; the walk stands at the block of `first` with `scale` its scales. */
 INLINE void decode(const ck_matrix *m, int bits, const uint32_t *tile, int64_t first, int64_t last, scale_walk *walk,
@@ -279,26 +350,66 @@ static void panel(const ck_product *p, float *workspace, int64_t begin, int64_t 
     }
 }
 
+/* The next 16 columns of a tile, one vector a column, zeros after the width. */
+INLINE void decode_16(const ck_matrix *m, int bits, small_table table, const uint32_t *codes, int64_t column,
+                      scale_walk *walk, v16 *scale, v16 columns[16]) {
+    int64_t octets = m->block_size / 8, all = m->blocks * octets;
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        int64_t octet = column / 8 + half;
+        v16 values[8];
+        UNROLL
+        for (int f = 0; f < 8; f++) columns[8 * half + f] = v_zero();
+        if (octet >= all) continue;
+        if (octet % octets == 0) *scale = next_scales(walk);
+        octet_values(m, codes, bits, table, octet, values);
+        UNROLL
+        for (int f = 0; f < 8; f++) columns[8 * half + f] = v_mul(values[f], *scale);
+    }
+}
+
+/* Write 64 bytes, or fewer at the end of a row, to each row of a tile from `from` to `to`. */
+INLINE void write_rows(char *out, int64_t pitch, const v16 rows[16], int64_t from, int64_t to, int64_t bytes) {
+    if (from == 0 && to == CK_TILE && bytes >= 64) {
+        UNROLL
+        for (int lane = 0; lane < 16; lane++) v_write(out + lane * pitch, CK_F32, 16, rows[lane]);
+        return;
+    }
+    for (int64_t lane = from; lane < to; lane++) {
+        float whole[16];
+        v_store(whole, rows[lane]);
+        memcpy(out + lane * pitch, whole, (size_t)ck_min(bytes, 64));
+    }
+}
+
 INLINE void dequantize_tile(const ck_matrix *m, int bits, int64_t tile, int64_t first_row, int64_t last_row, char *out,
                             int type) {
-    int64_t width = m->blocks * m->block_size, size = type == CK_F32 ? 4 : 2;
+    int64_t size = ck_size(type), pitch = m->columns * size;
     scale_walk walk = walk_scales(m, tile);
-    v16 scale = v_zero();
+    small_table table = matrix_table(m, bits);
+    v16 scale = v_zero(), rows[16];
     const uint32_t *codes = m->codes + tile * ck_tile_words(m);
     int64_t from = first_row > tile * CK_TILE ? first_row - tile * CK_TILE : 0;
     int64_t to = ck_min(CK_TILE, last_row - tile * CK_TILE);
-    out += (tile * CK_TILE - first_row) * m->columns * size;
-    for (int64_t column = 0; column < m->columns; column += CK_TILE) {
-        float values[16 * CK_TILE];
-        int64_t last = ck_min(column + CK_TILE, width) / 8;
-        v16 square[16];
-        decode(m, bits, codes, column / 8, last, &walk, &scale, values, CK_TILE);
+    out += (tile * CK_TILE - first_row) * pitch;
+    if (type == CK_F32) {
+        for (int64_t column = 0; column < m->columns; column += 16) {
+            decode_16(m, bits, table, codes, column, &walk, &scale, rows);
+            v_transpose(rows);
+            write_rows(out + column * size, pitch, rows, from, to, (m->columns - column) * size);
+        }
+        return;
+    }
+    for (int64_t column = 0; column < m->columns; column += 32) { /* pairs of columns share a word */
+        v16 columns[16];
         UNROLL
-        for (int i = 0; i < 16; i++) square[i] = i < last * 8 - column ? v_load(values + i * CK_TILE) : v_zero();
-        v_transpose(square);
-        int count = (int)ck_min(CK_TILE, m->columns - column);
-        for (int64_t lane = from; lane < to; lane++)
-            v_write(out + (lane * m->columns + column) * size, type, count, square[lane]);
+        for (int half = 0; half < 2; half++) {
+            decode_16(m, bits, table, codes, column + 16 * half, &walk, &scale, columns);
+            UNROLL
+            for (int i = 0; i < 8; i++) rows[8 * half + i] = v_halves(columns[2 * i], columns[2 * i + 1], type);
+        }
+        v_transpose(rows);
+        write_rows(out + column * size, pitch, rows, from, to, (m->columns - column) * size);
     }
 }
 

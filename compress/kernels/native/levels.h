@@ -11,12 +11,6 @@
 #if CK_X86
 #include <immintrin.h>
 
-#if CK_FILE_LEVEL == 2
-#define CK_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512"
-#elif CK_FILE_LEVEL == 1
-#define CK_TARGET "avx2,fma,f16c,bmi2"
-#endif
-
 #if CK_FILE_LEVEL > 0
 #if defined(__clang__)
 #define CK_PRAGMA(text) _Pragma(#text)

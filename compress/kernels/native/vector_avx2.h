@@ -87,6 +87,11 @@ static inline v16 look_up_bytes(const float *table, w16 index) {
 
 static inline v16 floats_of(__m256i a, __m256i b) { return (v16){_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
 
+/* 4 in every lane whose bit is set. */
+static inline __m256i four_where(__m256i bits, __m256i bit) {
+    return _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(bits, bit), bit), _mm256_set1_epi32(4));
+}
+
 /* The scale codes of a block of a tile as floats. */
 static inline v16 scale_codes(const uint8_t *p, int bits) {
     __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), a, b, bit;
@@ -107,10 +112,8 @@ static inline v16 scale_codes(const uint8_t *p, int bits) {
                                  _mm256_set1_epi32(3));
             if (bits == 2) return floats_of(a, b);
             bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128); /* lane l is bit l of the high plane */
-            a = _mm256_or_si256(a, _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(p[4]), bit), bit),
-                                                    _mm256_set1_epi32(4)));
-            b = _mm256_or_si256(b, _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(p[5]), bit), bit),
-                                                    _mm256_set1_epi32(4)));
+            a = _mm256_or_si256(a, four_where(_mm256_set1_epi32(p[4]), bit));
+            b = _mm256_or_si256(b, four_where(_mm256_set1_epi32(p[5]), bit));
             return floats_of(a, b);
     }
 }
@@ -147,16 +150,19 @@ static inline v16 places_steps(const places *at, const float *steps, int32_t gro
 
 static inline void transpose_8(__m256 *a[8]) {
     __m256 b[8], c[8];
+    UNROLL
     for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_ps(*a[i], *a[i + 1]);
         b[i + 1] = _mm256_unpackhi_ps(*a[i], *a[i + 1]);
     }
+    UNROLL
     for (int i = 0; i < 8; i += 4) {
         c[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
         c[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
         c[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
         c[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
     }
+    UNROLL
     for (int i = 0; i < 4; i++) {
         *a[i] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x20);
         *a[i + 4] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x31);
@@ -166,13 +172,16 @@ static inline void transpose_8(__m256 *a[8]) {
 /* a[i] becomes the i-th elements of all. */
 static inline void v_transpose(v16 a[16]) {
     __m256 *square[8];
+    UNROLL
     for (int part = 0; part < 4; part++) {
+        UNROLL
         for (int i = 0; i < 8; i++) {
             v16 *row = &a[i + 8 * (part / 2)];
             square[i] = part % 2 ? &row->b : &row->a;
         }
         transpose_8(square);
     }
+    UNROLL
     for (int i = 0; i < 8; i++) {
         __m256 kept = a[i].b;
         a[i].b = a[i + 8].a;
@@ -195,6 +204,33 @@ static inline v16 v_read(const void *p, int type, int count) {
     return (v16){read_8(p, type), read_8((const char *)p + 8 * size, type)};
 }
 
+/* Rounded to nearest, ties to even, in the upper half of each word; a NaN stays one. */
+static inline __m256i round_bf16(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000), nan);
+}
+
+static inline __m256 halves_8(__m256 a, __m256 b, int type) {
+    __m256i low, high;
+    if (type == CK_F16) {
+        low = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        high = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        high = _mm256_slli_epi32(high, 16);
+    } else {
+        low = _mm256_srli_epi32(round_bf16(a), 16);
+        high = _mm256_and_si256(round_bf16(b), _mm256_set1_epi32((int)0xffff0000u));
+    }
+    return _mm256_castsi256_ps(_mm256_or_si256(low, high));
+}
+
+/* Words of two 16-bit floats, x in the lower half. */
+static inline v16 v_halves(v16 x, v16 y, int type) {
+    return (v16){halves_8(x.a, y.a, type), halves_8(x.b, y.b, type)};
+}
+
 static inline void write_8(void *p, int type, __m256 x) {
     if (type == CK_F32) {
         _mm256_storeu_ps(p, x);
@@ -204,12 +240,9 @@ static inline void write_8(void *p, int type, __m256 x) {
         _mm_storeu_si128(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         return;
     }
-    __m256i bits = _mm256_castps_si256(x);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    up = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
-    up = _mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 0x08);
+    __m256i up = _mm256_srli_epi32(round_bf16(x), 16);
+    up = _mm256_packus_epi32(up, up);
+    up = _mm256_permute4x64_epi64(up, 0x08);
     _mm_storeu_si128(p, _mm256_castsi256_si128(up));
 }
 

@@ -8,6 +8,7 @@
 #define MOST_DIRECT 8
 #define PANEL_TILES 2 /* tiles that the micro-kernel multiplies at a time */
 #define PANEL_TOKENS 12
+#define PAIR_TILES 4 /* there is a kernel for pairs of 2-bit codes; so many tiles share its look-ups */
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -41,6 +42,8 @@ static inline small_table table_load(const float *table, int bits) {
 
 /* The entries at the low four bits of each word, or fewer as the table repeats. */
 static inline v16 look_up(small_table table, w16 index) { return _mm512_permutexvar_ps(index, table); }
+
+static inline v16 look_up_8(small_table table, w16 index) { return look_up(table, index); }
 
 /* Among 256 entries: eight look-ups among 32, of which bits 5 to 7 choose. Gathers are slower wherever they had to be
  * slowed down for safety. */
@@ -108,10 +111,12 @@ static inline v16 places_steps(const places *at, const float *steps, int32_t gro
 /* a[i] becomes the i-th elements of all. */
 static inline void v_transpose(v16 a[16]) {
     __m512 b[16];
+    UNROLL
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
     }
+    UNROLL
     for (int i = 0; i < 16; i += 4) {
         __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 1]);
         __m512d r = _mm512_castps_pd(b[i + 2]), s = _mm512_castps_pd(b[i + 3]);
@@ -120,18 +125,39 @@ static inline void v_transpose(v16 a[16]) {
         a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s));
         a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
     }
+    UNROLL
     for (int i = 0; i < 4; i++) { /* b[i + 4 j]: quarters of rows 4 j to 4 j + 3 */
         b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
         b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
         b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
         b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
     }
+    UNROLL
     for (int i = 0; i < 4; i++) {
         a[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
         a[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
         a[i + 4] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88);
         a[i + 12] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd);
     }
+}
+
+/* Rounded to nearest, ties to even, in the upper half of each word; a NaN stays one. */
+static inline __m512i round_bf16(v16 x) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+
+/* Words of two 16-bit floats, a in the lower half. */
+static inline v16 v_halves(v16 a, v16 b, int type) {
+    if (type == CK_F16) {
+        __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        __m512i high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    __m512i low = _mm512_srli_epi32(round_bf16(a), 16);
+    return _mm512_castsi512_ps(w_select(0xffff0000u, low, round_bf16(b)));
 }
 
 /* The first `count` (at most 16) elements of 16-bit or 32-bit floats at p; zeros after them. */
@@ -153,12 +179,7 @@ static inline void v_write(void *p, int type, int count, v16 x) {
         _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         return;
     }
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    up = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(up));
+    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)));
 }
 
 #endif

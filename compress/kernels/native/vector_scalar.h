@@ -88,6 +88,8 @@ static inline v16 look_up(small_table table, w16 index) {
     return r;
 }
 
+static inline v16 look_up_8(small_table table, w16 index) { return look_up(table, index); }
+
 static inline v16 look_up_bytes(const float *table, w16 index) {
     v16 r;
     EACH r.v[i] = table[index.v[i] & 255];
@@ -170,6 +172,16 @@ static inline v16 v_read(const void *p, int type, int count) {
         r.v[i] = type == CK_BF16 ? ck_from_bf16(half) : from_f16(half);
     }
     return r;
+}
+
+/* Words of two 16-bit floats, a in the lower half. */
+static inline v16 v_halves(v16 a, v16 b, int type) {
+    EACH {
+        uint32_t low = type == CK_BF16 ? ck_to_bf16(a.v[i]) : to_f16(a.v[i]);
+        uint32_t high = type == CK_BF16 ? ck_to_bf16(b.v[i]) : to_f16(b.v[i]);
+        a.v[i] = ck_from_bits(low | high << 16);
+    }
+    return a;
 }
 
 static inline void v_write(void *p, int type, int count, v16 x) {

@@ -57,7 +57,7 @@ def random_case(
         table=table,
     )
     steps = scale_max / (2**scale_bits - 1)
-    scales = scale_codes * steps.repeat_interleave(group_size)[:count] + offset
+    scales = scale_codes * steps.repeat_interleave(min(group_size, count))[:count] + offset
     wide = scales.view(rows, geometry.blocks, 1)
     return Case(
         matrix=matrix,

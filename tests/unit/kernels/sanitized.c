@@ -71,7 +71,8 @@ static void product(const ck_matrix *m, const float *weights, int64_t tokens, in
     double worst = 0; /* over what float32 sums and a rounding to the type may lose */
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t o = 0; o < m->rows; o++) {
-            double sum = 0, found = wide ? ((float *)y)[t * m->rows + o] : ck_from_bf16(((uint16_t *)y)[t * m->rows + o]);
+            int64_t at = t * m->rows + o;
+            double sum = 0, found = wide ? ((float *)y)[at] : ck_from_bf16(((uint16_t *)y)[at]);
             for (int64_t i = 0; i < m->columns; i++) {
                 double weight = weights[o * m->columns + i];
                 for (int64_t r = 0; r < rank; r++) weight += left[r * m->rows + o] * right[r * m->columns + i];

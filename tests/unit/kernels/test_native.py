@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compress.errors import UsageError
 from compress.kernels.library import library, status, using
 from compress.kernels.native_product import DENSE_FROM, TYPES, dequantize, product, product_transposed
+from compress.kernels.packed import untile
 from tests.unit.kernels.native import random_case, random_input
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C library was not built")
@@ -120,6 +123,32 @@ def test_blocks_of_zeros_and_values_that_are_not_finite(tokens: int) -> None:
     assert torch.equal(found.double(), exact) or torch.equal(
         found.nan_to_num(0.5), exact.float().nan_to_num(0.5)
     )
+
+
+def test_sizes_and_types_that_do_not_fit_are_refused() -> None:
+    case = random_case(37, 53)
+    x, left, right = random_input(3, 53), random_input(4, 37), random_input(4, 53)
+    for wrong in (x[:, :-1], x.double(), random_input(3, 54)):
+        with pytest.raises(UsageError, match="got x as"):
+            product(wrong, case.matrix, None)
+    with pytest.raises(UsageError, match="got L1 as"):
+        product(x, case.matrix, (right, right))
+    with pytest.raises(UsageError, match="got L2 as"):
+        product(x, case.matrix, (left, right.bfloat16()))
+    with pytest.raises(UsageError, match="got the gradient as"):
+        product_transposed(x, case.matrix, None)
+    with pytest.raises(UsageError, match="Rows 30 to 38"):
+        dequantize(case.matrix, start=30, stop=38)
+    with pytest.raises(UsageError, match=r"do not make torch\.float64"):
+        dequantize(case.matrix, torch.float64)
+    geometry = replace(case.matrix.geometry, rows=64)
+    with pytest.raises(UsageError, match="got codes as"):
+        untile(geometry, case.matrix.codes, case.matrix.scale_codes)
+
+
+def test_one_group_may_be_larger_than_any_matrix() -> None:
+    case = random_case(20, 64, group_size=2**40)
+    assert torch.equal(dequantize(case.matrix), case.weights)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the level is the same for all
