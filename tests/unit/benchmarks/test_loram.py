@@ -46,6 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, place: dict[str, Path], *more: str) -> 
     return main()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_reopen")
 def test_rows_of_both_parts(
     place: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
