@@ -21,7 +21,8 @@ from tests.fresh import ForkServer
 from tests.integration.common import PRUNING, TRAINING, assert_recorded, run
 from tests.tiny import tiny_checkpoint
 
-SHORT: dict[str, Any] = PRUNING | {"calibration_tokens": 512, "repair_steps": 2, "ratio": 0.4}
+FAST: dict[str, Any] = {"criterion": "magnitude", "repair": "none", "repair_steps": 0, "trials": 1}
+SHORT: dict[str, Any] = PRUNING | FAST | {"ratio": 0.4}
 UP = "model.layers.1.mlp.up_proj.weight"
 
 

@@ -17,7 +17,8 @@ from compress.pipelines.settings import Common
 from tests.integration.common import PRUNING, TRAINING, assert_recorded, run
 from tests.tiny import tiny_checkpoint
 
-SHORT: dict[str, Any] = PRUNING | {"calibration_tokens": 512, "repair_steps": 0, "ratio": 0.4}
+FAST: dict[str, Any] = {"criterion": "magnitude", "repair": "none", "repair_steps": 0, "trials": 1}
+SHORT: dict[str, Any] = PRUNING | FAST | {"ratio": 0.4}
 pytestmark = pytest.mark.usefixtures("forked_reopen")
 
 

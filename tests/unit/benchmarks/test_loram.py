@@ -100,6 +100,7 @@ def test_recovery_at_the_shapes_of_a_70b_model(tmp_path: Path) -> None:
     assert 0 < found["difference, cut"]["truncation"] < 1
 
 
+@pytest.mark.slow
 def test_small_models_are_made_once(place: dict[str, Path]) -> None:
     bench = Bench(
         full=place["model"],
