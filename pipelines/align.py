@@ -22,7 +22,7 @@ from compress.pipelines.measure import (
     validation_perplexity,
     validation_windows,
 )
-from compress.pipelines.model_input import current, device_and_dtype, original
+from compress.pipelines.model_input import current, device_and_dtype
 from compress.pipelines.prune_metrics import size_metrics
 from compress.pipelines.prune_repair import TEXT_SHARE
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
@@ -46,13 +46,15 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
             wanted for a thinned model, or windows are longer than the model's positions.
         CompressError: The model is quantized, or the package that GaLore needs is missing.
     """
-    model, full = current(context, "align"), original(context)
+    model = current(context, "align")
+    known = context.workspace.model or {}
+    full = Path(str(known.get("path", model.path)))
     require_dense(model.checkpoint, allow_lq=False)
     if not is_small(model.path):
         raise UsageError(
             f"{model.name} was not pruned, so there is nothing to align.", "Run compress prune first."
         )
-    if settings.loss != "text" and is_small(full.path):
+    if settings.loss != "text" and is_small(full):
         raise UsageError(
             f"The chain starts from the small model {full.name}, so there is no full model to distil from.",
             "Give --loss text.",
@@ -84,7 +86,7 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         share = TEXT_SHARE[settings.loss]
         distillation = None
         if share < 1:
-            teacher = load_model(full.path, dtype=dtype, device=device)
+            teacher = load_model(full, dtype=dtype, device=device)
             distillation = Distillation(teacher=teacher, text_share=share)
         with context.reporter.bar("align") as progress:
             result = fit(
@@ -115,7 +117,7 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
             "reopened_relative_error": reopened,
         }
 
-    inputs = {"model": model.id} | ({} if settings.loss == "text" else {"teacher": full.id})
+    inputs = {"model": model.id} | ({} if settings.loss == "text" else {"teacher": str(known["fingerprint"])})
     outcome = run_stage(context, "align", config=config, inputs=inputs, work=work)
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])

@@ -24,6 +24,7 @@ from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.text import read_text
+from compress.pipelines.verify_model import weights_of
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 
 
@@ -93,7 +94,7 @@ def evaluate(context: Context, settings: EvalSettings) -> Outcome:
 def list_entries(context: Context, full: ModelInput) -> list[Entry]:
     """Original, each model stage, trained small model, and full + recovered, as far as they exist."""
     workspace = context.workspace
-    parameters = full.checkpoint.parameters
+    parameters = weights_of(full.checkpoint)
     entries = [Entry(name="original", model=full.path, adapter=None, parameters=parameters, id=full.id)]
     names = {"prune": "pruned", "align": "aligned", "quantize": "quantized"}
     for stage in workspace.stages:
@@ -125,7 +126,7 @@ def list_entries(context: Context, full: ModelInput) -> list[Entry]:
                     name="full + recovered",
                     model=whole.path,
                     adapter=stage.path,
-                    parameters=whole.checkpoint.parameters,
+                    parameters=weights_of(whole.checkpoint),
                     id=stage.id,
                 )
             )

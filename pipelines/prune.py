@@ -16,7 +16,7 @@ from compress.importance.gram_store import GramStore
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
 from compress.model.load import load_model
 from compress.pipelines.measure import check_length, validation_perplexity, validation_windows
-from compress.pipelines.model_input import ModelInput, base_name, current, device_and_dtype, original
+from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prune_find import find_structure
 from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
 from compress.pipelines.prune_masks import MASKED, thin
@@ -71,7 +71,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     def work(folder: Path) -> Mapping[str, Any]:
         validation = validation_windows(context, model.path, place.source)
         measured = prune_in_rounds(place, goal, folder)
-        write_base(model, base_name(context) if model.id == original(context).id else model.name, folder)
+        write_base(context, model, folder)
         before = validation_perplexity(context, place.load(model.path), validation, "the model")
         pruned = load_model(folder, dtype="float32", device=device)
         record_logits(pruned, check_ids(model.architecture.vocab, context.common.seed), folder)

@@ -18,7 +18,7 @@ from compress.model.layout import ATTENTION_ROLES
 from compress.model.load import load_model
 from compress.model.uneven_config import refuse_uneven
 from compress.pipelines.measure import calibration_windows, validation_perplexity, validation_windows
-from compress.pipelines.model_input import ModelInput, base_name, current, device_and_dtype
+from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prune_goal import DEFAULT_RATIO, parse_targets
 from compress.pipelines.prune_metrics import size_metrics, structure_metrics
 from compress.pipelines.prune_place import BATCH
@@ -86,7 +86,7 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
         masks = write_thinned(model, chosen, share, norms, folder)
         whole = structure_map(arch, [full_layer(arch)] * arch.layers, base_fingerprint=model.id)
         whole.save(folder / STRUCTURE)
-        write_base(model, base_name(context), folder)
+        write_base(context, model, folder)
         before = validation_perplexity(context, network, validation, "the model")
         del network
         thinned = load_model(folder, dtype="float32", device=device)

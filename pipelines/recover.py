@@ -14,10 +14,10 @@ from compress.adapters.recover import recover_adapter
 from compress.errors import CompressError, UsageError
 from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
-from compress.model.checkpoint import require_dense
+from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
 from compress.pipelines.integrity import describe_files
-from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, current, open_model, original
+from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, open_model, original
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
@@ -38,10 +38,11 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             not belong to the small model.
     """
     trained = context.workspace.find("train")
-    full, structure = _full_model(context, settings)
+    start = original(context)
+    full = _full_model(context, settings, start)
+    structure = chain_structure(context, start, full)
     if settings.adapter is not None:
         adapter, identity = Path(settings.adapter), _identity(Path(settings.adapter))
-        small = current(context, "recover")
     else:
         if trained is None:
             context.reporter.say("recover: the chain has no trained adapter yet; training one first.")
@@ -50,7 +51,9 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             if trained is None:
                 context.reporter.say("recover: would follow with the adapter that training makes.")
                 return training
-        adapter, identity, small = trained.path, trained.id, current(context, "train")
+        adapter, identity = trained.path, trained.id
+    stage = context.workspace.model_before("recover" if settings.adapter is not None else "train")
+    small = start.checkpoint if stage is None else Checkpoint(stage.path)
     name = base_name(context) if settings.onto is None else HUB_NAME.get(settings.onto, settings.onto)
 
     def work(folder: Path) -> Mapping[str, Any]:
@@ -62,7 +65,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 full.checkpoint,
                 folder,
                 full_name=name,
-                small_base=small.checkpoint,
+                small_base=small,
                 compress_rank=settings.compress_rank,
                 progress=progress,
             )
@@ -107,15 +110,15 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     return outcome
 
 
-def _full_model(context: Context, settings: RecoverSettings) -> tuple[ModelInput, StructureMap]:
-    """The model to recover onto, and what the chain's small model kept of it.
+def _full_model(context: Context, settings: RecoverSettings, start: ModelInput) -> ModelInput:
+    """The model to recover onto.
 
     Raises:
         UsageError: There is no small model, an adapter was trained before there was one, or the chain starts from a
             small model and ``--onto`` does not name the full one.
-        CompressError: ``--onto`` names another model than the small one was cut from.
+        CompressError: ``--onto`` names a quantized model.
     """
-    workspace, start = context.workspace, original(context)
+    workspace = context.workspace
     published = is_small(start.path)
     pruned = workspace.find("prune")
     if pruned is None and workspace.find("quantize") is None and not published:
@@ -137,16 +140,21 @@ def _full_model(context: Context, settings: RecoverSettings) -> tuple[ModelInput
         )
     full = start if settings.onto is None else open_model(context, settings.onto)
     require_dense(full.checkpoint, allow_lq=False)
-    return full, chain_structure(context, full)
+    return full
 
 
-def chain_structure(context: Context, full: ModelInput) -> StructureMap:
+def chain_structure(context: Context, start: ModelInput, full: ModelInput) -> StructureMap:
     """Which indices of the full model the chain's small model kept; everything, when nothing was pruned.
+
+    Args:
+        context: Has the chain.
+        start: The model the chain starts from, full or small.
+        full: The model to recover onto.
 
     Raises:
         CompressError: The small model was made of another model than ``full``; names the first tensor that differs.
     """
-    pruned, start = context.workspace.find("prune"), original(context)
+    pruned = context.workspace.find("prune")
     folder = pruned.path if pruned is not None else start.path
     if is_small(folder):
         structure = StructureMap.load(folder / FILE_NAME)

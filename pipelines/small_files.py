@@ -8,7 +8,8 @@ from pathlib import Path
 from compress.errors import CompressError
 from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
-from compress.pipelines.model_input import ModelInput
+from compress.pipelines.model_input import ModelInput, base_name
+from compress.pipelines.stage import Context
 from compress.prune.weight_masks import FILE_NAME as MASKS
 from compress.structure import FILE_NAME as STRUCTURE
 from compress.structure import StructureMap
@@ -29,14 +30,17 @@ def is_small(folder: Path) -> bool:
     return (folder / STRUCTURE).is_file()
 
 
-def write_base(full: ModelInput, name: str, folder: Path) -> None:
-    """Record beside a small model which model it was cut from."""
+def write_base(context: Context, full: ModelInput, folder: Path) -> None:
+    """Record beside a small model which model it was cut from: the chain's original, or the stage that was cut."""
+    known = context.workspace.model
+    original = known is None or full.id == known["fingerprint"]
+    name = base_name(context) if original else full.name
     BaseRecord(name=public_name(name), tensors=full.checkpoint.digests()).save(folder / BASE)
 
 
 def public_name(name: str) -> str:
-    """A model's name without the folders of this machine."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    """A model's name without the folders of this machine; a hub id stays as it is."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
 def check_base(folder: Path, structure: StructureMap, full: ModelInput) -> None:

@@ -16,7 +16,7 @@ from compress.model.uneven import plain_config
 from compress.pipelines.verify_target import Finding, Target, Value
 from compress.prune.weight_masks import FILE_NAME as MASKS
 from compress.prune.weight_masks import WeightMasks
-from compress.quantize.checkpoint import MatrixRecord
+from compress.quantize.checkpoint import QUANT_METHOD, MatrixRecord, read_lq_config
 from compress.structure import FILE_NAME, StructureMap
 
 
@@ -105,6 +105,13 @@ def logical_parameters(checkpoint: Checkpoint, matrices: Mapping[str, MatrixReco
         if name not in parts
     )
     return stored + sum(record.shape[0] * record.shape[1] for record in matrices.values())
+
+
+def weights_of(checkpoint: Checkpoint) -> int:
+    """Parameters of a model, quantized by us or not."""
+    if quantization_method(checkpoint.config) != QUANT_METHOD:
+        return checkpoint.parameters
+    return logical_parameters(checkpoint, read_lq_config(checkpoint.config["quantization_config"]))
 
 
 def check_structure(target: Target, arch: Architecture) -> Iterator[Finding]:

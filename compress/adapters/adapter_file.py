@@ -25,8 +25,9 @@ INITIAL_FILE = "initial_factors.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before every module name."""
 
-BASE_KEY, STRUCTURE_KEY = "compress_base_fingerprint", "compress_structure"
-"""Metadata of the weight file: the fingerprint of the full model behind the small one, and what the small one keeps."""
+ORIGIN_FILE = "trained_on.json"
+BASE_KEY, STRUCTURE_KEY = "base_fingerprint", "structure"
+"""Entries of the origin file: the fingerprint of the full model behind the small one, and a hash of what that keeps."""
 
 _KINDS = (
     "lora_A.weight",
@@ -111,7 +112,7 @@ class AdapterFile:
                 raise CompressError(f"The adapter {path} is not supported: {reason}.", "Train a plain LoRA.")
         self._weights = _open(weights_path)
         self.names: tuple[str, ...] = tuple(self._weights.keys())
-        self.metadata: dict[str, str] = self._weights.metadata() or {}
+        self.origin: dict[str, Any] = _read_origin(path / ORIGIN_FILE)
         initial = path / INITIAL_FILE
         self._initial = _open(initial) if initial.is_file() else None
         self._initial_names = frozenset() if self._initial is None else frozenset(self._initial.keys())
@@ -183,9 +184,22 @@ class AdapterFile:
         )
 
 
-def origin(structure: StructureMap) -> dict[str, str]:
-    """Metadata of an adapter that was trained on a model with this structure."""
-    return {BASE_KEY: structure.base_fingerprint, STRUCTURE_KEY: structure.digest()}
+def origin_of(structure: StructureMap) -> dict[str, Any]:
+    """The origin of an adapter that was trained on a model with this structure."""
+    return {"format_version": 1, BASE_KEY: structure.base_fingerprint, STRUCTURE_KEY: structure.digest()}
+
+
+def _read_origin(path: Path) -> dict[str, Any]:
+    """The content of an origin file; empty where there is none, as in adapters that PEFT alone saved."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CompressError(f"{path} is not JSON ({error}).", "Restore or remove the file.") from error
+    if not isinstance(found, dict):
+        raise CompressError(f"{path} is no JSON object.", "Restore or remove the file.")
+    return found
 
 
 def scaling_entries(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
@@ -209,24 +223,27 @@ def write_adapter(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     initial: Mapping[str, Tensor] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter folder that stock PEFT loads; returns ``out``. Sets become sorted lists.
 
-    ``metadata`` goes into the header of the weight file, which PEFT does not look at.
+    ``origin`` says what the adapter was trained on, in a file that PEFT does not look at.
     """
     out.mkdir(parents=True, exist_ok=True)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (out / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _save(tensors, out / WEIGHTS_FILE, metadata or {})
+    _save(tensors, out / WEIGHTS_FILE)
     if initial:
-        _save(initial, out / INITIAL_FILE, {})
+        _save(initial, out / INITIAL_FILE)
+    if origin:
+        text = json.dumps(dict(origin), indent=2, sort_keys=True) + "\n"
+        (out / ORIGIN_FILE).write_text(text, encoding="utf-8")
     return out
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(ready, str(path), metadata={"format": "pt", **metadata})
+    save_file(ready, str(path), metadata={"format": "pt"})
 
 
 def _open(path: Path) -> Any:

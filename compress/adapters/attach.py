@@ -18,7 +18,7 @@ from compress.adapters.adapter_file import (
     PREFIX,
     AdapterFile,
     Scaling,
-    origin,
+    origin_of,
     scaling_entries,
     write_adapter,
 )
@@ -186,8 +186,8 @@ def save_adapter(
     tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     config = {**peft_model.peft_config["default"].to_dict(), "inference_mode": True}
     config["base_model_name_or_path"] = base_name
-    metadata = {} if structure is None else origin(structure)
-    return write_adapter(out, config, tensors, initial, metadata)
+    origin = None if structure is None else origin_of(structure)
+    return write_adapter(out, config, tensors, initial, origin)
 
 
 def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> PeftModel:

@@ -9,19 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import (
-    BASE_KEY,
     PREFIX,
-    STRUCTURE_KEY,
     AdapterFile,
     Scaling,
-    owner,
     scaling_entries,
     write_adapter,
 )
+from compress.adapters.carried import carried_over, check_kind, check_origin
 from compress.adapters.factors import difference_factors, recompress, scatter_rows, squared_norm
 from compress.errors import CompressError, UsageError
 from compress.model.architecture import Architecture
@@ -29,9 +26,6 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.uneven_config import refuse_uneven
 from compress.progress import Progress
 from compress.structure import StructureMap, kept_columns, kept_rows
-
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of ``init_lora_weights`` that move a part of the base weight into the factors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +125,10 @@ def recover_adapter(
     with AdapterFile(small_adapter) as small:
         # trained on LQ linears it says no, although the full model's own are stored transposed
         transposed = small.transposed or any(spec.transposed for spec in arch_full.linears)
-        _check_kind(small, compress_rank)
-        _check_origin(small, structure)
-        tensors = _copies(small, places, full, small_base)
+        check_kind(small, compress_rank)
+        check_origin(small, structure)
+        changed = {module for module, place in places.items() if place.changed}
+        tensors = carried_over(small, changed, full, small_base)
         for module in small.modules:
             place = places.get(module) or _outside(full, arch_full, module, transposed)
             found[module] = _recover_module(small, module, place, compress_rank)
@@ -153,7 +148,7 @@ def recover_adapter(
     norm, lost = sum(r.norm for r in found.values()), sum(r.lost for r in found.values())
     return RecoveryReport(
         modules=len(found),
-        scattered=sum(module in places and places[module].changed for module in found),
+        scattered=len(changed & set(found)),
         differences=sum(r.difference for r in found.values()),
         max_rank=max(r.scaling.rank for r in found.values()),
         parameters=sum(t.numel() for t in tensors.values()),
@@ -234,81 +229,6 @@ def _check_fits(module: str, width: int, kept: Tensor | None, size: int, label: 
             f"The adapter of {module} has {width} {label} where the structure keeps {expected}.",
             "Give the structure of the model the adapter was trained on.",
         )
-
-
-def _check_kind(small: AdapterFile, compress_rank: int | None) -> None:
-    start = small.config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_BASE_CHANGING) and not small.has_initial_factors:
-        raise CompressError(
-            f"The adapter started from {start} factors, which hold a part of its base, and none were kept.",
-            "Convert it with PEFT's path_initial_model_for_weight_conversion first.",
-        )
-    if small.config.get("use_dora") and (compress_rank is not None or small.has_initial_factors):
-        raise CompressError(
-            "The factors of a DoRA adapter cannot be changed: its magnitudes belong to them.",
-            "Train a LoRA without DoRA.",
-        )
-
-
-def _check_origin(small: AdapterFile, structure: StructureMap) -> None:
-    """Refuse an adapter that says it was trained on another small model; one that says nothing is compared by shape."""
-    base, digest = small.metadata.get(BASE_KEY), small.metadata.get(STRUCTURE_KEY)
-    if base is not None and base != structure.base_fingerprint:
-        raise CompressError(
-            f"The adapter {small.path} was trained on a model cut from another full model.",
-            "Give the adapter and the small model that belong together.",
-        )
-    if digest is not None and digest != structure.digest():
-        raise CompressError(
-            f"The adapter {small.path} was trained on a small model that keeps other groups or channels.",
-            "Give the adapter and the small model that belong together.",
-        )
-
-
-def _copies(
-    small: AdapterFile, places: Mapping[str, _Place], full: Checkpoint, base: Checkpoint | None
-) -> dict[str, Tensor]:
-    """Everything but the factor pairs of linears: carried over where no shape changed, refused elsewhere."""
-    copies: dict[str, Tensor] = {}
-    for name in small.names:
-        module, kind = owner(name)
-        if kind in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
-            continue
-        if module in places and places[module].changed:
-            what, why = "trained base tensor", "its pruned part was never trained"
-            if kind == "lora_magnitude_vector":
-                what, why = "DoRA magnitude", "it was trained for the norms of the pruned weight"
-            raise CompressError(
-                f"The {what} of {module} cannot be recovered: {why}.", "Train a plain LoRA on pruned linears."
-            )
-        trained = small.read(name)
-        if kind == "lora_magnitude_vector" and base is not None:
-            _check_same(f"{module}.weight", full, base)
-        if kind in ("weight", "bias") and base is not None:
-            trained = _moved(trained, f"{module}.{kind}", full, base)
-        copies[name] = trained
-    return copies
-
-
-def _check_same(name: str, full: Checkpoint, base: Checkpoint) -> None:
-    """Refuse the magnitudes of a DoRA on a weight that the small model has changed."""
-    if name not in base or name not in full or not torch.equal(base.read(name), full.read(name)):
-        raise CompressError(
-            f"The DoRA magnitude of {name} cannot be recovered: the small model has another weight than the full one, "
-            "and magnitudes belong to the norms of the weight they were trained on.",
-            "Train a plain LoRA.",
-        )
-
-
-def _moved(trained: Tensor, name: str, full: Checkpoint, base: Checkpoint) -> Tensor:
-    """The full model's tensor plus what training changed in the small one; sums in float32."""
-    there = name in full and name in base and base.dtype(name).is_floating_point
-    if not there or not full.shape(name) == base.shape(name) == tuple(trained.shape):
-        raise CompressError(
-            f"The trained {name} cannot be recovered: the full and the small model do not both have it.",
-            "Train a plain LoRA.",
-        )
-    return (full.read(name).float() + (trained.float() - base.read(name).float())).to(trained.dtype)
 
 
 def _plain_start(scalings: Mapping[str, Scaling]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tests.tiny import tiny_checkpoint
 from tests.unit.adapters.test_align import hide_galore
 
 LOOP = {key: TRAINING[key] for key in ("steps", "micro_batch", "accumulation", "sequence", "lr")}
-SHORT: dict[str, Any] = PRUNING | {"calibration_tokens": 512, "repair_steps": 2}
+SHORT: dict[str, Any] = PRUNING | {"criterion": "magnitude", "repair": "none", "repair_steps": 0, "trials": 1}
 pytestmark = pytest.mark.usefixtures("forked_reopen")
 
 
@@ -89,7 +89,7 @@ def test_a_small_model_whose_base_record_was_changed_is_found(tmp_path: Path, te
     assert {c["check"] for c in verified["checks"] if c["result"] == "differs"} == {"files", "model"}
 
 
-@pytest.mark.parametrize("loss", ["distill", "both"])
+@pytest.mark.parametrize("loss", [pytest.param("distill", marks=pytest.mark.slow), "both"])
 def test_alignment_can_be_distilled(loss: str, tmp_path: Path, text_file: Path) -> None:
     common = chain(tmp_path, text_file)
     aligned = run("align", common, loss=loss, **(LOOP | {"steps": 20}))
@@ -105,7 +105,7 @@ def test_layers_of_different_sizes_are_aligned(tmp_path: Path, text_file: Path) 
     common = Common(
         run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
     )
-    run("prune", common, ratio=0.4, shape="global", criterion="magnitude", **SHORT)
+    run("prune", common, ratio=0.4, shape="global", **SHORT)
     folder = Path(run("align", common, **LOOP)["path"])
     out, before = Checkpoint(folder), Checkpoint(tmp_path / "run" / "01-prune")
     assert sum(not torch.equal(out.read(n), before.read(n)) for n in out.names) == len(out.names) - 1

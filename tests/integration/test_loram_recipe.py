@@ -36,6 +36,7 @@ def eight_layers(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_reopen")
 def test_the_recipe_runs(tmp_path: Path, text_file: Path) -> None:
     recipe = yaml.safe_load((FOLDER / "qloram.yaml").read_text(encoding="utf-8"))

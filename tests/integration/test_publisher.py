@@ -21,7 +21,8 @@ from tests.fresh import ForkServer
 from tests.integration.common import PRUNING, TRAINING, assert_recorded, run
 from tests.tiny import tiny_checkpoint
 
-SHORT: dict[str, Any] = PRUNING | {"calibration_tokens": 512, "repair_steps": 2, "ratio": 0.4}
+FAST: dict[str, Any] = {"criterion": "magnitude", "repair": "none", "repair_steps": 0, "trials": 1}
+SHORT: dict[str, Any] = PRUNING | FAST | {"ratio": 0.4}
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -167,12 +168,12 @@ def damaged(kind: str, published: dict[str, Path], folder: Path, text_file: Path
         weights.pop("base_model.model.model.layers.0.mlp.down_proj.lora_B.weight")
     elif kind == "target":
         weights = {name.replace("lm_head", "lm_tail"): tensor for name, tensor in weights.items()}
-    metadata = {"format": "pt"}
-    if kind == "base":
-        metadata["compress_base_fingerprint"] = "0" * 64
-    elif kind == "structure":
-        metadata["compress_structure"] = "0" * 64
-    save_file(weights, adapter / "adapter_model.safetensors", metadata=metadata)
+    if kind in ("base", "structure"):
+        entry = {"base": "base_fingerprint", "structure": "structure"}[kind]
+        (adapter / "trained_on.json").write_text(json.dumps({entry: "0" * 64}))
+    elif kind == "origin":
+        (adapter / "trained_on.json").write_text("[]")
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     return adapter
 
 
@@ -187,6 +188,7 @@ def damaged(kind: str, published: dict[str, Path], folder: Path, text_file: Path
         ("target", "no linear lm_tail"),
         ("base", "cut from another full model"),
         ("structure", "keeps other groups or channels"),
+        ("origin", "is no JSON object"),
     ],
 )
 def test_adapters_that_do_not_belong_are_refused_and_nothing_is_written(

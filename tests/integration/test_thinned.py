@@ -32,7 +32,11 @@ def start(tmp_path: Path, text_file: Path, kind: str = "llama_gqa") -> Common:
 @pytest.mark.parametrize(
     ("kind", "given"),
     [
-        ("llama_tied", {"shape": "semi", "criterion": "wanda", "calibration_tokens": 512, "skip_first": 1}),
+        pytest.param(
+            "llama_tied",
+            {"shape": "semi", "criterion": "wanda", "calibration_tokens": 512, "skip_first": 1},
+            marks=pytest.mark.slow,
+        ),
         ("llama_gqa", {"shape": "semi", "pattern": "2:4", "criterion": "magnitude", "skip_last": 0}),
         ("phi3", {"shape": "unstructured", "criterion": "wanda", "ratio": 0.3, "skip_last": 0}),
     ],

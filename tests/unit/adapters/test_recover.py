@@ -273,6 +273,26 @@ def test_whole_trained_tensors_give_the_full_model_what_training_changed(
         )
 
 
+def test_dora_is_refused_on_a_weight_that_the_small_model_has_changed(tmp_path: Path) -> None:
+    """Alignment or quantization moved the weight whose norms the magnitudes were trained for."""
+    pair = make_pair("llama_gqa", tmp_path, heads=False)
+    adapter = save_random_adapter(pair.small, tmp_path / "a", target_modules=["q_proj"], use_dora=True)
+    options: dict[str, Any] = {"full_name": "org/full", "small_base": Checkpoint(pair.small)}
+    arguments = (adapter, pair.structure, pair.arch, pair.full)
+    recover_adapter(*arguments, tmp_path / "out", **options)
+    assert any(name.endswith("lora_magnitude_vector") for name in load_file(tmp_path / "out" / WEIGHTS_FILE))
+    file = pair.small / "model.safetensors"
+    stored = load_file(file)
+    stored["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1
+    save_file(stored, file, metadata={"format": "pt"})
+    options["small_base"] = Checkpoint(pair.small)
+    with pytest.raises(
+        CompressError, match=r"magnitude of model\.layers\.1\.self_attn\.q_proj.* another weight"
+    ):
+        recover_adapter(*arguments, tmp_path / "again", **options)
+    assert not (tmp_path / "again").exists()
+
+
 def test_dora_is_copied_where_shapes_stay_and_refused_where_not(tmp_path: Path) -> None:
     pair = make_pair("llama_gqa", tmp_path, heads=False)
     attention = save_random_adapter(pair.small, tmp_path / "a", target_modules=["q_proj"], use_dora=True)

@@ -46,6 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, place: dict[str, Path], *more: str) -> 
     return main()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_reopen")
 def test_rows_of_both_parts(
     place: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -99,6 +100,7 @@ def test_recovery_at_the_shapes_of_a_70b_model(tmp_path: Path) -> None:
     assert 0 < found["difference, cut"]["truncation"] < 1
 
 
+@pytest.mark.slow
 def test_small_models_are_made_once(place: dict[str, Path]) -> None:
     bench = Bench(
         full=place["model"],
