@@ -1,0 +1,108 @@
+/* Products with more tokens: tiles are decoded into the cache, then multiplied with blocks of tokens. */
+#ifndef CK_KERNELS_PANEL_H
+#define CK_KERNELS_PANEL_H
+
+#include "kernels_direct.h"
+
+/* Decode octets first to last of a tile; the walk stands at the block of `first` with `scale` its scales. */
+INLINE void decode(const ck_matrix *m, int bits, const uint32_t *tile, int64_t first, int64_t last, scale_walk *walk,
+                   v16 *scale, float *to, int64_t pitch) {
+    small_table table = matrix_table(m, bits);
+    int64_t octets = m->block_size / 8;
+    for (int64_t octet = first; octet < last; octet++) {
+        v16 values[8];
+        if (octet % octets == 0) *scale = next_scales(walk);
+        octet_values(m, tile, bits, table, octet, values);
+        UNROLL
+        for (int f = 0; f < 8; f++) v_store(to + ((octet - first) * 8 + f) * pitch, v_mul(values[f], *scale));
+    }
+}
+
+/* sums[tokens, tiles] += x[octets, tokens, 8] weights[8 * octets, tiles]. */
+INLINE void multiply(const float *x, int64_t octets, const float *weights, float *sums, int tokens) {
+    v16 s[PANEL_TOKENS][PANEL_TILES];
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int n = 0; n < PANEL_TILES; n++) s[t][n] = v_load(sums + (t * PANEL_TILES + n) * CK_TILE);
+    for (int64_t octet = 0; octet < octets; octet++, x += 8 * tokens)
+        for (int f = 0; f < 8; f++, weights += PANEL_TILES * CK_TILE) {
+            v16 w[PANEL_TILES];
+            UNROLL
+            for (int n = 0; n < PANEL_TILES; n++) w[n] = v_load(weights + n * CK_TILE);
+            UNROLL
+            for (int t = 0; t < tokens; t++) {
+                v16 value = v_set(x[t * 8 + f]);
+                UNROLL
+                for (int n = 0; n < PANEL_TILES; n++) s[t][n] = v_fma(w[n], value, s[t][n]);
+            }
+        }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int n = 0; n < PANEL_TILES; n++) v_store(sums + (t * PANEL_TILES + n) * CK_TILE, s[t][n]);
+}
+
+#define MULTIPLY(tokens) \
+    case tokens: multiply(x, octets, weights, sums, tokens); break;
+
+static void multiply_any(const float *x, int64_t octets, const float *weights, float *sums, int64_t tokens) {
+    switch (tokens) {
+        MULTIPLY(1)
+        MULTIPLY(2)
+        MULTIPLY(3)
+#if PANEL_TOKENS > 4
+        MULTIPLY(4)
+        MULTIPLY(5)
+#endif
+#if PANEL_TOKENS > 6
+        MULTIPLY(6)
+        MULTIPLY(7)
+        MULTIPLY(8)
+        MULTIPLY(9)
+        MULTIPLY(10)
+        MULTIPLY(11)
+#endif
+        default: multiply(x, octets, weights, sums, PANEL_TOKENS);
+    }
+}
+
+/* A panel is [sets of PANEL_TILES tiles][columns][PANEL_TILES][16], sums are [sets][tokens][PANEL_TILES][16]. */
+static void panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
+    const ck_matrix *m = p->matrix;
+    int64_t width = PANEL_TILES * CK_TILE, most = p->tiles_at_once, octets = m->blocks * m->block_size / 8;
+    int64_t per_set = CK_PANEL_COLUMNS * width, step = CK_PANEL_COLUMNS / 8;
+    float *sums = workspace + most * CK_TILE * CK_PANEL_COLUMNS;
+    scale_walk walks[8];
+    v16 scales[8];
+    for (int64_t group = begin; group < end; group++) {
+        int64_t first = group * most, tiles = ck_min(most, ck_tiles(m) - first);
+        int64_t sets = ck_ceil_div(tiles, PANEL_TILES);
+        if (tiles % PANEL_TILES) /* the last set is not full: what is missing counts as zeros */
+            memset(workspace + (sets - 1) * per_set, 0, (size_t)per_set * sizeof(float));
+        memset(sums, 0, (size_t)(sets * p->tokens * width) * sizeof(float));
+        for (int64_t i = 0; i < tiles; i++) walks[i] = walk_scales(m, first + i);
+        for (int64_t octet = 0; octet < octets; octet += step) {
+            int64_t last = ck_min(octet + step, octets);
+            for (int64_t i = 0; i < tiles; i++) {
+                float *to = workspace + i / PANEL_TILES * per_set + i % PANEL_TILES * CK_TILE;
+                const uint32_t *codes = m->codes + (first + i) * ck_tile_words(m);
+                BY_BITS(m, decode, codes, octet, last, &walks[i], &scales[i], to, width);
+            }
+            for (int64_t t = 0; t < p->tokens; t += PANEL_TOKENS) {
+                int64_t together = ck_min(PANEL_TOKENS, p->tokens - t);
+                const float *x = p->x + t * octets * 8 + octet * together * 8;
+                for (int64_t set = 0; set < sets; set++)
+                    multiply_any(x, last - octet, workspace + set * per_set, sums + (set * p->tokens + t) * width,
+                                 together);
+            }
+        }
+        for (int64_t i = 0; i < tiles; i++)
+            for (int64_t t = 0; t < p->tokens; t++) {
+                float *from = sums + (i / PANEL_TILES * p->tokens + t) * width + i % PANEL_TILES * CK_TILE;
+                finish(p, first + i, t, v_load(from));
+            }
+    }
+}
+
+#endif
