@@ -64,7 +64,7 @@ def test_targets_that_no_layer_has_any_more_are_refused(tmp_path: Path) -> None:
     made = make_uneven("llama_gqa", tmp_path)
     gone = LayerShape(kv_heads=0, queries=2, channels=4)
     arch = replace(made.arch, layer_shapes=(gone,) * made.arch.layers)
-    with pytest.raises(UsageError, match=r"no adapter target q\. Choose among gate, up, down"):
+    with pytest.raises(UsageError, match=r"no adapter target q\. Choose among all, gate, up, down"):
         attach_lora(load_model(made.small.path), arch, targets=["q", "up"])
 
 
