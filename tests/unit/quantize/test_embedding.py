@@ -154,7 +154,7 @@ def test_casts_change_the_result_and_never_the_stored_values() -> None:
 
 def test_what_is_no_plain_embedding_is_refused() -> None:
     class Odd(nn.Embedding):
-        pass
+        """It may do anything beyond a look-up."""
 
     with pytest.raises(CompressError, match="Odd"):
         embedding_multiplier(Odd(4, 4))
