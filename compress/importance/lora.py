@@ -22,9 +22,6 @@ from compress.model.architecture import LinearSpec
 
 Element = Literal["square", "abs"]
 
-NATIVE_CHUNK = 1 << 20
-"""Elements that the C library gets at once; those of another type are converted for it."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig(CriterionConfig):
@@ -138,7 +135,7 @@ def _native_sums(
     """The sums by the C library, in float64 from chunk to chunk."""
     rows, columns = weight.shape
     sums = torch.zeros(rows if over == "rows" else columns, dtype=torch.float64)
-    for chunk in row_chunks(weight, chunk_elements or NATIVE_CHUNK):
+    for chunk in row_chunks(weight, chunk_elements):
         found = importance_sums(
             weight.rows(chunk),
             left_OR[chunk],

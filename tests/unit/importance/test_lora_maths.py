@@ -110,7 +110,7 @@ def test_narrow_weights_are_computed_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("over", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("out", "inner", "chunk"), [(256, 688, None), (256, 688, 1024), (688, 256, 1024)])
+@pytest.mark.parametrize(("out", "inner", "chunk"), [(512, 688, None), (512, 688, 1024), (688, 512, 1024)])
 def test_no_temporary_is_larger_than_a_chunk(
     over: Literal["rows", "columns"], dtype: torch.dtype, out: int, inner: int, chunk: int | None
 ) -> None:
@@ -124,10 +124,10 @@ def test_no_temporary_is_larger_than_a_chunk(
             WeightRows.of(base), a, b, grad_a, grad_b, scaling=1.0, over=over, chunk_elements=chunk
         )
     small = 3 * rank * max(out, inner)  # the factors of the estimate and of the merged weight
-    assert seen.largest <= max(1 << 18 if chunk is None else chunk, small)
+    assert seen.largest <= max(1 << 17 if chunk is None else chunk, small)
     assert seen.largest > small / 4  # something was seen
     if chunk is not None:
-        assert seen.largest < 0.0125 * out * inner
+        assert seen.largest < 0.01 * out * inner
 
 
 def test_the_default_chunk_is_under_one_percent_of_a_large_matrix() -> None:
