@@ -1,7 +1,7 @@
 """The C library: found beside this file, loaded on first use, its instruction-set level chosen.
 
-``COMPRESS_KERNELS`` names a level for the whole process: ``torch`` (do without the library), ``scalar``, ``avx2``
-or ``avx512``. Without it, the best that the processor has is taken.
+``COMPRESS_KERNELS`` names a level for the whole process: ``torch`` (do without the library), ``scalar``, ``avx2``,
+``avx512`` or ``avx512_bf16``. Without it, the best that the processor has is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from compress.errors import UsageError
 
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 """Instruction-set levels by their number in the library, each a superset of the one before."""
 VARIABLE = "COMPRESS_KERNELS"
 

@@ -1,7 +1,8 @@
 """Products with a tiled matrix by the C library, and its weights; the same as torch operations with autograd rules.
 
 Few tokens: codes are decoded in registers, or a tile at a time into the cache. Many: a slice of rows is dequantized
-into a bounded workspace and torch multiplies it. Sums are float32 whatever the type of the input.
+into a bounded workspace and torch multiplies it. Sums are float32 whatever the type of the input. Where the processor
+multiplies bfloat16, weights are rounded to it before they meet more than a few tokens of that type.
 
 Shapes: O out, I in, T tokens, r rank. Types: float32, bfloat16, float16.
 """
@@ -20,7 +21,7 @@ from compress.kernels.packed import NativeMatrix, TiledMatrix, address, check, n
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of inputs and results, by their number in the library."""
 
-DENSE_FROM = {"scalar": 6, "avx2": 160, "avx512": 160}
+DENSE_FROM = {"scalar": 6, "avx2": 160, "avx512": 160, "avx512_bf16": 160}
 """Tokens from which a slice of dequantized rows times torch's product is faster than the tiles, by level."""
 
 _SLICE = 1 << 20
@@ -147,6 +148,8 @@ def product(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tu
 def _by_slices(
     x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, y: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.bfloat16 and _level() == "avx512_bf16":
+        return _by_narrow_slices(x, matrix, factors, y)
     wide = x.float()
     sums = y if y.dtype == torch.float32 else torch.empty(y.shape)
     inner = wide.new_empty(x.shape[0], 0) if factors is None else wide @ factors[1].float().T
@@ -159,6 +162,26 @@ def _by_slices(
     if factors is not None:
         sums.addmm_(inner, factors[0].float())
     return (sums if sums is y else y.copy_(sums)), inner
+
+
+def _by_narrow_slices(
+    x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in bfloat16 throughout: the low-rank part is rounded, and the sum once more."""
+    inner = torch.empty(x.shape[0], 0) if factors is None else x.float() @ factors[1].float().T
+    if factors is not None:
+        y.copy_(inner @ factors[0].float())
+    slices = _slices(matrix)
+    workspace = torch.empty(slices[0][1], x.shape[1], dtype=x.dtype)
+    for start, stop in slices:
+        weights = workspace[: stop - start]
+        dequantize_into(weights, matrix, start)
+        part = y[:, start:stop]
+        if factors is None:
+            torch.mm(x, weights.T, out=part)
+        else:
+            torch.addmm(part, x, weights.T, out=part)
+    return y, inner
 
 
 def product_transposed(grad: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> Tensor:

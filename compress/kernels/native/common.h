@@ -25,7 +25,15 @@
 #define CK_ABI 2
 
 /* Instruction-set levels, each a superset of the one before. */
-enum { CK_SCALAR = 0, CK_AVX2 = 1, CK_AVX512 = 2 };
+enum { CK_SCALAR = 0, CK_AVX2 = 1, CK_AVX512 = 2, CK_AVX512_BF16 = 3 };
+
+/* Whether the compiler knows AVX-512-BF16. With CK_EMULATE_BF16 its two instructions are computed by others, to be
+ * tested on processors that lack them. */
+#if CK_X86 && (defined(CK_EMULATE_BF16) || (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11))
+#define CK_HAS_BF16 1
+#else
+#define CK_HAS_BF16 0
+#endif
 
 /* The level in force: the best that the processor has unless a lower one was asked for. */
 CK_EXPORT int ck_level(void);

@@ -15,7 +15,8 @@ typedef struct {
     const void *raw;           /* x [tokens, columns] of `type` */
     void *y;                   /* [tokens, rows] of `type` */
     int64_t type, tokens;
-    const float *x;            /* x as `widen` leaves it: [sets of tokens][octets][tokens of the set][8] */
+    const float *x;            /* x as `widen` leaves it: [sets of tokens][octets][tokens of the set][8], or [4] for
+                                * pairs of bfloat16 */
     const ck_factors *factors; /* NULL without */
     const float *inner;        /* [tokens, rank]: x times right transposed */
     float *workspace;          /* of the panel kernel, `threads` times ck_panel_floats */
@@ -26,7 +27,7 @@ typedef struct {
 static inline int64_t ck_size(int64_t type) { return type == CK_F32 ? 4 : 2; }
 
 typedef struct {
-    int64_t most_direct;
+    int64_t most_direct, most_direct_bf16; /* the second for bfloat16, never above the first */
     /* y of tiles begin to end for at most `most_direct` tokens: codes are decoded in registers. */
     void (*direct)(const ck_product *p, int64_t begin, int64_t end);
     /* The same for any number of tokens: a panel of decoded weights in the cache, times blocks of tokens.
@@ -38,13 +39,13 @@ typedef struct {
                        void *out, int type);
     /* inner[:, begin to end] of the factors. */
     void (*inner)(const ck_product *p, float *inner, int64_t begin, int64_t end);
-    /* Tokens begin to end of x as float32, where the two products look for them. */
+    /* Tokens begin to end of x as the two products read them. */
     void (*widen)(const ck_product *p, float *to, int64_t begin, int64_t end);
     /* 192 multiplications and additions a round, for the account of a benchmark. */
     float (*peak)(int64_t rounds);
 } ck_kernels;
 
-extern const ck_kernels ck_kernels_scalar, ck_kernels_avx2, ck_kernels_avx512;
+extern const ck_kernels ck_kernels_scalar, ck_kernels_avx2, ck_kernels_avx512, ck_kernels_avx512_bf16;
 
 #define CK_PANEL_COLUMNS 256
 

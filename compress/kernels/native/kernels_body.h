@@ -29,8 +29,27 @@ static void inner(const ck_product *p, float *found, int64_t begin, int64_t end)
     }
 }
 
-/* Tokens begin to end of x as float32 into the order of the product's kernel. */
+/* Tokens begin to end of x into the order of the panels, four pairs an octet. */
+static void widen_pairs(const ck_product *p, float *to, int64_t begin, int64_t end) {
+    int64_t width = p->matrix->blocks * p->matrix->block_size, columns = p->matrix->columns;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t first = t / PANEL_TOKENS * PANEL_TOKENS, together = ck_min(PANEL_TOKENS, p->tokens - first);
+        float *place = to + first * width / 2 + (t - first) * 4;
+        const char *from = (const char *)p->raw + t * columns * 2;
+        for (int64_t k = 0; k < width; k += 8, place += 4 * together) {
+            int64_t count = columns - k < 0 ? 0 : ck_min(8, columns - k);
+            memset(place, 0, 16);
+            memcpy(place, from + k * 2, (size_t)count * 2);
+        }
+    }
+}
+
+/* Tokens begin to end of x as float32 (or as pairs) into the order of the product's kernel. */
 static void widen(const ck_product *p, float *to, int64_t begin, int64_t end) {
+    if (by_pairs(p) && p->tokens > MOST_DIRECT_BF16) {
+        widen_pairs(p, to, begin, end);
+        return;
+    }
     int64_t width = p->matrix->blocks * p->matrix->block_size, columns = p->matrix->columns, size = ck_size(p->type);
     int64_t most = p->tokens <= MOST_DIRECT ? p->tokens : PANEL_TOKENS;
     for (int64_t t = begin; t < end; t++) {

@@ -9,10 +9,16 @@ CK_EXPORT int ck_best_level(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
         return CK_SCALAR;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return CK_AVX512;
-    return CK_AVX2;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+        return CK_AVX2;
+#if CK_HAS_BF16
+#ifndef CK_EMULATE_BF16
+    if (__builtin_cpu_supports("avx512bf16"))
+#endif
+        return CK_AVX512_BF16;
+#endif
+    return CK_AVX512;
 #else
     return CK_SCALAR;
 #endif

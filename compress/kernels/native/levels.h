@@ -12,9 +12,17 @@
 #include <immintrin.h>
 
 #if CK_FILE_LEVEL > 0
+#if CK_FILE_LEVEL == 3 && !defined(CK_EMULATE_BF16)
+#define CK_BF16_FILE 1
+#else
+#define CK_BF16_FILE 0
+#endif
 #if defined(__clang__)
 #define CK_PRAGMA(text) _Pragma(#text)
-#if CK_FILE_LEVEL == 2
+#if CK_BF16_FILE
+#pragma clang attribute push(                                                                                \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"))), apply_to = function)
+#elif CK_FILE_LEVEL >= 2
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"))), \
                              apply_to = function)
 #else
@@ -22,7 +30,9 @@
 #endif
 #define CK_END_OF_LEVEL CK_PRAGMA(clang attribute pop)
 #else
-#if CK_FILE_LEVEL == 2
+#if CK_BF16_FILE
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#elif CK_FILE_LEVEL >= 2
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #else
 #pragma GCC target("avx2,fma,f16c,bmi2")

@@ -3,6 +3,9 @@
 
 static const ck_kernels *kernels(void) {
     switch (ck_level()) {
+#if CK_HAS_BF16
+        case CK_AVX512_BF16: return &ck_kernels_avx512_bf16;
+#endif
 #if CK_X86
         case CK_AVX512: return &ck_kernels_avx512;
         case CK_AVX2: return &ck_kernels_avx2;
@@ -43,7 +46,7 @@ static int64_t tiles_at_once(int64_t tokens) { return tokens > 32 ? 8 : 4; }
 
 /* Floats of workspace for ck_linear. */
 CK_EXPORT int64_t ck_linear_floats(const ck_matrix *m, int64_t tokens, int64_t threads) {
-    int64_t panels = tokens > kernels()->most_direct ? threads * ck_panel_floats(tokens, tiles_at_once(tokens)) : 0;
+    int64_t panels = tokens > kernels()->most_direct_bf16 ? threads * ck_panel_floats(tokens, tiles_at_once(tokens)) : 0;
     return tokens * m->blocks * m->block_size + panels;
 }
 
@@ -67,7 +70,7 @@ CK_EXPORT void ck_linear(const ck_matrix *m, const void *x, void *y, int64_t tok
         ck_parallel(rank, 1, rank * width * tokens < 1 << 16 ? 1 : (int)threads, inner_ranks, &call);
     }
     if (m->rows * width * tokens < 1 << 17) threads = 1; /* less work than waking a thread */
-    if (tokens <= k->most_direct) {
+    if (tokens <= (type == CK_BF16 ? k->most_direct_bf16 : k->most_direct)) {
         ck_parallel(ck_tiles(m), 1, (int)threads, direct_tiles, &call);
         return;
     }

@@ -7,7 +7,7 @@
 
 static const ck_quantizers *quantizers(void) {
 #if CK_X86
-    if (ck_level() == CK_AVX512) return &ck_quantize_avx512;
+    if (ck_level() >= CK_AVX512) return &ck_quantize_avx512;
     if (ck_level() == CK_AVX2) return &ck_quantize_avx2;
 #endif
     return &ck_quantize_scalar;

@@ -9,6 +9,9 @@ import torch
 from compress.kernels.packed import Geometry, TiledMatrix, tile
 from compress.quantize.packing import pack
 
+DIRECT_BF16 = 4
+"""Tokens up to which the level avx512_bf16 multiplies weights that are not rounded."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -64,6 +67,12 @@ def random_case(
         weights=(table[codes] * wide).view(rows, -1)[:, :columns],
         exact=(table.double()[codes] * wide.double()).view(rows, -1)[:, :columns],
     )
+
+
+def multiplied(case: Case, level: str, dtype: torch.dtype, tokens: int) -> torch.Tensor:
+    """The weights that a product on ``level`` is defined by, float64: rounded where it goes by pairs of bfloat16."""
+    pairs = level == "avx512_bf16" and dtype == torch.bfloat16 and tokens > DIRECT_BF16
+    return case.weights.bfloat16().double() if pairs else case.exact
 
 
 def random_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:

@@ -57,10 +57,20 @@ static int64_t plain_bytes(int64_t count, int64_t bits) {
     return bits == 3 ? ck_ceil_div(count, 4) + ck_ceil_div(count, 8) : ck_ceil_div(count * bits, 8);
 }
 
+/* Where there are instructions for pairs of bfloat16, weights are rounded to it before they are multiplied. */
+static int rounds_weights(int64_t tokens, int64_t type) {
+#if CK_HAS_BF16
+    if (ck_level() == CK_AVX512_BF16)
+        return type == CK_BF16 && tokens > ck_kernels_avx512_bf16.most_direct_bf16;
+#endif
+    (void)tokens, (void)type;
+    return 0;
+}
+
 static void product(const ck_matrix *m, const float *weights, int64_t tokens, int64_t type, int64_t rank, int threads) {
     float *x = floats(tokens * m->columns), *left = floats(rank * m->rows), *right = floats(rank * m->columns);
     int64_t size = ck_size(type);
-    int wide = type == CK_F32;
+    int wide = type == CK_F32, rounded = rounds_weights(tokens, type);
     uint16_t *x16 = halves(x, tokens * m->columns, !wide), *left16 = halves(left, rank * m->rows, !wide);
     uint16_t *right16 = halves(right, rank * m->columns, !wide);
     void *y = malloc((size_t)(tokens * m->rows * size));
@@ -74,7 +84,8 @@ static void product(const ck_matrix *m, const float *weights, int64_t tokens, in
             int64_t at = t * m->rows + o;
             double sum = 0, found = wide ? ((float *)y)[at] : ck_from_bf16(((uint16_t *)y)[at]);
             for (int64_t i = 0; i < m->columns; i++) {
-                double weight = weights[o * m->columns + i];
+                float stored = weights[o * m->columns + i];
+                double weight = rounded ? ck_from_bf16(ck_to_bf16(stored)) : stored;
                 for (int64_t r = 0; r < rank; r++) weight += left[r * m->rows + o] * right[r * m->columns + i];
                 sum += x[t * m->columns + i] * weight;
             }

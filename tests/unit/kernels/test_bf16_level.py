@@ -1,0 +1,129 @@
+"""The level with bfloat16 instructions, those two computed by others, so that any processor with AVX-512 runs it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.kernels import library as loading
+from compress.kernels.library import status, using
+from compress.kernels.native_product import DENSE_FROM, product
+from tests.sources import ROOT
+from tests.unit.kernels.native import DIRECT_BF16, multiplied, random_case, random_input
+
+LEVEL = "avx512_bf16"
+COMPILER = shutil.which("gcc") or shutil.which("cc")
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or "avx512" not in status().available, reason="needs a C compiler and AVX-512"
+)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, built with CK_EMULATE_BF16."""
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = (
+        "-std=c11",
+        "-D_POSIX_C_SOURCE=200809L",
+        "-O1",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-fPIC",
+    )
+    flags += ("-DCK_EMULATE_BF16", "-DSPECIALIZED=0")
+    sources = sorted((ROOT / "compress" / "kernels" / "native").glob("*.c"))
+    for source in sources:
+        made = str(folder / f"{source.stem}.o")
+        subprocess.run([str(COMPILER), *flags, "-c", str(source), "-o", made], check=True)
+    found = folder / "emulated.so"
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    subprocess.run([str(COMPILER), "-shared", *objects, "-pthread", "-o", str(found)], check=True)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def level(emulated: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The emulated library in the place of the installed one, at the level that it adds."""
+    caches = (loading.library, loading._load)
+    monkeypatch.setattr(loading, "_FILE", emulated)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        with using(LEVEL):
+            yield
+    finally:
+        monkeypatch.undo()
+        for cached in caches:
+            cached.cache_clear()
+
+
+def test_it_is_the_best_level() -> None:
+    assert status().available[-1] == LEVEL
+    assert status().level == LEVEL
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("rows", "columns", "block_size"), [(1, 8, 8), (37, 53, 16), (150, 300, 24), (64, 520, 64)]
+)
+def test_weights_are_rounded_once_and_summed_in_float32(
+    bits: int, rows: int, columns: int, block_size: int
+) -> None:
+    case = random_case(rows, columns, bits=bits, block_size=block_size)
+    left, right = (random_input(3, n, dtype=torch.bfloat16, seed=n) for n in (rows, columns))
+    for tokens in (*range(1, 15), 24, 31, 45, DENSE_FROM[LEVEL] - 1, DENSE_FROM[LEVEL]):
+        x = random_input(tokens, columns, dtype=torch.bfloat16)
+        weights = multiplied(case, LEVEL, torch.bfloat16, tokens)
+        low = x.double() @ right.double().T @ left.double()
+        exact = x.double() @ weights.T + low
+        sizes = x.double().abs() @ (weights.abs().T + right.double().abs().T @ left.double().abs())
+        found, _ = product(x, case.matrix, (left, right))
+        bound = 2**-8 * exact.abs() + 2e-6 * sizes
+        if tokens >= DENSE_FROM[LEVEL]:
+            bound += 2**-8 * low.abs()
+        assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+def test_the_rounding_of_weights_is_seen() -> None:
+    """More tokens meet rounded weights, few tokens and other types do not: the errors tell the two apart."""
+    case = random_case(200, 256, bits=4, block_size=64)
+    x = random_input(DIRECT_BF16 + 1, 256, dtype=torch.bfloat16)
+    rounded = x.double() @ case.weights.bfloat16().double().T
+    exact = x.double() @ case.exact.T
+
+    def error(found: torch.Tensor, definition: torch.Tensor) -> float:
+        return float((found.double() - definition[: len(found)]).abs().mean())
+
+    y, _ = product(x, case.matrix, None)
+    assert error(y, rounded) < 0.8 * error(y, exact)
+    few, _ = product(x[:DIRECT_BF16], case.matrix, None)
+    assert error(few, exact) < 0.8 * error(few, rounded)
+    wide, _ = product(x.float(), case.matrix, None)
+    assert error(wide, exact) < 0.01 * error(wide, rounded)
+
+
+def test_threads_change_no_bit() -> None:
+    case = random_case(200, 520, bits=3, block_size=40)
+    for tokens in (DIRECT_BF16 + 1, 13, DENSE_FROM[LEVEL] - 1):
+        x = random_input(tokens, 520, dtype=torch.bfloat16)
+        one, _ = product(x, case.matrix, None)
+        torch.set_num_threads(2)
+        two, _ = product(x, case.matrix, None)
+        torch.set_num_threads(1)
+        assert torch.equal(one, two)
+
+
+def test_zeros_and_values_that_are_not_finite() -> None:
+    case = random_case(40, 150, bits=4, zero_blocks=True)
+    x = random_input(9, 150, dtype=torch.bfloat16)
+    x[0, 3], x[0, 70], x[-1, 149] = torch.inf, -torch.inf, torch.nan
+    exact = x.double() @ case.weights.bfloat16().double().T
+    found, _ = product(x, case.matrix, None)
+    assert torch.equal(found.isnan(), exact.isnan())
+    infinite = exact.isinf()
+    assert torch.equal(found[infinite].double(), exact[infinite])
