@@ -1,6 +1,6 @@
 /* The operations of quantization on odd sizes, in buffers of exactly the size that they may touch.
  *
- * Built and run by test_sanitized_quantize.py. Prints what breaks a rule; returns how much that was.
+ * Built and run by test_sanitized.py. Prints what breaks a rule; returns how much that was.
  */
 #include <math.h>
 #include <stdio.h>

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +11,10 @@ import torch
 from compress.kernels import library as loading
 from compress.kernels.library import status, using
 from compress.kernels.native_product import DENSE_FROM, product
-from tests.sources import ROOT
+from tests.unit.kernels.compiled import COMPILER, QUICK, shared_library
 from tests.unit.kernels.native import DIRECT_BF16, multiplied, random_case, random_input
 
 LEVEL = "avx512_bf16"
-COMPILER = shutil.which("gcc") or shutil.which("cc")
 pytestmark = pytest.mark.skipif(
     COMPILER is None or "avx512" not in status().available, reason="needs a C compiler and AVX-512"
 )
@@ -25,25 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, built with CK_EMULATE_BF16."""
-    folder = tmp_path_factory.mktemp("emulated")
-    flags = (
-        "-std=c11",
-        "-D_POSIX_C_SOURCE=200809L",
-        "-O1",
-        "-ffp-contract=off",
-        "-fvisibility=hidden",
-        "-fPIC",
-    )
-    flags += ("-DCK_EMULATE_BF16", "-DSPECIALIZED=0")
-    sources = sorted((ROOT / "compress" / "kernels" / "native").glob("*.c"))
-    for source in sources:
-        made = str(folder / f"{source.stem}.o")
-        subprocess.run([str(COMPILER), *flags, "-c", str(source), "-o", made], check=True)
-    found = folder / "emulated.so"
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
-    subprocess.run([str(COMPILER), "-shared", *objects, "-pthread", "-o", str(found)], check=True)
-    return found
+    """The library with its bfloat16 instructions emulated."""
+    return shared_library(tmp_path_factory.mktemp("emulated"), QUICK)
 
 
 @pytest.fixture(autouse=True)
