@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class CompressError(Exception):
     """A failure with a known cause.
@@ -26,3 +29,34 @@ class UsageError(CompressError):
     """The request itself is wrong (option, ratio, budget, recipe key): exit code 2."""
 
     exit_code = 2
+
+
+_KEPT = "then give the same command again: finished work is kept"
+_SYSTEM: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: ("The disk is full", f"Free some space; {_KEPT}."),
+    errno.EDQUOT: ("The disk quota is used up", f"Free some space; {_KEPT}."),
+    errno.EFBIG: ("A file would become larger than is allowed here", f"Raise the limit; {_KEPT}."),
+    errno.EROFS: ("The file system is read-only", "Choose another folder."),
+    errno.EACCES: ("Access is denied", "Choose another folder, or change its permissions."),
+    errno.EPERM: ("The system does not permit it", "Choose another folder, or change its permissions."),
+    errno.EIO: ("Reading from or writing to the disk failed", f"Check the disk or copy the file; {_KEPT}."),
+    errno.EMFILE: ("Too many files are open", f"Raise the limit (ulimit -n); {_KEPT}."),
+    errno.ENOTDIR: ("A part of the path is no folder", "Choose another folder."),
+    errno.ENAMETOOLONG: ("A name is too long", "Choose a shorter one."),
+}
+
+
+def system_failure(error: OSError) -> CompressError | None:
+    """What the operating system refused, as an error with a remedy; None for what no user can act on.
+
+    Args:
+        error: As it was raised; its file names become a part of the cause.
+    """
+    if error.errno not in _SYSTEM:
+        return None
+    cause, remedy = _SYSTEM[error.errno]
+    name = error.filename if error.filename is not None else error.filename2
+    place = (
+        "" if name is None else f": {os.fsdecode(name)!r}" if isinstance(name, bytes | str) else f": {name!r}"
+    )
+    return CompressError(f"{cause}{place}.", remedy)

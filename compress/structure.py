@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, LayerShape, LinearSpec
 from compress.model.layout import ATTENTION_ROLES
+from compress.model.tensor_file import save_tensors
 
 __all__ = [
     "ATTENTION_ROLES",
@@ -191,7 +191,7 @@ class StructureMap:
             "base_fingerprint": self.base_fingerprint,
             "family": self.family,
         }
-        save_file(tensors, str(path), metadata=metadata)
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> StructureMap:

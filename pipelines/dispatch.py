@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from safetensors import SafetensorError
+
+from compress.errors import system_failure
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
     AlignSettings,
@@ -38,8 +42,24 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
         ``report``, ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
 
     Raises:
-        CompressError: Whatever the verb refuses, with cause and remedy.
+        CompressError: Whatever the verb or the operating system refuses, with cause and remedy.
     """
+    try:
+        return _run(verb, common, given, quiet=quiet)
+    except (OSError, SafetensorError) as error:
+        refused = system_failure(error if isinstance(error, OSError) else _os_error(error))
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def _os_error(error: SafetensorError) -> OSError:
+    """What the operating system told safetensors, which keeps only the number, in words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]) if number else 0, str(error))
+
+
+def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
     reporter = Reporter(quiet=quiet)
     if verb == "verify":
         from compress.pipelines.verify import verify

@@ -92,12 +92,10 @@ def _resolve(context: Context, name: str) -> Path:
 
 def _opened(name: str, path: Path) -> ModelInput:
     checkpoint = Checkpoint(path)
+    architecture = checkpoint_architecture(checkpoint)  # reads headers only, so it comes first
+    checkpoint.require_finite()
     return ModelInput(
-        name=name,
-        path=path,
-        id=checkpoint.fingerprint(),
-        checkpoint=checkpoint,
-        architecture=checkpoint_architecture(checkpoint),
+        name=name, path=path, id=checkpoint.fingerprint(), checkpoint=checkpoint, architecture=architecture
     )
 
 

@@ -28,15 +28,31 @@ MEASUREMENTS = ("eval",)
 """Verbs that only measure: a newer one replaces the older without being asked to."""
 
 
+_REMAINS = (".lock", "run.json.tmp")
+"""What a run leaves that was killed before its workspace came to be."""
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, durably: a reader sees the old file or the new one, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _settle(folder: Path) -> None:
+    """Have the disk hold every file below a folder, before a rename says that it is complete."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +133,7 @@ class Workspace:
         self._manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": None, "stages": []}
         if (root / "run.json").is_file():
             self._manifest = read_json(root / "run.json")
-        elif root.exists() and (not root.is_dir() or any(p.name != ".lock" for p in root.iterdir())):
+        elif root.exists() and (not root.is_dir() or any(p.name not in _REMAINS for p in root.iterdir())):
             raise UsageError(
                 f"{root} exists and is not a workspace (it has no run.json).",
                 "Choose an empty or new folder with --run.",
@@ -145,8 +161,8 @@ class Workspace:
         finally:
             # While the lock is held: a command that waits for it must not lose its folder.
             if not self._manifest["stages"] and {p.name for p in self.root.iterdir()} <= {
-                ".lock",
                 "run.json",
+                *_REMAINS,
             }:
                 shutil.rmtree(self.root)
             lock.release()
@@ -256,6 +272,7 @@ class Workspace:
             shutil.rmtree(final)
         write_json(partial / "stage.json", record)
         (partial / "partial.json").unlink()
+        _settle(partial)
         os.replace(partial, final)
         if record["verb"] in MEASUREMENTS:
             self._drop([stage for stage in self.stages if stage.verb == record["verb"]])

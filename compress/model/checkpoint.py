@@ -14,8 +14,17 @@ import torch
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, architecture_of, expected_shapes
 from compress.model.base_record import TensorDigest, fingerprint_of
-from compress.model.config import quantization_method, refuse_quantized
-from compress.model.tensor_file import DTYPE_NAMES, TensorEntry, read_header
+from compress.model.config import build_config, meta_shapes, quantization_method, refuse_quantized
+from compress.model.family import family_of
+from compress.model.tensor_file import (
+    DTYPE_NAMES,
+    RepeatedName,
+    TensorEntry,
+    all_finite,
+    read_header,
+    unique,
+)
+from compress.model.uneven import is_uneven
 from compress.model.writer import CheckpointWriter
 
 __all__ = [
@@ -71,6 +80,7 @@ class Checkpoint:
         self._entries = _read_entries(self.path)
         self.names: tuple[str, ...] = tuple(self._entries)
         self._digests: Mapping[str, TensorDigest] | None = None
+        self._not_finite: str | None = None
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self._entries.get(name)
@@ -119,11 +129,26 @@ class Checkpoint:
                 content = hashlib.sha256()
                 for piece in entry.chunks():
                     content.update(piece)
+                    if self._not_finite is None and not all_finite(piece, entry.dtype):
+                        self._not_finite = name
                 found[name] = TensorDigest(
                     dtype=DTYPE_NAMES[entry.dtype], shape=entry.shape, sha256=content.hexdigest()
                 )
             self._digests = found
         return self._digests
+
+    def require_finite(self) -> None:
+        """Refuse weights that are NaN or infinite; reads every weight once, together with :meth:`digests`.
+
+        Raises:
+            CompressError: With the first such tensor.
+        """
+        self.digests()
+        if self._not_finite is not None:
+            raise CompressError(
+                f"The tensor {self._not_finite!r} of {self.path} holds values that are not finite.",
+                "Check the checkpoint, or the training that produced it.",
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 over name, dtype, shape and content digest of every tensor, sorted by name; cached.
@@ -140,6 +165,8 @@ def checkpoint_architecture(checkpoint: Checkpoint) -> Architecture:
         CompressError: See `architecture_of`; also when a stored shape contradicts the config.
     """
     arch = architecture_of(checkpoint.config, checkpoint.names)
+    if family_of(arch.family) is not None and not is_uneven(checkpoint.config):
+        _check_the_rest(checkpoint, arch)
     if quantization_method(checkpoint.config) is None:
         for name, shape in expected_shapes(arch).items():
             found = checkpoint.shape(name)
@@ -149,6 +176,23 @@ def checkpoint_architecture(checkpoint: Checkpoint) -> Architecture:
                     "Use a checkpoint whose config.json belongs to its weights.",
                 )
     return arch
+
+
+def _check_the_rest(checkpoint: Checkpoint, arch: Architecture) -> None:
+    """Norms and whatever else transformers builds beside the linears: there, and of its shape."""
+    known = expected_shapes(arch)
+    for name, shape in meta_shapes(build_config(checkpoint.config)).items():
+        if name in known:
+            continue
+        if name not in checkpoint:
+            raise CompressError(
+                f"The checkpoint {checkpoint.path} lacks the tensor {name!r}.", "Download or write it again."
+            )
+        if checkpoint.shape(name) != shape:
+            raise CompressError(
+                f"The tensor {name!r} has the shape {checkpoint.shape(name)} where the config asks for {shape}.",
+                "Use a checkpoint whose config.json belongs to its weights.",
+            )
 
 
 def require_dense(checkpoint: Checkpoint, *, allow_lq: bool = True) -> None:
@@ -202,7 +246,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except RepeatedName as error:
+        raise CompressError(
+            f"The file {file} names {error.name!r} twice.",
+            "Download it again, or do not use this checkpoint.",
+        ) from error
     except ValueError as error:
         raise CompressError(f"The file {file} is no valid JSON.", "Download or restore it again.") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import struct
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 import torch
 
 from compress.errors import CompressError
-from compress.model.tensor_file import DTYPE_NAMES
+from compress.model.tensor_file import header_bytes
 
 
 class _Shard:
@@ -35,18 +35,14 @@ class _Shard:
     def close(self, file: Path, metadata: Mapping[str, str]) -> None:
         # Widest dtypes first: then every tensor starts at a multiple of its element size, as readers need.
         ordered = sorted(self.tensors, key=lambda t: (-t[1].itemsize, t[3]))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-        end = 0
-        for name, dtype, shape, _, size in ordered:
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        sizes = {name: (dtype, shape, size) for name, dtype, shape, _, size in ordered}
         with file.open("wb") as target:
-            target.write(struct.pack("<Q", len(text)) + text)
+            target.write(header_bytes(sizes, metadata))
             for _, _, _, start, size in ordered:
                 self.stream.seek(start)
                 _copy(self.stream, target, size)
+            target.flush()
+            os.fsync(target.fileno())
         self.stream.close()
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.model.tensor_file import save_tensors
 
 FILE_NAME = "masks.safetensors"
 FORMAT_VERSION = "1"
@@ -68,7 +68,7 @@ class WeightMasks:
             "pattern": self.pattern,
             "columns": json.dumps(dict(sorted(self.columns.items()))),
         }
-        save_file({f"{m}.mask": bits.contiguous() for m, bits in self.packed.items()}, str(path), metadata)
+        save_tensors(path, {f"{m}.mask": bits for m, bits in self.packed.items()}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> WeightMasks:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.model.tensor_file import save_tensors
 
 FLOOR = 1e-4
 """Least entry of ``D_row`` and ``D_col``, their mean being one: what never had a gradient can be un-scaled."""
@@ -106,14 +106,15 @@ def save_fisher(path: Path, found: Mapping[str, Fisher]) -> None:
         tensors |= {f"{name}.{part}": t.cpu().contiguous() for part, t in parts.items() if t is not None}
     temporary = path.with_suffix(".tmp")
     examples = {name: str(fisher.examples) for name, fisher in found.items()}
-    save_file(tensors, str(temporary), metadata=examples or None)
+    save_tensors(temporary, tensors, examples)
     temporary.replace(path)
 
 
 def load_fisher(path: Path) -> dict[str, Fisher]:
     """What :func:`save_fisher` wrote."""
     with safe_open(str(path), framework="pt") as file:
-        names, kept = file.metadata() or {}, set(file.keys())
+        kept = set(file.keys())
+        names = {name: e for name, e in (file.metadata() or {}).items() if f"{name}.rows" in kept}
         return {
             name: Fisher(
                 rows=file.get_tensor(f"{name}.rows"),
