@@ -1,0 +1,111 @@
+"""What makes a verb of a declaration: its options, and the way from a failure to an exit code."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+from compress.cli.options import Shared
+from compress.errors import CompressError
+from compress.pipelines.settings import Common
+
+ORDER = ("plan", "prune", "align", "quantize", "train", "recover", "eval", "report", "verify", "run")
+"""The verbs as ``--help`` lists them: along the chain, then what looks at it."""
+
+
+class _Verbs(TyperGroup):
+    """The verbs in the order of ``ORDER``, wherever they are declared; any other comes last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = {name: place for place, name in enumerate(ORDER)}
+        return sorted(super().list_commands(ctx), key=lambda name: known.get(name, len(known)))
+
+
+app = typer.Typer(
+    name="compress",
+    cls=_Verbs,
+    help="Make language models small and keep them good: prune, quantize, train small, recover onto the full model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: compress prune --ratio 0.5, compress quantize --budget 2.75bit, compress recover, "
+    "compress eval",
+)
+
+
+def verb(name: str, *shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a declaration: its own options, then the shared ones, all handed to ``execute``."""
+
+    def register(declaration: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+            for (parameter, annotation) in zip(
+                inspect.signature(declaration).parameters.values(),
+                get_type_hints(declaration, include_extras=True).values(),
+                strict=False,
+            )
+        ]
+        more = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for group in shared
+            for option, (annotation, default) in group.options.items()
+        ]
+
+        def command(**values: Any) -> None:
+            execute(name, values)
+
+        signature = inspect.Signature([*own, *more])
+        command.__doc__ = declaration.__doc__
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        app.command(name)(command)
+        return declaration
+
+    return register
+
+
+def _common(values: Mapping[str, Any]) -> Common:
+    return Common(**{name: values[name] for name in Common.__dataclass_fields__ if name in values})
+
+
+def execute(verb: str, values: dict[str, Any]) -> None:
+    """Run one verb; map every failure to one sentence of cause, one of remedy and an exit code."""
+    as_json, debug = values.pop("json_"), values.pop("debug")
+    given = {name: value for name, value in values.items() if name not in Common.__dataclass_fields__}
+    try:
+        from compress.pipelines.dispatch import run_verb
+
+        result = run_verb(verb, _common(values), given, quiet=as_json)
+    except CompressError as error:
+        if debug:
+            raise
+        complain(error.cause, error.remedy)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        complain("Interrupted.", "Finished work is kept: the same command goes on from here.")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        complain(
+            f"Unexpected {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}.",
+            "Run it again with --debug and report what that shows.",
+        )
+        raise typer.Exit(1) from None
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
+    if not result.get("ok", True):
+        raise typer.Exit(1)
+
+
+def complain(cause: str, remedy: str) -> None:
+    """The two sentences of a failure, on standard error."""
+    sys.stderr.write(f"error: {cause}\n{remedy}\n")
