@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.pipelines.settings import DEFAULT_RUN
+from compress.cli import complete
+from compress.pipelines.settings import DEFAULT_RUN, EFFORTS
 
 COMMON = "Common options"
 TRAINING = "Training"
@@ -23,6 +24,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="Model to start from: hub id, folder, GGUF file or smollm2-135m (the default).",
+        autocompletion=complete.model,
         rich_help_panel=COMMON,
     ),
 ]
@@ -31,12 +33,25 @@ Data = Annotated[
     typer.Option(
         help="Text: wikitext2, c4, pydoc, self, or a .txt, .jsonl or .parquet file. "
         "Default: wikitext2 when it is at hand, else pydoc.",
+        autocompletion=complete.data,
         rich_help_panel=COMMON,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=COMMON)]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N.",
+        autocompletion=complete.among(complete.DEVICES),
+        rich_help_panel=COMMON,
+    ),
+]
 Dtype = Annotated[
-    str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.", rich_help_panel=COMMON)
+    str,
+    typer.Option(
+        help="Compute dtype: auto, float32, bfloat16 or float16.",
+        autocompletion=complete.among(complete.DTYPES),
+        rich_help_panel=COMMON,
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=COMMON)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's).", rich_help_panel=COMMON)]
@@ -45,6 +60,7 @@ Effort = Annotated[
     typer.Option(
         help="quick, standard or paper: fills calibration sizes and steps that are not given. "
         "Default: standard on a GPU, else quick.",
+        autocompletion=complete.among(EFFORTS),
         rich_help_panel=COMMON,
     ),
 ]

@@ -1,4 +1,4 @@
-"""What makes a verb of a declaration: its options, and the way from a failure to an exit code."""
+"""What makes a verb of a declaration: its options, its examples, and the way from a failure to an exit code."""
 
 from __future__ import annotations
 
@@ -11,20 +11,52 @@ from typing import Any, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from compress.cli.complete import completer
+from compress.cli.examples import epilog
 from compress.cli.options import Shared
+from compress.cli.usage import WrongUsage, usage_error
 from compress.errors import CompressError
 from compress.pipelines.settings import Common
 
-ORDER = ("plan", "prune", "align", "quantize", "train", "recover", "eval", "report", "verify", "run")
+ORDER = (
+    "plan",
+    "init",
+    "prune",
+    "align",
+    "quantize",
+    "train",
+    "recover",
+    "generate",
+    "eval",
+    "report",
+    "verify",
+    "run",
+    "doctor",
+)
 """The verbs as ``--help`` lists them: along the chain, then what looks at it."""
+KEEP_NOTHING = ("plan", "init", "generate", "report", "verify", "doctor")
+"""Verbs without finished steps that an interruption would leave behind."""
 
 
 class _Verbs(TyperGroup):
-    """The verbs in the order of ``ORDER``, wherever they are declared; any other comes last."""
+    """The verbs in the order of ``ORDER``; wrong usage is reported as every other failure is."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         known = {name: place for place, name in enumerate(ORDER)}
         return sorted(super().list_commands(ctx), key=lambda name: known.get(name, len(known)))
+
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **more)
+        try:
+            code = super().main(*args, standalone_mode=False, **more)
+        except WrongUsage as error:
+            refused = usage_error(error)
+            if refused is None:  # `compress` alone: the help is out already
+                sys.exit(2)
+            complain(refused.cause, refused.remedy)
+            sys.exit(refused.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 app = typer.Typer(
@@ -51,6 +83,9 @@ def verb(name: str, *shared: Shared) -> Callable[[Callable[..., None]], Callable
                 strict=False,
             )
         ]
+        for parameter in own:
+            (info,) = parameter.annotation.__metadata__
+            info.autocompletion = info.autocompletion or completer(name, parameter.name)
         more = [
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
             for group in shared
@@ -64,7 +99,7 @@ def verb(name: str, *shared: Shared) -> Callable[[Callable[..., None]], Callable
         command.__doc__ = declaration.__doc__
         command.__signature__ = signature  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-        app.command(name)(command)
+        app.command(name, epilog=epilog(name))(command)
         return declaration
 
     return register
@@ -90,7 +125,8 @@ def execute(verb: str, values: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        complain("Interrupted.", "Finished work is kept: the same command goes on from here.")
+        kept = "Finished work is kept: the same command goes on from here."
+        complain("Interrupted.", "Nothing was left behind." if verb in KEEP_NOTHING else kept)
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:

@@ -13,7 +13,7 @@ from compress.data.files import SUFFIXES, load_path, read_file
 from compress.data.sampled import sample_documents
 from compress.data.split import assign_splits, clusters, split_items
 from compress.data.text import SPLITS, Split, Text, plain_text
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, nearest
 from compress.progress import Progress
 
 SOURCES = ("c4", "pydoc", "self", "wikitext2")
@@ -83,7 +83,9 @@ def load_text(
     if not path.exists() and path.suffix.lower() not in SUFFIXES and len(path.parts) == 1:
         raise UsageError(
             f"There is no text source {name!r}.",
-            f"Choose one of: {', '.join(SOURCES)}, or a path to a {', '.join(SUFFIXES)} file.",
+            f"Did you mean {near!r}?"
+            if (near := nearest(name, SOURCES)) is not None
+            else f"Choose one of: {', '.join(SOURCES)}, or a path to a {', '.join(SUFFIXES)} file.",
         )
     return load_path(path, split)
 
