@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from compress.cli import stages as stages
-from compress.cli.options import EVERYWHERE, OUTPUT, PLACE
+from compress.cli.options import COMPUTE, EVERYWHERE, OUTPUT, PLACE
 from compress.cli.verb import app
 from compress.cli.verb import verb as _verb
 
@@ -49,6 +49,33 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(help="Windows of the test text to score.")] = None,
 ) -> None:
     """Perplexity, size, memory and speed of the original, of every stage, and of full + recovered."""
+
+
+@_verb("generate", COMPUTE)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of the chain, separated by commas: original, pruned, aligned, quantized, trained (small + "
+            "adapter), recovered (full + adapter), or all. Default: the original and the last.",
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Most new tokens (default 64).")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 (the default) takes the likeliest token; above it, tokens are drawn."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask through the tokenizer's chat template, or let the prompt be continued. "
+            "Default: the template where there is one.",
+        ),
+    ] = None,
+) -> None:
+    """Show what the original and the result write after the same prompt, side by side, with their speed."""
 
 
 @_verb("report", PLACE)

@@ -13,6 +13,7 @@ from compress.pipelines.settings import (
     AlignSettings,
     Common,
     EvalSettings,
+    GenerateSettings,
     PlanSettings,
     PruneSettings,
     QuantizeSettings,
@@ -61,6 +62,12 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
             )
         return {"report": str(page)}
     quiet_libraries()
+    if verb == "generate":
+        from compress.pipelines.generate import generate_texts
+
+        settings = resolve(GenerateSettings, given, "quick")
+        prepare_torch(common)
+        return generate_texts(Context(common=common, workspace=workspace, reporter=reporter), settings)
     recipe = None
     if verb == "run":
         from compress.pipelines.recipe import apply_shared, read_recipe, run_recipe

@@ -314,6 +314,27 @@ class PlanSettings:
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSettings:
+    """Settings of ``generate``, which makes no stage and has no effort."""
+
+    prompt: str
+    models: str | None = None
+    tokens: int = 64
+    temperature: float = 0.0
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_least(self, tokens=1)
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"--temperature {self.temperature} is no temperature.",
+                "Give 0 for the likeliest token, or more to draw.",
+            )
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
 S = TypeVar(
     "S",
     PruneSettings,
@@ -323,6 +344,7 @@ S = TypeVar(
     RecoverSettings,
     EvalSettings,
     PlanSettings,
+    GenerateSettings,
 )
 
 VERBS: dict[str, type] = {

@@ -19,6 +19,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 MODELS = ("smollm2-135m",)
 SOLVERS = ("cbc", "dynamic", "highs", "lagrangian")
 TEXTS = ("c4", "pydoc", "self", "wikitext2")
+CHAIN_MODELS = ("original", "pruned", "aligned", "quantized", "trained", "recovered", "all")
 TEXT_FILES = (".jsonl", ".parquet", ".txt")
 """Written down again because their own modules load torch or numpy; a contract test compares them."""
 
@@ -85,6 +86,7 @@ _NAMED: dict[str, Completer] = {
     "solver": among(SOLVERS),
     "targets": among(("heads", "mlp", "heads,mlp")),
     "adapter_targets": among(("all", "lm_head", "all,lm_head")),
+    "models": among(CHAIN_MODELS),
     "model": model,
     "onto": model,
 }

@@ -33,6 +33,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress recover --merge",
         "compress recover --onto ./full --run mine",
     ),
+    "generate": (
+        'compress generate "What is a prime number?"',
+        'compress generate "Once upon a time" --no-chat',
+        "compress generate - --models all --json < question.txt",
+    ),
     "eval": (
         "compress eval",
         "compress eval --data wikitext2 --windows 50",

@@ -120,6 +120,11 @@ EVERYWHERE = Shared(
         "debug": (Debug, False),
     }
 )
+COMPUTE = Shared(
+    {name: EVERYWHERE.options[name] for name in ("run", "model", "device", "dtype", "seed", "threads")}
+    | OUTPUT.options
+)
+"""For a verb that opens models and makes no stage."""
 LOOP = Shared(
     {
         "steps": (Steps, None),
