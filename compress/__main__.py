@@ -97,6 +97,11 @@ def verify(
     """Check every recorded hash, size and error against what lies on disk."""
 
 
+@_verb("doctor", OUTPUT)
+def doctor() -> None:
+    """Say what is installed and at hand, what would be used and why, and what to do about what is wrong."""
+
+
 @_verb("run", EVERYWHERE)
 def run_recipe(
     recipe: Annotated[

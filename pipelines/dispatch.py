@@ -42,6 +42,10 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
         CompressError: Whatever the verb refuses, with cause and remedy.
     """
     reporter = Reporter(quiet=quiet)
+    if verb == "doctor":
+        from compress.pipelines.doctor import doctor
+
+        return doctor(reporter)
     if verb == "verify":
         from compress.pipelines.verify import verify
 

@@ -73,6 +73,17 @@ class Reporter:
         self.out.print(escape(title), style="italic")
         self.out.print(table)
 
+    def facts(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Facts without a header: all columns left-aligned, the first never broken."""
+        table = Table(show_edge=False, pad_edge=False, show_header=False, box=None)
+        for i in range(max(map(len, rows), default=0)):
+            table.add_column(no_wrap=i == 0, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self.out.print()
+        self.out.print(escape(title), style="italic")
+        self.out.print(table)
+
 
 def human_bytes(count: float) -> str:
     """Bytes in decimal units: ``269.1 MB``."""

@@ -51,6 +51,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress verify",
         "compress verify compress-run/02-quantize --json",
     ),
+    "doctor": (
+        "compress doctor",
+        "compress doctor --json",
+    ),
     "run": (
         "compress run chain",
         "compress run my.yaml --run work",

@@ -101,6 +101,15 @@ def default_source() -> str:
     return "wikitext2" if all(_wikitext_file(split) for split in SPLITS) else "pydoc"
 
 
+def local_files(source: str) -> dict[str, list[Path]]:
+    """What COMPRESS_DATA holds of ``wikitext2`` or ``c4``: the files of each split that is there."""
+    if source == "wikitext2":
+        found = {split: _wikitext_file(split) for split in SPLITS}
+        return {split: [path] for split, path in found.items() if path is not None}
+    files = _c4_files()
+    return dict.fromkeys(SPLITS, files) if files else {}
+
+
 def _pydoc(split: Split) -> Text:
     # Topics quote each other ("for" is a passage of "compound"), hence clusters.
     cluster = clusters(topics)
@@ -143,8 +152,7 @@ def _c4(split: Split) -> Text:
 
     The hub has no test split: its validation split is cut in two by document.
     """
-    root = data_root()
-    files = sorted((root / "c4").glob("*.jsonl")) if root is not None else []
+    files = _c4_files()
     if files:
         documents = [document for file in files for document in read_file(file).documents]
         return plain_text("c4", split, split_items(documents, str, source="c4")[split])
@@ -156,6 +164,11 @@ def _c4(split: Split) -> Text:
     halves = {"validation": documents[:half], "test": documents[half:]}
     known = set(halves["validation"])
     return plain_text("c4", split, [d for d in halves[split] if split == "validation" or d not in known])
+
+
+def _c4_files() -> list[Path]:
+    root = data_root()
+    return sorted((root / "c4").glob("*.jsonl")) if root is not None else []
 
 
 def _hub_column(repository: str, name: str, split: Split, *, limit: int | None) -> list[str]:

@@ -60,9 +60,7 @@ def resolve(model: str | None, *, cache: Path | None = None, progress: Progress 
     Raises:
         CompressError: There is no such model, or it cannot be had (no network, gated, no safetensors).
     """
-    cache = (
-        cache or Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress").expanduser()
-    )
+    cache = cache or cache_folder()
     if model is None or model == EMBEDDED:
         file = embedded_gguf()
         return convert_gguf(file, cache, progress=progress) if file is not None else _embedded_from_hub()
@@ -81,6 +79,11 @@ def resolve(model: str | None, *, cache: Path | None = None, progress: Progress 
         f"There is no model {model!r}.",
         f"Give a folder, a .gguf file, a hub id such as {EMBEDDED_HUB!r}, or {EMBEDDED!r}{_or_meant(model)}",
     )
+
+
+def cache_folder() -> Path:
+    """Where conversions are kept: ``$COMPRESS_CACHE``, or ``~/.cache/compress``."""
+    return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress").expanduser()
 
 
 def resolve_config(model: str | None, *, cache: Path | None = None) -> dict[str, Any]:
