@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from compress.cli import stages as stages
-from compress.cli.options import COMPUTE, EVERYWHERE, OUTPUT, PLACE
-from compress.cli.verb import app
+from compress.cli.options import COMPUTE, EVERYWHERE, OUTPUT, PLACE, RECIPE
+from compress.cli.verb import app, meanings
 from compress.cli.verb import verb as _verb
 
 
@@ -49,6 +49,22 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(help="Windows of the test text to score.")] = None,
 ) -> None:
     """Perplexity, size, memory and speed of the original, of every stage, and of full + recovered."""
+
+
+@_verb("init", RECIPE, supply=meanings)
+def init(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hub id (only its config is read), folder, GGUF file or smollm2-135m (the default)."
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where to write it (default recipe.yaml); - prints it.")
+    ] = None,
+    force: Annotated[bool | None, typer.Option("--force", help="Replace a file that exists.")] = None,
+) -> None:
+    """Write a recipe for a model and this machine: the whole chain, every option in it with its meaning."""
 
 
 @_verb("generate", COMPUTE)

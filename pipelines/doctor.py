@@ -103,9 +103,7 @@ def libraries(requirements: Sequence[str] | None = None) -> Iterator[Finding]:
 def _library(requirement: Requirement, extra: str | None) -> Finding:
     name, wanted = requirement.name, str(requirement.specifier) or "any"
     section = "libraries" if extra is None else "optional libraries"
-    install = (
-        f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install '{name}{requirement.specifier}'"
-    )
+    install = f"pip install '{name}{requirement.specifier}'"
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

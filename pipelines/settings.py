@@ -335,6 +335,17 @@ class GenerateSettings:
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitSettings:
+    """Settings of ``init``."""
+
+    model: str | None = None
+    out: str = "recipe.yaml"
+    force: bool = False
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
 S = TypeVar(
     "S",
     PruneSettings,
@@ -345,6 +356,7 @@ S = TypeVar(
     EvalSettings,
     PlanSettings,
     GenerateSettings,
+    InitSettings,
 )
 
 VERBS: dict[str, type] = {

@@ -8,6 +8,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress plan meta-llama/Llama-2-13b-hf --loram",
         "compress plan ./my-model --rank 16 --json",
     ),
+    "init": (
+        "compress init",
+        "compress init ./my-model --effort quick --out my.yaml",
+        "compress init Qwen/Qwen3-0.6B --out -",
+    ),
     "prune": (
         "compress prune --ratio 0.5",
         "compress prune --model ./my-model --size 0.5GiB",

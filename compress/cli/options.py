@@ -125,6 +125,11 @@ COMPUTE = Shared(
     | OUTPUT.options
 )
 """For a verb that opens models and makes no stage."""
+RECIPE = Shared(
+    {name: EVERYWHERE.options[name] for name in ("data", "device", "dtype", "seed", "effort")}
+    | OUTPUT.options
+)
+"""For a verb that writes a recipe: what all its steps share."""
 LOOP = Shared(
     {
         "steps": (Steps, None),

@@ -71,8 +71,16 @@ app = typer.Typer(
 )
 
 
-def verb(name: str, *shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a declaration: its own options, then the shared ones, all handed to ``execute``."""
+def verb(
+    name: str, *shared: Shared, supply: Callable[[], Mapping[str, Any]] = dict
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a declaration: its own options, then the shared ones, all handed to ``execute``.
+
+    Args:
+        name: What it is called.
+        shared: Groups of options it takes beside its own.
+        supply: Called when the command runs, for what the pipeline needs to know of the command line.
+    """
 
     def register(declaration: Callable[..., None]) -> Callable[..., None]:
         own = [
@@ -93,7 +101,7 @@ def verb(name: str, *shared: Shared) -> Callable[[Callable[..., None]], Callable
         ]
 
         def command(**values: Any) -> None:
-            execute(name, values)
+            execute(name, {**values, **supply()})
 
         signature = inspect.Signature([*own, *more])
         command.__doc__ = declaration.__doc__
@@ -140,6 +148,17 @@ def execute(verb: str, values: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
     if not result.get("ok", True):
         raise typer.Exit(1)
+
+
+def meanings() -> dict[str, dict[str, dict[str, str]]]:
+    """What ``--help`` says of every option, by verb and by the option's name in a recipe."""
+    group: Any = typer.main.get_command(app)
+    return {
+        "meanings": {
+            verb: {parameter.name: parameter.help or "" for parameter in command.params}
+            for verb, command in group.commands.items()
+        }
+    }
 
 
 def complain(cause: str, remedy: str) -> None:
