@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,8 +32,10 @@ class Reporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self.out = Console(quiet=quiet, highlight=False)
+        # NO_COLOR means plain to us: rich would still write bold and italics.
+        plain: dict[str, Any] = {"color_system": None} if os.environ.get("NO_COLOR") else {}
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, **plain)
+        self.out = Console(quiet=quiet, highlight=False, **plain)
 
     def say(self, text: str) -> None:
         """One line about what happens."""
