@@ -57,7 +57,7 @@ def test_it_runs_as_it_is_and_with_every_option_uncommented(
     assert ran.code == 0, ran.err
     stages = json.loads(ran.out)["stages"]
     assert [stage["verb"] for stage in stages] == STEPS
-    recipe.write_text(uncommented(text).replace("# data:", "data:"), encoding="utf-8")
+    recipe.write_text(uncommented(text), encoding="utf-8")
     again = cli("run", recipe, *run)
     assert again.code == 0, again.err
     assert json.loads(again.out)["stages"] == stages
@@ -120,7 +120,7 @@ def test_the_head_knows_the_model(tmp_path: Path) -> None:
     text = written(tiny_checkpoint("llama_gqa", tmp_path / "model"), out=tmp_path / "recipe.yaml")
     head = " ".join(line.removeprefix("# ") for line in text.split("\n\n")[0].splitlines())
     assert "llama, 2 layers of width 64, 8 heads in 4 KV groups of 8 wide, 96 MLP channels" in head
-    # 2 x 128 x 64 embedding and output, 3 norms a model, and in each of 2 layers q, o: 64 x 64, k, v: 32 x 64, 3 x 96 x 64
+    # Embedding and output matrix, five norms, and in each of two layers q, o, then k, v, then the MLP.
     parameters = 2 * 128 * 64 + 5 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)
     assert f"{parameters / 1000:.1f} k parameters" in head
 
