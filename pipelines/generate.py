@@ -19,9 +19,10 @@ from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.chain_models import ChainModel, chosen, located
 from compress.pipelines.measure import positions
 from compress.pipelines.model_input import device_and_dtype
-from compress.pipelines.settings import GenerateSettings
+from compress.pipelines.settings import DEFAULT_RUN, GenerateSettings
 from compress.pipelines.side_by_side import Column, SideBySide
 from compress.pipelines.stage import Context
+from compress.pipelines.workspace import workspace_nearby
 
 STDIN = "-"
 
@@ -34,10 +35,11 @@ def generate_texts(context: Context, settings: GenerateSettings) -> dict[str, An
         ``tokens``, ``stopped``, ``prefill_seconds``, ``tokens_per_second``.
 
     Raises:
-        UsageError: An empty prompt, a model the chain does not have, ``--chat`` without a template, or more tokens
-            than the model has positions.
+        UsageError: No chain in the workspace that was named, an empty prompt, a model the chain does not have,
+            ``--chat`` without a template, or more tokens than the model has positions.
         CompressError: A model cannot be opened, or the prompt cannot be read.
     """
+    refuse_no_chain(context)
     models = located(context, chosen(context.workspace, settings.models))
     prompt = read_prompt(settings.prompt)
     tokenizer = load_tokenizer(models[0].model)
@@ -58,6 +60,19 @@ def generate_texts(context: Context, settings: GenerateSettings) -> dict[str, An
         rows.append({"name": model.name, "text": column.text, **numbers(made)})
     view.end()
     return {"prompt_tokens": len(ids), "chat": chat, "models": rows}
+
+
+def refuse_no_chain(context: Context) -> None:
+    """Refuse a workspace that was named and is not there; without any name, the default model is shown.
+
+    Raises:
+        UsageError: As said.
+    """
+    root, common = context.workspace.root, context.common
+    if context.workspace.model is None and common.model is None and root != DEFAULT_RUN:
+        near = workspace_nearby(root)
+        remedy = "Make one, or name a model with --model." if near is None else f"Did you mean --run {near}?"
+        raise UsageError(f"There is no chain in {root}.", remedy)
 
 
 def read_prompt(given: str) -> str:

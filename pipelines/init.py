@@ -26,7 +26,7 @@ from compress.pipelines.settings import VERBS, Common, InitSettings, resolve
 
 STDOUT = "-"
 CHAIN = ("prune", "quantize", "train", "recover", "eval", "report")
-HEADLINE = {"prune": {"ratio": 0.5}, "quantize": {"budget": "2.75bit"}}
+HEADLINE: Mapping[str, dict[str, Any]] = {"prune": {"ratio": 0.5}, "quantize": {"budget": "2.75bit"}}
 """What everybody chooses: it stands in the recipe uncommented."""
 
 

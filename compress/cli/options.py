@@ -121,13 +121,17 @@ EVERYWHERE = Shared(
     }
 )
 COMPUTE = Shared(
-    {name: EVERYWHERE.options[name] for name in ("run", "model", "device", "dtype", "seed", "threads")}
-    | OUTPUT.options
+    {
+        **{name: EVERYWHERE.options[name] for name in ("run", "model", "device", "dtype", "seed", "threads")},
+        **OUTPUT.options,
+    }
 )
 """For a verb that opens models and makes no stage."""
 RECIPE = Shared(
-    {name: EVERYWHERE.options[name] for name in ("data", "device", "dtype", "seed", "effort")}
-    | OUTPUT.options
+    {
+        **{name: EVERYWHERE.options[name] for name in ("data", "device", "dtype", "seed", "effort")},
+        **OUTPUT.options,
+    }
 )
 """For a verb that writes a recipe: what all its steps share."""
 LOOP = Shared(

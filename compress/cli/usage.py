@@ -50,5 +50,5 @@ def _unknown_verb(error: Any) -> str | None:
     listed = getattr(context.command, "list_commands", None) if context is not None else None
     if listed is None or not error.message.startswith("No such command "):
         return None
-    rest = error.message.removeprefix("No such command ")
+    rest = str(error.message).removeprefix("No such command ")
     return rest[1:].split(rest[0])[0]

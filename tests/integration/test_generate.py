@@ -219,6 +219,17 @@ def test_refusals(more: tuple[str, ...], cause: str, remedy: str, run: Path) -> 
     assert remedy in ran.complaint[1]
 
 
+def test_a_workspace_that_is_not_there_is_refused(run: Path) -> None:
+    ran = cli("generate", QUESTION, "--run", run.with_name("rnu"))
+    assert (ran.code, ran.complaint) == (
+        2,
+        (f"There is no chain in {run.with_name('rnu')}.", f"Did you mean --run {run}?"),
+    )
+    ran = cli("report", "--run", run.with_name("rum"))
+    assert (ran.code, ran.complaint[1]) == (2, f"Did you mean --run {run}?")
+    assert not run.with_name("rum").exists()
+
+
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_an_empty_prompt_is_refused(prompt: str, run: Path) -> None:
     for argument, stdin in ((prompt, None), ("-", prompt)):
