@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "plan": (
         "compress plan",
@@ -68,7 +70,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def epilog(verb: str) -> str | None:
-    """What follows the options in the help of ``verb``."""
-    commands = EXAMPLES.get(verb)
-    return None if commands is None else "\n".join(["Examples:", *(f"  {command}" for command in commands)])
+def examples(verb: str, width: int) -> str:
+    """What ends the help of ``verb``, in lines of at most ``width`` cells."""
+    lines = [" Examples:"]
+    for command in EXAMPLES.get(verb, ()):
+        lines += textwrap.wrap(
+            command, width, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False
+        )
+    return "\n".join(lines) + "\n"

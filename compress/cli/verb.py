@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from compress.cli.complete import completer
-from compress.cli.examples import epilog
+from compress.cli.examples import examples
 from compress.cli.options import Shared
 from compress.cli.usage import WrongUsage, usage_error
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError, choose
 from compress.pipelines.settings import Common
 
 ORDER = (
@@ -38,12 +39,25 @@ KEEP_NOTHING = ("plan", "init", "generate", "report", "verify", "doctor")
 """Verbs without finished steps that an interruption would leave behind."""
 
 
+class _Verb(TyperCommand):
+    """A verb, whose help ends with examples."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        formatter.write(examples(str(ctx.info_name), shutil.get_terminal_size().columns))
+
+
 class _Verbs(TyperGroup):
     """The verbs in the order of ``ORDER``; wrong usage is reported as every other failure is."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         known = {name: place for place, name in enumerate(ORDER)}
         return sorted(super().list_commands(ctx), key=lambda name: known.get(name, len(known)))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if not (args[0] in self.commands or args[0].startswith("-") or ctx.resilient_parsing):
+            raise UsageError(f"There is no command {args[0]!r}.", choose(args[0], self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **more: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:
@@ -56,6 +70,9 @@ class _Verbs(TyperGroup):
                 sys.exit(2)
             complain(refused.cause, refused.remedy)
             sys.exit(refused.exit_code)
+        except UsageError as error:
+            complain(error.cause, error.remedy)
+            sys.exit(error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -107,7 +124,7 @@ def verb(
         command.__doc__ = declaration.__doc__
         command.__signature__ = signature  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-        app.command(name, epilog=epilog(name))(command)
+        app.command(name, cls=_Verb)(command)
         return declaration
 
     return register
