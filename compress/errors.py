@@ -1,9 +1,11 @@
-"""Errors a user can act on: one sentence of cause, one of remedy."""
+"""Errors a user can act on: one sentence of cause, one of remedy, with the name that was probably meant."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+from collections.abc import Iterable
 
 
 class CompressError(Exception):
@@ -60,3 +62,19 @@ def system_failure(error: OSError) -> CompressError | None:
         "" if name is None else f": {os.fsdecode(name)!r}" if isinstance(name, bytes | str) else f": {name!r}"
     )
     return CompressError(f"{cause}{place}.", remedy)
+
+
+def nearest(given: str, names: Iterable[str]) -> str | None:
+    """The name that ``given`` is most like, whatever its case; None where no name is much like it."""
+    spelled = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(given.lower(), spelled, n=1)
+    return spelled[near[0]] if near else None
+
+
+def choose(given: object, names: Iterable[str]) -> str:
+    """The remedy for something that is not among ``names``: the nearest of them, and which there are."""
+    known = list(names)
+    near = nearest(given, known) if isinstance(given, str) else None
+    if near is None:
+        return f"Choose one of: {', '.join(known)}."
+    return f"Did you mean {near!r} (one of: {', '.join(known)})?"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from compress.errors import UsageError
+from compress.errors import UsageError, choose
 
 T = TypeVar("T")
 
@@ -63,8 +63,6 @@ class Registry(Generic[T]):
             UsageError: There is no such entry; the message lists the ones there are.
         """
         if name not in self.names():
-            raise UsageError(
-                f"There is no {self.kind} {name!r}.", f"Choose one of: {', '.join(self.names())}."
-            )
+            raise UsageError(f"There is no {self.kind} {name!r}.", choose(name, self.names()))
         importlib.import_module(f"{self.package}.{name.replace('-', '_')}")
         return self._entries[name]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, choose
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.workspace import FORMAT_VERSION
@@ -374,4 +374,4 @@ def check_solver(name: str) -> None:
         UsageError: There is no such solver.
     """
     if name not in SOLVERS:
-        raise UsageError(f"There is no solver {name!r}.", f"Choose one of: {', '.join(SOLVERS)}.")
+        raise UsageError(f"There is no solver {name!r}.", choose(name, SOLVERS))

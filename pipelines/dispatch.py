@@ -17,6 +17,8 @@ from compress.pipelines.settings import (
     AlignSettings,
     Common,
     EvalSettings,
+    GenerateSettings,
+    InitSettings,
     PlanSettings,
     PruneSettings,
     QuantizeSettings,
@@ -32,14 +34,14 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
     """Run one verb and return its result as JSON values.
 
     Args:
-        verb: One of the stage verbs, ``plan``, ``report``, ``verify`` or ``run``.
+        verb: Any verb of the command line.
         common: Options that mean the same to every verb.
-        given: The verb's own options; None means not given.
+        given: The verb's own options; None means not given. ``init`` takes ``meanings`` too: what ``--help`` says.
         quiet: Print nothing.
 
     Returns:
-        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. ``plan``,
-        ``report``, ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
+        The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. Verbs that
+        make no stage have results of their own; ``ok`` is false in one that means failure.
 
     Raises:
         CompressError: Whatever the verb or the operating system refuses, with cause and remedy.
@@ -61,6 +63,10 @@ def _os_error(error: SafetensorError) -> OSError:
 
 def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
     reporter = Reporter(quiet=quiet)
+    if verb == "doctor":
+        from compress.pipelines.doctor import doctor
+
+        return doctor(reporter)
     if verb == "verify":
         from compress.pipelines.verify import verify
 
@@ -71,6 +77,15 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) ->
 
         quiet_libraries()
         return plan(reporter, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
+    if verb == "init":
+        from compress.pipelines.init import init
+
+        quiet_libraries()
+        meanings, own = given["meanings"], {k: v for k, v in given.items() if k != "meanings"}
+        common = dataclasses.replace(common, effort=common.effort or default_effort())
+        return init(
+            reporter, common, resolve(InitSettings, {"model": common.model, **own}, "quick"), meanings
+        )
     workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report
@@ -81,6 +96,12 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) ->
             )
         return {"report": str(page)}
     quiet_libraries()
+    if verb == "generate":
+        from compress.pipelines.generate import generate_texts
+
+        settings = resolve(GenerateSettings, given, "quick")
+        prepare_torch(common)
+        return generate_texts(Context(common=common, workspace=workspace, reporter=reporter), settings)
     recipe = None
     if verb == "run":
         from compress.pipelines.recipe import apply_shared, read_recipe, run_recipe

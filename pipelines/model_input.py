@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, choose
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import EMBEDDED, preferred_dtype, resolve
@@ -116,5 +116,5 @@ def device_and_dtype(common: Common) -> tuple[str, Any]:
     if common.dtype == "auto":
         return device, preferred_dtype(device)
     if common.dtype not in names:
-        raise UsageError(f"There is no dtype {common.dtype!r}.", f"Choose one of: auto, {', '.join(names)}.")
+        raise UsageError(f"There is no dtype {common.dtype!r}.", choose(common.dtype, ["auto", *names]))
     return device, names[common.dtype]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.sources import default_source
-from compress.errors import UsageError
+from compress.errors import UsageError, choose
 from compress.importance import CRITERIA
 from compress.importance.base import criterion_config
 from compress.importance.gram_store import GramStore
@@ -107,7 +107,7 @@ def check_settings(settings: PruneSettings) -> None:
     needs = CRITERIA.get(settings.criterion).needs
     criterion_config(settings.criterion, **parse_options(settings.criterion_options))
     if settings.solver not in SOLVERS:
-        raise UsageError(f"There is no solver {settings.solver!r}.", f"Choose one of: {', '.join(SOLVERS)}.")
+        raise UsageError(f"There is no solver {settings.solver!r}.", choose(settings.solver, SOLVERS))
     if needs == "adapters" and settings.steps < 1:
         raise UsageError(
             f"The criterion {settings.criterion} scores while it trains and --steps is {settings.steps}.",

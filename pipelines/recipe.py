@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from compress.errors import UsageError
+from compress.errors import UsageError, nearest
 from compress.pipelines.report import report
 from compress.pipelines.settings import EFFORTS, VERBS, Common, as_type, check_name, resolve
 from compress.pipelines.stage import Context, settings_dict, show_plan
@@ -46,7 +46,12 @@ def read_recipe(name: str) -> Recipe:
     if not path.is_file() and name in shipped():
         path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise UsageError(f"There is no recipe {name!r}.", f"Give a file, or one of: {', '.join(shipped())}.")
+        beside = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = nearest(name, [*shipped(), *beside])
+        raise UsageError(
+            f"There is no recipe {name!r}.",
+            f"Give a file, or one of: {', '.join(shipped())}." if near is None else f"Did you mean {near!r}?",
+        )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

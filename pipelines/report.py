@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.errors import UsageError
 from compress.pipelines.stage import Context
-from compress.pipelines.workspace import read_json
+from compress.pipelines.workspace import read_json, workspace_nearby
 from compress.report.page import write_report
 
 PRUNING = "pruning.json"
@@ -26,9 +26,9 @@ def report(context: Context, *, output: Path | None = None) -> Path:
     workspace = context.workspace
     stages = workspace.stages
     if not stages:
-        raise UsageError(
-            f"There is nothing to report in {workspace.root}.", "Run a stage first: compress prune."
-        )
+        near = workspace_nearby(workspace.root)
+        remedy = "Run a stage first: compress prune." if near is None else f"Did you mean --run {near}?"
+        raise UsageError(f"There is nothing to report in {workspace.root}.", remedy)
     path = output or workspace.root / "report.html"
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,8 +32,10 @@ class Reporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self.out = Console(quiet=quiet, highlight=False)
+        # NO_COLOR means plain to us: rich would still write bold and italics.
+        plain: dict[str, Any] = {"color_system": None} if os.environ.get("NO_COLOR") else {}
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, **plain)
+        self.out = Console(quiet=quiet, highlight=False, **plain)
 
     def say(self, text: str) -> None:
         """One line about what happens."""
@@ -67,6 +71,17 @@ class Reporter:
         table = Table(show_edge=False, pad_edge=False)
         for i, name in enumerate(header):
             table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self.out.print()
+        self.out.print(escape(title), style="italic")
+        self.out.print(table)
+
+    def facts(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Facts without a header: all columns left-aligned, the first never broken."""
+        table = Table(show_edge=False, pad_edge=False, show_header=False, box=None)
+        for i in range(max(map(len, rows), default=0)):
+            table.add_column(no_wrap=i == 0, overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self.out.print()

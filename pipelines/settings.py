@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from compress.errors import UsageError
+from compress.errors import UsageError, choose, nearest
 
 DEFAULT_RUN = Path("compress-run")
 EFFORTS = ("quick", "standard", "paper")
@@ -315,6 +314,38 @@ class PlanSettings:
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSettings:
+    """Settings of ``generate``, which makes no stage and has no effort."""
+
+    prompt: str
+    models: str | None = None
+    tokens: int = 64
+    temperature: float = 0.0
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_least(self, tokens=1)
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"--temperature {self.temperature} is no temperature.",
+                "Give 0 for the likeliest token, or more to draw.",
+            )
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitSettings:
+    """Settings of ``init``."""
+
+    model: str | None = None
+    out: str = "recipe.yaml"
+    force: bool = False
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
 S = TypeVar(
     "S",
     PruneSettings,
@@ -324,6 +355,8 @@ S = TypeVar(
     RecoverSettings,
     EvalSettings,
     PlanSettings,
+    GenerateSettings,
+    InitSettings,
 )
 
 VERBS: dict[str, type] = {
@@ -359,7 +392,7 @@ def check_effort(effort: str) -> None:
         UsageError: ``effort`` is not in ``EFFORTS``.
     """
     if effort not in EFFORTS:
-        raise UsageError(f"There is no effort {effort!r}.", f"Choose one of: {', '.join(EFFORTS)}.")
+        raise UsageError(f"There is no effort {effort!r}.", choose(effort, EFFORTS))
 
 
 def check_name(name: str, known: list[str]) -> None:
@@ -369,11 +402,9 @@ def check_name(name: str, known: list[str]) -> None:
         UsageError: ``name`` is not in ``known``.
     """
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         listed = f"Known settings: {', '.join(known)}." if known else "It takes none."
-        raise UsageError(
-            f"There is no setting {name!r} here.", f"Did you mean {near[0]!r}?" if near else listed
-        )
+        raise UsageError(f"There is no setting {name!r} here.", f"Did you mean {near!r}?" if near else listed)
 
 
 def as_type(name: str, value: Any, annotation: Any) -> Any:
@@ -385,8 +416,7 @@ def as_type(name: str, value: Any, annotation: Any) -> Any:
     kind = next((k for k in get_args(annotation) if k is not NoneType), annotation)
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
-            choices = ", ".join(get_args(annotation))
-            raise UsageError(f"There is no {_spelled(name)} {value!r}.", f"Choose one of: {choices}.")
+            raise UsageError(f"There is no {_spelled(name)} {value!r}.", choose(value, get_args(annotation)))
         return value
     if isinstance(value, bool) == (kind is bool) and isinstance(value, str | int | float):
         if kind is bool or isinstance(value, kind):

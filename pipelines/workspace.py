@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, nearest
 
 FORMAT_VERSION = 1
 MODEL_VERBS = ("prune", "align", "quantize")
@@ -119,6 +119,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         for key in keys
         if old.get(key) != new.get(key)
     )
+
+
+def workspace_nearby(root: Path) -> Path | None:
+    """The workspace beside ``root`` whose name is most like it; None where there is none."""
+    beside = {path.parent.name: path.parent for path in root.absolute().parent.glob("*/run.json")}
+    near = nearest(root.name, beside)
+    return None if near is None else root.parent / near
 
 
 class Workspace:

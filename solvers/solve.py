@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, choose
 from compress.solvers.backend import Answer, Backend
 from compress.solvers.core import search
 from compress.solvers.lagrangian import Relaxation, complete, narrow, relax, sort_twins
@@ -64,9 +64,7 @@ def solve(
     started = time.perf_counter()
     if solver not in SOLVERS or (raw and SOLVERS[solver] is None):
         known = [name for name, where in SOLVERS.items() if where is not None or not raw]
-        raise UsageError(
-            f"There is no {'raw ' if raw else ''}solver {solver!r}.", f"Choose one of: {', '.join(known)}."
-        )
+        raise UsageError(f"There is no {'raw ' if raw else ''}solver {solver!r}.", choose(solver, known))
     merged = merge(problem)
     items = reduce(merged)
     smallest = sum(int(size[0]) for size in items.sizes)

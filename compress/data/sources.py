@@ -13,7 +13,7 @@ from compress.data.files import SUFFIXES, load_path, read_file
 from compress.data.sampled import sample_documents
 from compress.data.split import assign_splits, clusters, split_items
 from compress.data.text import SPLITS, Split, Text, plain_text
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, nearest
 from compress.progress import Progress
 
 SOURCES = ("c4", "pydoc", "self", "wikitext2")
@@ -83,7 +83,9 @@ def load_text(
     if not path.exists() and path.suffix.lower() not in SUFFIXES and len(path.parts) == 1:
         raise UsageError(
             f"There is no text source {name!r}.",
-            f"Choose one of: {', '.join(SOURCES)}, or a path to a {', '.join(SUFFIXES)} file.",
+            f"Did you mean {near!r}?"
+            if (near := nearest(name, SOURCES)) is not None
+            else f"Choose one of: {', '.join(SOURCES)}, or a path to a {', '.join(SUFFIXES)} file.",
         )
     return load_path(path, split)
 
@@ -97,6 +99,15 @@ def data_root() -> Path | None:
 def default_source() -> str:
     """``wikitext2`` when COMPRESS_DATA holds all its splits, else ``pydoc`` (every CPython has it)."""
     return "wikitext2" if all(_wikitext_file(split) for split in SPLITS) else "pydoc"
+
+
+def local_files(source: str) -> dict[str, list[Path]]:
+    """What COMPRESS_DATA holds of ``wikitext2`` or ``c4``: the files of each split that is there."""
+    if source == "wikitext2":
+        found = {split: _wikitext_file(split) for split in SPLITS}
+        return {split: [path] for split, path in found.items() if path is not None}
+    files = _c4_files()
+    return dict.fromkeys(SPLITS, files) if files else {}
 
 
 def _pydoc(split: Split) -> Text:
@@ -141,8 +152,7 @@ def _c4(split: Split) -> Text:
 
     The hub has no test split: its validation split is cut in two by document.
     """
-    root = data_root()
-    files = sorted((root / "c4").glob("*.jsonl")) if root is not None else []
+    files = _c4_files()
     if files:
         documents = [document for file in files for document in read_file(file).documents]
         return plain_text("c4", split, split_items(documents, str, source="c4")[split])
@@ -154,6 +164,11 @@ def _c4(split: Split) -> Text:
     halves = {"validation": documents[:half], "test": documents[half:]}
     known = set(halves["validation"])
     return plain_text("c4", split, [d for d in halves[split] if split == "validation" or d not in known])
+
+
+def _c4_files() -> list[Path]:
+    root = data_root()
+    return sorted((root / "c4").glob("*.jsonl")) if root is not None else []
 
 
 def _hub_column(repository: str, name: str, split: Split, *, limit: int | None) -> list[str]:

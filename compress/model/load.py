@@ -24,6 +24,7 @@ from compress.model.architecture import architecture_of
 from compress.model.checkpoint import SIDE_FILES, Checkpoint, read_config
 from compress.model.config import build_config
 from compress.model.gguf import convert_gguf, gguf_state
+from compress.model.nearby import meant
 from compress.model.quiet import quiet_transformers
 from compress.model.uneven import is_uneven, plain_config
 from compress.model.uneven_model import uneven_class
@@ -59,9 +60,7 @@ def resolve(model: str | None, *, cache: Path | None = None, progress: Progress 
     Raises:
         CompressError: There is no such model, or it cannot be had (no network, gated, no safetensors).
     """
-    cache = (
-        cache or Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress").expanduser()
-    )
+    cache = cache or cache_folder()
     if model is None or model == EMBEDDED:
         file = embedded_gguf()
         return convert_gguf(file, cache, progress=progress) if file is not None else _embedded_from_hub()
@@ -70,7 +69,7 @@ def resolve(model: str | None, *, cache: Path | None = None, progress: Progress 
         return path
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise CompressError(f"There is no GGUF file {model!r}.", "Check the path.")
+            raise CompressError(f"There is no GGUF file {model!r}.", f"Check the path{_or_meant(model)}")
         return convert_gguf(path, cache, progress=progress)
     if path.exists():
         raise CompressError(f"The file {model!r} is no model.", "Give a Hugging Face folder or a .gguf file.")
@@ -78,8 +77,13 @@ def resolve(model: str | None, *, cache: Path | None = None, progress: Progress 
         return _from_hub(model)
     raise CompressError(
         f"There is no model {model!r}.",
-        f"Give a folder, a .gguf file, a hub id such as {EMBEDDED_HUB!r}, or {EMBEDDED!r}.",
+        f"Give a folder, a .gguf file, a hub id such as {EMBEDDED_HUB!r}, or {EMBEDDED!r}{_or_meant(model)}",
     )
+
+
+def cache_folder() -> Path:
+    """Where conversions are kept: ``$COMPRESS_CACHE``, or ``~/.cache/compress``."""
+    return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress").expanduser()
 
 
 def resolve_config(model: str | None, *, cache: Path | None = None) -> dict[str, Any]:
@@ -140,13 +144,20 @@ def _hub_folder(name: str, patterns: list[str]) -> Path:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CompressError(
-            f"There is no folder and no hub model {name!r} (or it is private).", "Check the name, or log in."
+            f"There is no folder and no hub model {name!r} (or it is private).",
+            f"Check the name, or log in{_or_meant(name)}",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CompressError(
             f"{name!r} is no local folder, and the hub cannot be reached.",
-            "Check the path, or try again with a network (and without HF_HUB_OFFLINE).",
+            f"Check the path, or try again with a network (and without HF_HUB_OFFLINE){_or_meant(name)}",
         ) from error
+
+
+def _or_meant(name: str) -> str:
+    """How the remedy for a model that is not there ends."""
+    near = meant(name, (EMBEDDED, EMBEDDED_HUB))
+    return "." if near is None else f"; did you mean {near!r}?"
 
 
 def load_model(

@@ -18,7 +18,7 @@ from compress.importance import CRITERIA
 from compress.model.family import FAMILIES
 from compress.pipelines.prune_goal import DEFAULT_RATIO
 from compress.pipelines.recipe import read_recipe, shipped
-from compress.pipelines.settings import EFFORTS, VERBS, resolve
+from compress.pipelines.settings import EFFORTS, VERBS, GenerateSettings, InitSettings, resolve
 from compress.solvers.solve import SOLVERS
 from tests.sources import ROOT
 from tests.tiny import tiny_model
@@ -98,8 +98,25 @@ def test_defaults_are_those_of_every_effort(verb: str) -> None:
         assert row in section(verb), f"docs/commands.md, {verb}, needs the row {row}"
 
 
+@pytest.mark.parametrize(
+    ("verb", "kind", "names"),
+    [("generate", GenerateSettings, ("tokens", "temperature")), ("init", InitSettings, ("out", "force"))],
+)
+def test_defaults_without_an_effort_are_those_of_the_code(
+    verb: str, kind: type, names: tuple[str, ...]
+) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name in names:
+        assert f"| `--{name}` | {written(defaults[name])} |" in section(verb)
+    for parameter in commands()[verb].params:
+        stated = re.search(r"default (\S+?)[);]", parameter.help or "")
+        if parameter.name in names and stated is not None:
+            assert stated.group(1) == written(defaults[parameter.name])
+
+
 def test_nothing_is_described_that_is_not_there() -> None:
-    known = {option for command in commands().values() for p in command.params for option in p.opts}
+    parameters = [p for command in commands().values() for p in command.params]
+    known = {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
     known |= {"--help", "--install-completion", "--show-completion"}
     documents = "\n".join(text for name, text in TEXT.items() if name != "development.md")
     foreign = {"--no-deps", "--quick"}  # pip's and the benchmarks'

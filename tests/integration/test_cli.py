@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from compress.__main__ import app
 from compress.errors import UsageError
+from tests.commands import cli
 from tests.fresh import ForkServer
 from tests.tiny import tiny_checkpoint
 
@@ -27,27 +28,6 @@ PRUNE = ("prune", "--ratio", "0.4", "--repair-steps", "2", "--calibration-tokens
 QUANTIZE = ("quantize", "--budget", "4.5bit")
 TRAIN = ("train", *SHORT)
 EVAL = ("eval", "--sequence", "32", "--windows", "2")
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> tuple[str, str]:
-        """Cause and remedy; fails unless they are two lines and nothing else follows."""
-        lines = self.err.partition("error: ")[2].splitlines()
-        assert len(lines) == 2, self.err
-        assert "Traceback" not in self.err
-        assert all(line[-1] in ".?" for line in lines), lines
-        assert lines[1][0].isupper(), lines
-        return lines[0], lines[1]
-
-
-def cli(*arguments: str | Path) -> Ran:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return Ran(result.exit_code, result.stdout, result.stderr)
 
 
 def snapshot(folder: Path, *, lock: bool = True) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""The command line: groups of options, what makes a verb of a declaration, and the verbs that make stages."""

@@ -1,0 +1,80 @@
+"""The commands that end the help of every verb; a contract test gives each of them to the real command line."""
+
+from __future__ import annotations
+
+import textwrap
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "plan": (
+        "compress plan",
+        "compress plan meta-llama/Llama-2-13b-hf --loram",
+        "compress plan ./my-model --rank 16 --json",
+    ),
+    "init": (
+        "compress init",
+        "compress init ./my-model --effort quick --out my.yaml",
+        "compress init Qwen/Qwen3-0.6B --out -",
+    ),
+    "prune": (
+        "compress prune --ratio 0.5",
+        "compress prune --model ./my-model --size 0.5GiB",
+        "compress prune --ratio 0.3 --shape allocated",
+        "compress prune --criterion wanda --dry-run",
+    ),
+    "align": (
+        "compress align --steps 200 --data c4",
+        "compress align --loss distill",
+    ),
+    "quantize": (
+        "compress quantize --budget 2.75bit",
+        "compress quantize --budget 90MB --embeddings menu",
+        "compress quantize --budget 4.5bit --runtime vllm",
+    ),
+    "train": (
+        "compress train --data my_instructions.jsonl",
+        "compress train --method lq --steps 200",
+        "compress train --adapter-targets all,lm_head",
+    ),
+    "recover": (
+        "compress recover",
+        "compress recover --merge",
+        "compress recover --onto ./full --run mine",
+    ),
+    "generate": (
+        'compress generate "What is a prime number?"',
+        'compress generate "Once upon a time" --no-chat',
+        "compress generate - --models all --json < question.txt",
+    ),
+    "eval": (
+        "compress eval",
+        "compress eval --data wikitext2 --windows 50",
+        "compress eval --json > eval.json",
+    ),
+    "report": (
+        "compress report",
+        "compress report --output ../report.html",
+    ),
+    "verify": (
+        "compress verify",
+        "compress verify compress-run/02-quantize --json",
+    ),
+    "doctor": (
+        "compress doctor",
+        "compress doctor --json",
+    ),
+    "run": (
+        "compress run chain",
+        "compress run my.yaml --run work",
+        "compress run loram --data my_instructions.jsonl",
+    ),
+}
+
+
+def examples(verb: str, width: int) -> str:
+    """What ends the help of ``verb``, in lines of at most ``width`` cells."""
+    lines = [" Examples:"]
+    for command in EXAMPLES.get(verb, ()):
+        lines += textwrap.wrap(
+            command, width, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False
+        )
+    return "\n".join(lines) + "\n"

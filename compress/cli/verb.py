@@ -1,0 +1,183 @@
+"""What makes a verb of a declaration: its options, its examples, and the way from a failure to an exit code."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from compress.cli.complete import completer
+from compress.cli.examples import examples
+from compress.cli.options import Shared
+from compress.cli.usage import WrongUsage, usage_error
+from compress.errors import CompressError, UsageError, choose
+from compress.pipelines.settings import Common
+
+ORDER = (
+    "plan",
+    "init",
+    "prune",
+    "align",
+    "quantize",
+    "train",
+    "recover",
+    "generate",
+    "eval",
+    "report",
+    "verify",
+    "run",
+    "doctor",
+)
+"""The verbs as ``--help`` lists them: along the chain, then what looks at it."""
+KEEP_NOTHING = ("plan", "init", "generate", "report", "verify", "doctor")
+"""Verbs without finished steps that an interruption would leave behind."""
+
+
+class _Verb(TyperCommand):
+    """A verb, whose help ends with examples."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        formatter.write(examples(str(ctx.info_name), shutil.get_terminal_size().columns))
+
+
+class _Verbs(TyperGroup):
+    """The verbs in the order of ``ORDER``; wrong usage is reported as every other failure is."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = {name: place for place, name in enumerate(ORDER)}
+        return sorted(super().list_commands(ctx), key=lambda name: known.get(name, len(known)))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if not (args[0] in self.commands or args[0].startswith("-") or ctx.resilient_parsing):
+            raise UsageError(f"There is no command {args[0]!r}.", choose(args[0], self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **more: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **more)
+        try:
+            code = super().main(args, standalone_mode=False, **more)
+        except WrongUsage as error:
+            refused = usage_error(error)
+            if refused is None:  # `compress` alone: the help is out already
+                sys.exit(2)
+            complain(refused.cause, refused.remedy)
+            sys.exit(refused.exit_code)
+        except UsageError as error:
+            complain(error.cause, error.remedy)
+            sys.exit(error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    name="compress",
+    cls=_Verbs,
+    help="Make language models small and keep them good: prune, quantize, train small, recover onto the full model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: compress prune --ratio 0.5, compress quantize --budget 2.75bit, compress recover, "
+    "compress eval",
+)
+
+
+def verb(
+    name: str, *shared: Shared, supply: Callable[[], Mapping[str, Any]] = dict
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a declaration: its own options, then the shared ones, all handed to ``execute``.
+
+    Args:
+        name: What it is called.
+        shared: Groups of options it takes beside its own.
+        supply: Called when the command runs, for what the pipeline needs to know of the command line.
+    """
+
+    def register(declaration: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+            for (parameter, annotation) in zip(
+                inspect.signature(declaration).parameters.values(),
+                get_type_hints(declaration, include_extras=True).values(),
+                strict=False,
+            )
+        ]
+        for parameter in own:
+            (info,) = parameter.annotation.__metadata__
+            info.autocompletion = info.autocompletion or completer(name, parameter.name)
+        more = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for group in shared
+            for option, (annotation, default) in group.options.items()
+        ]
+
+        def command(**values: Any) -> None:
+            execute(name, {**values, **supply()})
+
+        signature = inspect.Signature([*own, *more])
+        command.__doc__ = declaration.__doc__
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        app.command(name, cls=_Verb)(command)
+        return declaration
+
+    return register
+
+
+def _common(values: Mapping[str, Any]) -> Common:
+    return Common(**{name: values[name] for name in Common.__dataclass_fields__ if name in values})
+
+
+def execute(verb: str, values: dict[str, Any]) -> None:
+    """Run one verb; map every failure to one sentence of cause, one of remedy and an exit code."""
+    as_json, debug = values.pop("json_"), values.pop("debug")
+    given = {name: value for name, value in values.items() if name not in Common.__dataclass_fields__}
+    try:
+        from compress.pipelines.dispatch import run_verb
+
+        result = run_verb(verb, _common(values), given, quiet=as_json)
+    except CompressError as error:
+        if debug:
+            raise
+        complain(error.cause, error.remedy)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        kept = "Finished work is kept: the same command goes on from here."
+        complain("Interrupted.", "Nothing was left behind." if verb in KEEP_NOTHING else kept)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        complain(
+            f"Unexpected {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}.",
+            "Run it again with --debug and report what that shows.",
+        )
+        raise typer.Exit(1) from None
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
+    if not result.get("ok", True):
+        raise typer.Exit(1)
+
+
+def meanings() -> dict[str, dict[str, dict[str, str]]]:
+    """What ``--help`` says of every option, by verb and by the option's name in a recipe."""
+    group: Any = typer.main.get_command(app)
+    return {
+        "meanings": {
+            verb: {parameter.name: parameter.help or "" for parameter in command.params}
+            for verb, command in group.commands.items()
+        }
+    }
+
+
+def complain(cause: str, remedy: str) -> None:
+    """The two sentences of a failure, on standard error."""
+    sys.stderr.write(f"error: {cause}\n{remedy}\n")

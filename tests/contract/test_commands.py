@@ -1,0 +1,93 @@
+"""Every command that the help or a document shows is one that the command line takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from compress.__main__ import app
+from compress.cli.examples import EXAMPLES
+from compress.errors import UsageError
+from tests.commands import cli, parsed
+from tests.sources import ROOT
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = ("", "sh", "bash", "console")
+
+
+def group() -> Any:
+    return typer.main.get_command(app)
+
+
+def quoted(page: Path) -> list[str]:
+    """Commands of a page: lines of its shell blocks, and spans of code in its prose."""
+    text = page.read_text(encoding="utf-8")
+    lines = [
+        line.removeprefix("$ ").strip()
+        for language, block in FENCE.findall(text)
+        if language in SHELL
+        for line in block.splitlines()
+    ]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+    return [command for command in (*lines, *spans) if command.startswith("compress ")]
+
+
+def concrete(command: str) -> str:
+    """A command with something in the place of its placeholders."""
+    command = command.replace("VERB [options]", "eval").replace("PATH...", "PATH")
+    return re.sub(r"\[([A-Z]+)\]", r"\1", command)
+
+
+COMMANDS = [(page.name, command) for page in PAGES for command in dict.fromkeys(quoted(page))]
+
+
+def test_the_documents_are_searched_as_they_are_written() -> None:
+    found = {command for _, command in COMMANDS}
+    assert {
+        "compress prune --ratio 0.5",  # a block
+        "compress run FILE --dry-run",  # a span over two lines
+        "compress verify [PATH...]",
+    } <= found
+    assert len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c}" for p, c in COMMANDS])
+def test_commands_of_the_documents_are_taken(page: str, command: str) -> None:
+    words = concrete(command).split()
+    if words[1].startswith("--"):
+        assert words[1] in {option for parameter in group().params for option in parameter.opts}
+    else:
+        assert parsed(concrete(command)).verb == words[1]
+
+
+@pytest.mark.parametrize("verb", sorted(group().commands))
+def test_every_help_ends_with_examples_that_are_taken(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert len(EXAMPLES[verb]) >= 2
+    for example in EXAMPLES[verb]:
+        assert parsed(example).verb == verb
+    lines = [line.strip() for line in cli(verb, "--help").out.splitlines() if line.strip()]
+    assert lines[-len(EXAMPLES[verb]) - 1 :] == ["Examples:", *EXAMPLES[verb]]
+
+
+def test_examples_are_of_verbs_that_exist() -> None:
+    assert set(EXAMPLES) == set(group().commands)
+
+
+@pytest.mark.parametrize(
+    "line", ["compress prune --rato 0.5", "compress prun", "compress run", "compress prune --steps 2.5"]
+)
+def test_the_parser_would_notice(line: str) -> None:
+    with pytest.raises(AssertionError):
+        parsed(line)
+
+
+@pytest.mark.parametrize("line", ["compress prune --shape pear", "compress generate x --temperature -1"])
+def test_values_would_be_noticed(line: str) -> None:
+    with pytest.raises(UsageError):
+        parsed(line)
