@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +67,14 @@ def run_harness(
         CompressError: See `check_harness`; a task's data is not to be had; a request that is not supported.
     """
     check_harness(names, include)
+    from datasets.utils.logging import disable_progress_bar
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from compress.evaluate.harness_model import HarnessModel
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=include)
+    disable_progress_bar()
+    manager = _manager(include)
     wanted = task_names(names)
     unknown = [name for name in wanted if not manager.match_tasks([name])]
     if unknown:
@@ -79,17 +83,26 @@ def run_harness(
             "See: lm-eval ls tasks; files of your own are found with --lm-eval-tasks FOLDER.",
         )
     try:
-        answer = simple_evaluate(
-            model=HarnessModel(model, tokenizer, progress=progress),
-            tasks=wanted,
-            task_manager=manager,
-            limit=rows,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for our result
+            answer = simple_evaluate(
+                model=HarnessModel(model, tokenizer, progress=progress),
+                tasks=wanted,
+                task_manager=manager,
+                limit=rows,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+            )
     except (ConnectionError, FileNotFoundError) as error:
         raise CompressError(
             f"The data of lm-eval's tasks is not to be had: {' '.join(str(error).split()).rstrip('.')}.",
             "Try again with a network, or give local data in a task file with --lm-eval-tasks.",
         ) from error
     return harness_rows(answer["results"])
+
+
+@functools.cache
+def _manager(include: str | None) -> Any:
+    """lm-eval's index of tasks: it reads thousands of files, so every model of a command uses the same one."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include)
