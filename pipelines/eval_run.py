@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from compress.evaluate.task_file import read_task
 from compress.pipelines.eval_entries import Entry, named_entry
 from compress.pipelines.eval_row import Bench, compare, delimiter_of, measure
 from compress.pipelines.eval_text import Reading
+from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, EvalSettings
 from compress.pipelines.stage import settings_dict
-from compress.pipelines.workspace import read_json, write_json
+from compress.pipelines.workspace import digest, read_json, write_json
 
 
 def make_bench(reporter: Reporter, common: Common, settings: EvalSettings) -> Bench:
@@ -57,10 +59,14 @@ def configuration(bench: Bench, source: str) -> dict[str, Any]:
 
 
 def identities(bench: Bench, entries: Sequence[Entry], reference: Entry) -> dict[str, str]:
-    """The identity of every model and task file."""
+    """The identity of every model and task file, and the version of lm-eval where it is asked."""
     found = {entry.name: entry.id for entry in entries}
     if reference not in entries:
         found["reference"] = reference.id
+    if bench.settings.lm_eval is not None:
+        found["lm-eval"] = importlib.metadata.version("lm-eval")
+    if bench.settings.lm_eval_tasks is not None:
+        found["lm-eval tasks"] = digest(describe_files(Path(bench.settings.lm_eval_tasks)))
     return found | {f"task {task.name}": task.sha256 for task in bench.tasks}
 
 

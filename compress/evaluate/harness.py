@@ -26,7 +26,7 @@ def check_harness(names: str, include: str | None) -> None:
         include: Folder with further task files.
 
     Raises:
-        UsageError: No task is named, or there is no such folder.
+        UsageError: No task is named, lm-eval does not know one, or there is no such folder.
         CompressError: lm-eval is not installed.
     """
     if not task_names(names):
@@ -37,6 +37,13 @@ def check_harness(names: str, include: str | None) -> None:
         raise CompressError(
             "Tasks of lm-eval need the package lm-eval, which is not installed.",
             "Run: pip install 'compress-llm[lm-eval]', or score a local file with --task.",
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    unknown = [name for name in task_names(names) if not _manager(include).match_tasks([name])]
+    if unknown:
+        raise UsageError(
+            f"lm-eval has no task {unknown[0]!r}.",
+            "See: lm-eval ls tasks; files of your own are found with --lm-eval-tasks FOLDER.",
         )
 
 
@@ -63,7 +70,7 @@ def run_harness(
         ``task``, ``metric`` (with its filter), ``value`` and ``standard_error`` (None where there is none).
 
     Raises:
-        UsageError: A task that lm-eval does not know.
+        UsageError: See `check_harness`.
         CompressError: See `check_harness`; a task's data is not to be had; a request that is not supported.
     """
     check_harness(names, include)
@@ -72,22 +79,13 @@ def run_harness(
 
     from compress.evaluate.harness_model import HarnessModel
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
-    manager = _manager(include)
-    wanted = task_names(names)
-    unknown = [name for name in wanted if not manager.match_tasks([name])]
-    if unknown:
-        raise UsageError(
-            f"lm-eval has no task {unknown[0]!r}.",
-            "See: lm-eval ls tasks; files of your own are found with --lm-eval-tasks FOLDER.",
-        )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for our result
             answer = simple_evaluate(
                 model=HarnessModel(model, tokenizer, progress=progress),
-                tasks=wanted,
-                task_manager=manager,
+                tasks=task_names(names),
+                task_manager=_manager(include),
                 limit=rows,
                 bootstrap_iters=BOOTSTRAP,
                 log_samples=False,

@@ -22,7 +22,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     """Pieces of words with the space in front, as a byte-level BPE has them; what it does not know is bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(["<unk>", *alphabet])}
-    merges = [("a", "b"), ("Ġ", "a"), ("Ġ", "b"), ("Ġa", "b"), ("Ċ", "Ċ")]
+    merges = [("a", "b"), ("Ġ", "a"), ("Ġ", "b"), ("Ġ", "ab"), ("Ċ", "Ċ")]
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
