@@ -71,7 +71,7 @@ def evaluate_named(
     entries = named_entries(reporter, names)
     reference = reference_of(reporter, settings, entries)
     for entry in (*entries, reference):
-        check_length(entry.model, settings.sequence)
+        check_length(entry.model, settings.sequence, whose=f"{entry.name}'s")
     config, inputs = configuration(bench, source), identities(bench, entries, reference)
     if common.dry_run:
         show_plan(reporter, "eval", config)
