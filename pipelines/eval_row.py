@@ -24,9 +24,13 @@ from compress.evaluate.text_rates import text_rates
 from compress.model.load import load_model
 from compress.pipelines.eval_entries import Entry
 from compress.pipelines.eval_text import Reading
+from compress.pipelines.measure import positions
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.workspace import FORMAT_VERSION
+
+DECODE_TOKENS = 8
+"""Tokens decoded after a window at batch 1."""
 
 SATURATION_PROMPT = 32
 """Prompt tokens of every sequence while the batch grows."""
@@ -87,7 +91,8 @@ def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | No
             row["held_out_loss"] = mean_loss(network, held_out, batch_size=4)
         if settings.speed != "none":
             repeats = 2 if settings.speed == "quick" else 5
-            speed = throughput(network, windows.ids[:1], decode_tokens=8, repeats=repeats)
+            prompt = windows.ids[:1, : max(1, positions(entry.model) - DECODE_TOKENS)]
+            speed = throughput(network, prompt, decode_tokens=DECODE_TOKENS, repeats=repeats)
             row["tokens_per_second"] = speed.prefill_tokens_per_second
             row["decode_tokens_per_second"] = speed.decode_tokens_per_second
             row["speed_protocol"] = speed.to_dict()

@@ -34,13 +34,14 @@ def show(reporter: Reporter, metrics: Mapping[str, Any]) -> None:
 def _quality(reporter: Reporter, rows: Rows) -> None:
     held = any(row.get("held_out_loss") is not None for row in rows)
     reporter.table(
-        "quality (perplexity per token with its 95 % interval, and per word)",
-        ("model", "perplexity", "interval", "word ppl", "bits/byte", *(("held-out loss",) if held else ())),
+        "quality (perplexity per token with its 95 % interval, and per word"
+        + ("; held-out loss per token)" if held else ")"),
+        ("model", "perplexity", "interval", "word ppl", "bits/byte", *(("held-out",) if held else ())),
         [
             (
                 row["name"],
                 _number(row["perplexity"], 2),
-                _span(row.get("perplexity_interval")),
+                _span(row.get("perplexity_interval"), 2, "–"),
                 _number(row.get("word_perplexity"), 2),
                 _number(row.get("bits_per_byte"), 4),
                 *((_number(row.get("held_out_loss"), 4),) if held else ()),
@@ -173,8 +174,8 @@ def _number(value: Any, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
-def _span(interval: Any, digits: int = 2) -> str:
-    return BLANK if not interval else " to ".join(_number(end, digits) for end in interval)
+def _span(interval: Any, digits: int, between: str = " to ") -> str:
+    return BLANK if not interval else between.join(_number(end, digits) for end in interval)
 
 
 def _share(value: Any, error: Any) -> str:
