@@ -34,8 +34,8 @@ def show(reporter: Reporter, metrics: Mapping[str, Any]) -> None:
 def _quality(reporter: Reporter, rows: Rows) -> None:
     held = any(row.get("held_out_loss") is not None for row in rows)
     reporter.table(
-        "quality (perplexity per token with its 95 % interval, and per word"
-        + ("; held-out loss per token)" if held else ")"),
+        "quality (perplexity per token and its 95 % interval, per word"
+        + ("; held-out loss)" if held else ")"),
         ("model", "perplexity", "interval", "word ppl", "bits/byte", *(("held-out",) if held else ())),
         [
             (

@@ -53,7 +53,7 @@ def test_records_of_before_are_shown_with_blanks() -> None:
     metrics = sample_run(layers=2, steps=5)["stages"][-1]["metrics"]
     told = shown(metrics)
     assert "29.19" in told
-    assert "held-out loss per token" in told
+    assert "; held-out loss)" in told
     for absent in ("distance from", "saturated", "lm-eval", "note:"):
         assert absent not in told
     assert " - " in told  # word-level perplexity was not measured then
