@@ -41,7 +41,7 @@ class Divergence:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self)
+        return asdict(self) | {"kl_interval": None if self.kl_interval is None else list(self.kl_interval)}
 
 
 def divergence(

@@ -41,7 +41,7 @@ class Saturation:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self)
+        return asdict(self) | {"steps": [list(step) for step in self.steps]}
 
 
 def saturation(

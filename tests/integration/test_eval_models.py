@@ -182,7 +182,7 @@ def test_another_vocabulary_is_left_blank_with_a_note(folder: Path, common: Comm
 
 
 def test_stages_of_a_chain_and_uneven_models(
-    folder: Path, common: Common, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
+    folder: Path, common: Common, tmp_path: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compress.pipelines.reopen.run_fresh", fork_server.run)
     full = str(folder / "a")
@@ -191,7 +191,23 @@ def test_stages_of_a_chain_and_uneven_models(
     run("quantize", chain, budget="4.5bit")
     run("train", chain, **TRAINING)
     run("recover", chain)
-    in_chain = run("eval", chain, **EVAL)["metrics"]
+    quiz, out = tmp_path / "quiz.jsonl", tmp_path / "out.json"
+    quiz.write_text('{"query": "Which?", "choices": ["one", "two"], "gold": 0}\n' * 3)
+    evaluated = run("eval", chain, **EVAL, task=[str(quiz)], out=out)
+    in_chain = evaluated["metrics"]
+    assert json.loads(out.read_text()) == {k: v for k, v in evaluated.items() if k != "path"}
+    assert all(row["tasks"][0]["rows"] == 3 for row in in_chain["rows"])
+    quiz.write_text('{"query": "Which?", "choices": ["one", "two"], "gold": 1}\n' * 3)
+    other = run(
+        "eval", chain, **EVAL, task=[str(quiz)], out=out
+    )  # the file has changed, so it is measured again
+    assert other["id"] != evaluated["id"]
+    shares = [[row["tasks"][0]["accuracy"] for row in each["metrics"]["rows"]] for each in (evaluated, other)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == [1.0] * 5
+    assert run("verify", chain)["counts"].get("differs", 0) == 0
+    page = Path(run("report", chain)["report"]).read_text(encoding="utf-8")
+    assert "Distance from original" in page
+    assert "Task quiz" in page
     stages = [common.run / n for n in ("01-prune", "02-quantize", "03-train", "04-recover")]
     named = evaluate(common, full, *stages)["metrics"]
     assert [row["name"] for row in named["rows"]] == [
@@ -255,6 +271,30 @@ def test_with_out_an_interrupted_evaluation_goes_on(
         quiet=True,
     )
     assert json.loads(out.read_text())["id"] == redone["id"] != record["id"]
+
+
+def test_distances_that_are_known_are_not_measured_again(
+    folder: Path, common: Common, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, out = [folder / n for n in ("a", "b", "lora")], tmp_path / "found.json"
+    compared: list[str] = []
+    true = eval_run.compare
+
+    def compare(bench: Any, entry: Any, *rest: Any) -> dict[str, Any]:
+        compared.append(entry.name)
+        if len(compared) == 2:
+            raise KeyboardInterrupt
+        return true(bench, entry, *rest)
+
+    monkeypatch.setattr(eval_run, "compare", compare)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(common, *names, out=out)
+    monkeypatch.setattr(eval_run, "measure", None)  # every model has been measured
+    record = evaluate(common, *names, out=out)
+    assert compared == ["b", "lora", "lora"]
+    monkeypatch.undo()
+    rows = evaluate(common, *names)["metrics"]["rows"]
+    assert [r.get("divergence") for r in record["metrics"]["rows"]] == [r.get("divergence") for r in rows]
 
 
 def test_the_command_line(folder: Path, tmp_path: Path, text_file: Path) -> None:
