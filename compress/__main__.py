@@ -45,10 +45,54 @@ def plan(
 
 @_verb("eval", EVERYWHERE)
 def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Models to compare, without a workspace: hub ids, folders (adapters too), GGUF files or "
+            "smollm2-135m. Without any: everything the chain has made."
+        ),
+    ] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of the test text to score.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that KL divergence and agreement are measured against (default: the chain's original, "
+            "or the first model)."
+        ),
+    ] = None,
+    kl_windows: Annotated[
+        int | None,
+        typer.Option(help="Windows to compare with the reference, at most those scored; 0 for none."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A .jsonl file of questions (query, choices, gold) or of continuations (context, continuation); "
+            "may be given several times."
+        ),
+    ] = None,
+    task_rows: Annotated[
+        int | None, typer.Option(help="Rows of every task to score, from its start (default: all).")
+    ] = None,
+    task_delimiter: Annotated[
+        str | None,
+        typer.Option(help="Between a context and what follows; \\n is a line end (default: a space)."),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, separated by commas (needs compress-llm\\[lm-eval])."),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        str | None, typer.Option(help="Folder with task files of your own for lm-eval.")
+    ] = None,
+    speed: Annotated[
+        str | None,
+        typer.Option(help="none; quick: prefill and decoding at batch 1; full: also decoding at saturation."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
 ) -> None:
-    """Perplexity, size, memory and speed of the original, of every stage, and of full + recovered."""
+    """Perplexity, distance from the original, tasks, size, memory and speed, of the chain or of any models."""
 
 
 @_verb("init", RECIPE, supply=meanings)

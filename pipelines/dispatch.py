@@ -86,6 +86,8 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) ->
         return init(
             reporter, common, resolve(InitSettings, {"model": common.model, **own}, "quick"), meanings
         )
+    if verb == "eval" and given.get("models"):
+        return _evaluate_named(reporter, common, given)
     workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report
@@ -142,7 +144,21 @@ def run_stage_verb(context: Context, verb: str, given: Mapping[str, Any]) -> Out
         return recover(context, resolve(RecoverSettings, given, effort))
     from compress.pipelines.evaluate import evaluate
 
-    return evaluate(context, resolve(EvalSettings, given, effort))
+    own = {name: value for name, value in given.items() if name not in ("models", "out")}
+    return evaluate(context, resolve(EvalSettings, own, effort), out=given.get("out"))
+
+
+def _evaluate_named(reporter: Reporter, common: Common, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``compress eval A B C``, which has no workspace."""
+    from compress.pipelines.evaluate_named import evaluate_named
+
+    quiet_libraries()
+    effort = common.effort or default_effort()
+    common = dataclasses.replace(common, effort=effort)
+    prepare_torch(common)
+    own = {name: value for name, value in given.items() if name not in ("models", "out")}
+    settings = resolve(EvalSettings, own, effort)
+    return evaluate_named(reporter, common, settings, given["models"], out=given.get("out"))
 
 
 def prepare_torch(common: Common) -> None:

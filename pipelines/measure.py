@@ -85,15 +85,15 @@ def positions(model: Path) -> int:
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
-def check_length(model: Path, length: int) -> None:
-    """Refuse windows that the model cannot read.
+def check_length(model: Path, length: int, *, whose: str = "the model's") -> None:
+    """Refuse windows that the model cannot read; ``whose`` is how the message calls it.
 
     Raises:
         UsageError: ``length`` is above the model's positions.
     """
     if length > positions(model):
         raise UsageError(
-            f"Windows of {length} tokens are longer than the model's {positions(model)} positions.",
+            f"Windows of {length} tokens are longer than {whose} {positions(model)} positions.",
             f"Give --sequence {positions(model)} or less.",
         )
 

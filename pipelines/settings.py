@@ -283,14 +283,27 @@ class EvalSettings:
 
     sequence: int = 512
     windows: int
+    reference: str | None = None
+    kl_windows: int
+    task: tuple[str, ...] = ()
+    task_rows: int | None = None
+    task_delimiter: str = " "
+    lm_eval: str | None = None
+    lm_eval_tasks: str | None = None
+    speed: Literal["none", "quick", "full"] = "quick"
 
     def __post_init__(self) -> None:
-        _check_least(self, sequence=2, windows=1)
+        _check_least(self, sequence=2, windows=1, kl_windows=0, task_rows=1)
+        if self.lm_eval_tasks is not None and self.lm_eval is None:
+            raise UsageError(
+                "--lm-eval-tasks names a folder of tasks, and no task is asked for.",
+                "Name them with --lm-eval.",
+            )
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"windows": 12},
-        "standard": {"windows": 200},
-        "paper": {"windows": 100_000},
+        "quick": {"windows": 12, "kl_windows": 4},
+        "standard": {"windows": 200, "kl_windows": 50},
+        "paper": {"windows": 100_000, "kl_windows": 100_000},
     }
 
 
@@ -413,6 +426,9 @@ def as_type(name: str, value: Any, annotation: Any) -> Any:
     Raises:
         UsageError: It cannot be read as that type, or is not among the choices.
     """
+    if get_origin(annotation) is tuple:  # one value stands for a list of it
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(as_type(name, item, get_args(annotation)[0]) for item in items)
     kind = next((k for k in get_args(annotation) if k is not NoneType), annotation)
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):

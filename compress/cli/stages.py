@@ -114,7 +114,7 @@ def align(
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(help="adamw, or galore: moments in small subspaces (needs compress-llm[galore])."),
+        typer.Option(help="adamw, or galore: moments in small subspaces (needs compress-llm\\[galore])."),
     ] = None,
 ) -> None:
     """Train the pruned model's own weights on text, the output matrix frozen, before adapters are trained."""

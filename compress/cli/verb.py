@@ -150,8 +150,7 @@ def execute(verb: str, values: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        kept = "Finished work is kept: the same command goes on from here."
-        complain("Interrupted.", "Nothing was left behind." if verb in KEEP_NOTHING else kept)
+        complain("Interrupted.", _what_is_kept(verb, values))
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:
@@ -165,6 +164,14 @@ def execute(verb: str, values: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
     if not result.get("ok", True):
         raise typer.Exit(1)
+
+
+def _what_is_kept(verb: str, values: Mapping[str, Any]) -> str:
+    if verb in KEEP_NOTHING:
+        return "Nothing was left behind."
+    if values.get("models") and not values.get("out"):
+        return "Nothing is kept: with --out it would be."
+    return "Finished work is kept: the same command goes on from here."
 
 
 def meanings() -> dict[str, dict[str, dict[str, str]]]:

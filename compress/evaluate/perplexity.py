@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from compress.data.chat import IGNORE
 from compress.data.windows import Windows
 from compress.errors import CompressError
+from compress.evaluate.interval import exponential, ratio_error, t_interval
 from compress.progress import Progress
 
 CHUNK_ELEMENTS = 1 << 23
@@ -26,6 +26,8 @@ class Perplexity:
         value: ``exp(mean_nll)``.
         mean_nll: Mean negative log likelihood per scored token, in nats.
         standard_error: Standard error of ``mean_nll`` over windows, in nats; None for a single window.
+        interval: 95 % confidence interval of ``value``: that of ``mean_nll`` over windows (Student's t) through
+            ``exp``; None for a single window.
         tokens: Tokens scored.
         windows: Windows scored.
         protocol: The windows' protocol with model, tokens_scored, dtype and device.
@@ -34,6 +36,7 @@ class Perplexity:
     value: float
     mean_nll: float
     standard_error: float | None
+    interval: tuple[float, float] | None
     tokens: int
     windows: int
     protocol: dict[str, Any]
@@ -66,11 +69,14 @@ def perplexity(
     sums, counts = window_losses(model, windows, batch_size=batch_size, progress=progress)
     tokens = int(counts.sum())
     mean = float(sums.sum() / tokens)
+    error = ratio_error(sums, counts)
+    nats = t_interval(mean, error, len(sums))
     parameter = _floating_parameter(model)
     return Perplexity(
-        value=math.exp(mean) if mean < 700 else math.inf,
+        value=exponential(mean),
         mean_nll=mean,
-        standard_error=_standard_error(sums, counts),
+        standard_error=error,
+        interval=None if nats is None else (exponential(nats[0]), exponential(nats[1])),
         tokens=tokens,
         windows=len(windows),
         protocol={
@@ -158,15 +164,6 @@ def _token_losses(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Te
             )
         )
     return torch.stack(losses)
-
-
-def _standard_error(sums: torch.Tensor, counts: torch.Tensor) -> float | None:
-    """Of the ratio sums / counts; with equal counts the usual standard error of the window means."""
-    n = len(sums)
-    if n < 2:
-        return None
-    residuals = sums - sums.sum() / counts.sum() * counts
-    return float((residuals.square().sum() * n / (n - 1)).sqrt() / counts.sum())
 
 
 def _floating_parameter(model: Any) -> torch.Tensor:

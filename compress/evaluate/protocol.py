@@ -28,6 +28,8 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     parts += [f"{key} {p[key]}" for key in ("length", "stride") if key in p]
     if p.get("layout", "text") != "text":
         parts.append(f"{p['layout']} conversations")
+    if "characters" in p:
+        parts.append(f"the first {p['characters']} characters")
     if "windows" in p:
         parts.append(f"{p['windows']} windows")
     if "tokens_scored" in p:

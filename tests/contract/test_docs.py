@@ -42,6 +42,7 @@ SHARED = {
     "debug",
 }
 WORDS = {
+    ("eval", "task_delimiter"): "a space",
     ("prune", "multiple"): "by width",
     ("prune", "ratio"): f"{DEFAULT_RATIO:g}",
     ("prune", "skip_first"): "a tenth",
@@ -69,7 +70,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def written(value: Any) -> str:
-    if value is None or value == "":
+    if value in (None, "", ()):
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"

@@ -26,3 +26,8 @@ def test_line_of_training_windows() -> None:
     assert line.endswith(f"{windows.protocol['tokens']} tokens, seed 7")
     assert "\n" not in line
     assert protocol_line({}) == ""
+
+
+def test_a_text_that_was_held_to_an_extent_says_so() -> None:
+    line = protocol_line({"length": 16, "stride": 16, "windows": 3, "tokens_scored": 40, "characters": 700})
+    assert line == "length 16, stride 16, the first 700 characters, 3 windows, 40 tokens scored"

@@ -57,6 +57,9 @@ def test_unknown_names_get_a_suggestion() -> None:
         ("refit", Literal["refit", "lora"], "refit"),
         (5, int | None, 5),
         ("x", str | None, "x"),
+        ("x", tuple[str, ...], ("x",)),
+        (["x", "y"], tuple[str, ...], ("x", "y")),
+        ([], tuple[str, ...], ()),
     ],
 )
 def test_values_come_in_the_declared_type(value: Any, annotation: Any, expected: Any) -> None:
@@ -81,6 +84,7 @@ def test_values_come_in_the_declared_type(value: Any, annotation: Any, expected:
         ({"a": 1}, int),
         ("magic", Literal["refit", "lora"]),
         (["refit"], Literal["refit", "lora"]),
+        ([["x"]], tuple[str, ...]),
     ],
 )
 def test_values_of_another_type_are_refused(value: Any, annotation: Any) -> None:
@@ -161,3 +165,10 @@ def test_settings_of_prune_that_contradict_each_other(given: dict[str, Any], cau
 def test_common_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Common(**wrong)
+
+
+def test_own_tasks_of_lm_eval_need_a_name() -> None:
+    with pytest.raises(UsageError, match="--lm-eval-tasks names a folder"):
+        resolve(EvalSettings, {"lm_eval_tasks": "folder"}, "quick")
+    found = resolve(EvalSettings, {"lm_eval_tasks": "folder", "lm_eval": "mine", "task": "a.jsonl"}, "quick")
+    assert (found.lm_eval, found.task) == ("mine", ("a.jsonl",))

@@ -206,3 +206,36 @@ def sample_curve() -> dict[str, Any]:
         "perplexity": 40.0, "achieved_ratio": 0.603, "protocol_line": PROTOCOL
     }  # fmt: skip
     return rows
+
+
+def evaluated_run(layers: int = 2) -> dict[str, Any]:
+    """The sample run, evaluated with intervals, distances, tasks, saturation and other tokenizers' notes."""
+    run = sample_run(layers=layers, steps=5)
+    metrics = run["stages"][-1]["metrics"]
+    for n, row in enumerate(metrics["rows"]):
+        row |= {
+            "perplexity_interval": [row["perplexity"] - 0.75, row["perplexity"] + 0.8],
+            "word_perplexity": 60.5 + n,
+            "bits_per_byte": 0.8765,
+            "resident_bytes": 541_000_000,
+            "saturation": {"tokens_per_second": 210.4, "batch": 16, "stopped_by": "throughput"},
+            "tasks": [
+                {
+                    "task": "quiz", "kind": "choices", "accuracy": 0.625, "accuracy_error": 0.05,
+                    "accuracy_norm": 0.5, "accuracy_norm_error": None, "perplexity": None,
+                    "protocol_line": "quiz, sha256 0123456789ab, 100 of 100 rows",
+                },
+                {
+                    "task": "cloze", "kind": "continuation", "accuracy": 0.25, "accuracy_error": 0.04,
+                    "perplexity": 33.21, "protocol_line": "cloze, sha256 ba9876543210, 50 of 50 rows",
+                },
+            ],
+            "lm_eval": [{"task": "arc", "metric": "acc", "value": 0.3125, "standard_error": 0.0211}],
+        }  # fmt: skip
+        if n:
+            row["divergence"] = {
+                "kl": 0.1234 * n, "kl_interval": [0.1 * n, 0.15 * n], "agreement": 0.765,
+                "agreement_standard_error": 0.012, "tokens": 2044, "windows": 4,
+            }  # fmt: skip
+    metrics |= {"reference": "original", "notes": ["The tokenizers differ (a; b)."]}
+    return run

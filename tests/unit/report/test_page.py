@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.report.page import render, write_report
-from tests.unit.report.samples import PROTOCOL, sample_curve, sample_run
+from tests.unit.report.samples import PROTOCOL, evaluated_run, sample_curve, sample_run
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -380,9 +380,51 @@ def test_a_missing_cell_of_the_table_is_a_dash() -> None:
     rows = run["stages"][-1]["metrics"]["rows"]
     del rows[1]["perplexity"], rows[1]["bytes"]
     rows[2]["tokens_per_second"] = float("nan")
-    table = elements(render(run), "table")[0]
-    lines = [["".join(cell.itertext()) for cell in line] for line in table.iter("tr")]
-    assert lines[2][2] == lines[2][4] == lines[3][6] == "—"
+    quality, speed = (
+        [["".join(cell.itertext()) for cell in line] for line in table.iter("tr")]
+        for table in elements(render(run), "table")[:2]
+    )
+    assert quality[2][2] == quality[2][4] == speed[3][1] == "—"
+    assert quality[3][0] == speed[3][0]
+
+
+def test_an_evaluation_with_everything() -> None:
+    run = evaluated_run()
+    page = render(run)
+    told = words(page)
+    for expected in (
+        "29.19 (28.44 to 29.99)",
+        "Word-level perplexity",
+        "0.8765",
+        "with its 95 % interval over windows",
+        "The tokenizers differ (a; b).",
+        "Distance from original",
+        "Same most likely token",
+        "76.5 % ± 1.2",
+        "0.1000 to 0.1500",
+        "Task quiz",
+        "62.5 % ± 5.0",
+        "cloze, sha256 ba9876543210, 50 of 50 rows",
+        "33.21",
+        "Tasks of lm-eval",
+        "0.0211",
+        "Decoded tokens/s, saturated",
+        "210.4",
+        "541.0 MB",
+    ):
+        assert expected in told, expected
+    found = {"".join(next(t.iter("tr")).itertext()): t for t in elements(page, "table")}
+    distance = next(table for head, table in found.items() if "KL divergence" in head)
+    assert len(list(distance.iter("tr"))) == len(run["stages"][-1]["metrics"]["rows"])  # a head, no reference
+
+
+def test_columns_that_nobody_measured_are_left_out() -> None:
+    page = render(sample_run())
+    told = words(page)
+    for absent in ("Word-level", "Bits per byte", "Distance from", "Task ", "saturated", "Resident"):
+        assert absent not in told
+    for there in ("Held-out loss", "Decoded tokens/s", "± standard error"):
+        assert there in told
 
 
 def test_unknown_verbs_are_shown_by_name_and_value() -> None:
@@ -428,7 +470,7 @@ def test_any_damage_still_gives_a_page(seed: int) -> None:
             return [damage(v) for v in value]
         return value
 
-    run = damage(sample_run(layers=2, steps=5))
+    run = damage(g.choice([sample_run(layers=2, steps=5), evaluated_run()]))
     parse(render(run if isinstance(run, dict) else {}))
 
 
