@@ -50,7 +50,7 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
         from compress.pipelines.plan import plan
 
         quiet_libraries()
-        return plan(reporter, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
+        return plan(reporter, common, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
     workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report
