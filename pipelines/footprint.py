@@ -98,7 +98,8 @@ def loading(model: PlannedModel, itemsize: int, name: str = "load") -> Phase:
 def scoring(model: PlannedModel, ground: Ground, *, length: int, windows: int, adapter: int = 0) -> Phase:
     """A perplexity: weights, ``T V e`` logits of at most 4 windows with two float32 chunks, one layer.
 
-    A layer takes ``T (3 C + 4 H) e``. An adapter has 4 bytes a parameter. The largest quantized matrix is unpacked: ``4 max(out in)``.
+    A layer takes ``T (3 C + 4 H) e``, an adapter 4 bytes a parameter, the largest quantized matrix while it is
+    unpacked ``4 max(out in)``.
     """
     arch, tokens = model.arch, min(BATCH, windows) * length
     logits = ground.itemsize * tokens * arch.vocab + 8 * min(CHUNK_ELEMENTS, length * arch.vocab)
