@@ -497,6 +497,32 @@ def verify(
     """Check every recorded hash, size and error against what lies on disk."""
 
 
+@_verb("bench", OUTPUT)
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Benchmarks to run, or all (default: regression, the chain against its baseline)."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The short form of each.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="One line about each, with how long it takes, and stop.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results, one JSON file each.")] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Write the baseline of regression instead of comparing with it.")
+    ] = False,
+    repeats: Annotated[int | None, typer.Option(help="Runs behind a baseline (default 3).")] = None,
+    baselines: Annotated[
+        Path | None, typer.Option(help="Folder of baselines (default: those that ship with compress).")
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+) -> None:
+    """Run benchmarks; without names compare the chain's perplexity, bytes and memory with a baseline."""
+
+
 @_verb("run", EVERYWHERE)
 def run_recipe(
     recipe: Annotated[

@@ -28,14 +28,15 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
     """Run one verb and return its result as JSON values.
 
     Args:
-        verb: One of the stage verbs, ``plan``, ``report``, ``verify`` or ``run``.
+        verb: One of the stage verbs, ``plan``, ``bench``, ``report``, ``verify`` or ``run``.
         common: Options that mean the same to every verb.
         given: The verb's own options; None means not given.
         quiet: Print nothing.
 
     Returns:
         The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. ``plan``,
-        ``report``, ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means failure.
+        ``bench``, ``report``, ``verify`` and ``run`` have results of their own; ``ok`` is false in one that means
+        failure.
 
     Raises:
         CompressError: Whatever the verb refuses, with cause and remedy.
@@ -51,6 +52,10 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
 
         quiet_libraries()
         return plan(reporter, common, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
+    if verb == "bench":
+        from compress.pipelines.bench import bench
+
+        return bench(reporter, {"model": common.model, "data": common.data, **given})
     workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report

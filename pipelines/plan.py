@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -137,7 +138,14 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
     return result
 
 
-def planned_chain(model: ModelInput, settings: PlanSettings, effort: str, dtype: torch.dtype) -> Chain:
+def planned_chain(
+    model: ModelInput,
+    settings: PlanSettings,
+    effort: str,
+    dtype: torch.dtype,
+    *,
+    exact: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Chain:
     """The chain that the options ask for, stage by stage.
 
     Args:
@@ -145,6 +153,7 @@ def planned_chain(model: ModelInput, settings: PlanSettings, effort: str, dtype:
         settings: What is asked.
         effort: Fills in what is not.
         dtype: In which models compute.
+        exact: By verb, options of a stage that ``plan`` does not have; a stage that is named here is planned.
 
     Raises:
         UsageError, CompressError: As the stages would.
@@ -153,15 +162,15 @@ def planned_chain(model: ModelInput, settings: PlanSettings, effort: str, dtype:
     positions = int(getattr(config, "max_position_embeddings", None) or LENGTH)
     ground = Ground(itemsize=dtype.itemsize, length=min(LENGTH, positions), windows=WINDOWS[effort])
     asked = {part: _given(settings, part) for part in (PRUNE, QUANTIZE)}
-    everything = not any(asked.values())
+    everything = not any(asked.values()) and not exact
     tokens = {"calibration_tokens": settings.calibration_tokens}
     loop = {"micro_batch": settings.micro_batch, "sequence": settings.sequence}
     full = current = PlannedModel(name="original", input=model)
     models, stages = [full], []
     used: dict[str, Mapping[str, Any]] = {}
     rounding = None
-    if everything or asked[PRUNE]:
-        prune = resolve(PruneSettings, {**asked[PRUNE], **tokens, **loop}, effort)
+    if everything or asked[PRUNE] or "prune" in exact:
+        prune = resolve(PruneSettings, {**asked[PRUNE], **tokens, **loop, **exact.get("prune", {})}, effort)
         goal = _goal(model, prune)
         shapes = goal.foreseen()
         current = pruned(full, shapes)
@@ -171,16 +180,18 @@ def planned_chain(model: ModelInput, settings: PlanSettings, effort: str, dtype:
         )
         models.append(current)
         used["prune"] = asdict(prune) | {"multiple": goal.multiple, "ratio": goal.ratio}
-    if settings.align:
+    if settings.align or "align" in exact:
         if rounding is None:
             raise UsageError("--align trains a pruned model, and this chain has none.", "Give --ratio too.")
-        align = resolve(AlignSettings, loop, effort)
+        align = resolve(AlignSettings, {**loop, **exact.get("align", {})}, effort)
         stages.append(
             (align_footprint(current, full, align, ground), align_work(current, full, align, ground))
         )
         used["align"] = asdict(align)
-    if everything or asked[QUANTIZE]:
-        quantize = resolve(QuantizeSettings, {**asked[QUANTIZE], **tokens}, effort)
+    if everything or asked[QUANTIZE] or "quantize" in exact:
+        quantize = resolve(
+            QuantizeSettings, {**asked[QUANTIZE], **tokens, **exact.get("quantize", {})}, effort
+        )
         known = current is not full
         small = quantized(current, quantize)
         stages.append(
@@ -192,10 +203,10 @@ def planned_chain(model: ModelInput, settings: PlanSettings, effort: str, dtype:
         current = small
         models.append(current)
         used["quantize"] = asdict(quantize)
-    train = resolve(TrainSettings, {"rank": settings.train_rank, **loop}, effort)
+    train = resolve(TrainSettings, {"rank": settings.train_rank, **loop, **exact.get("train", {})}, effort)
     head = "lm_head" in parse_adapter_targets(train.adapter_targets)
     own, recovered = (adapter_parameters(each.arch, train.rank, head=head) for each in (current, full))
-    evaluation = resolve(EvalSettings, {}, effort)
+    evaluation = resolve(EvalSettings, exact.get("eval", {}), effort)
     entries = [*((each, 0) for each in models), (current, own), (full, recovered)]
     test = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
     stages += [

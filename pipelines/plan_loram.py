@@ -82,7 +82,7 @@ def show_loram(reporter: Reporter, settings: PlanSettings, rows: list[dict[str, 
     """Print sizes and training memory."""
     reporter.table(
         "small models of LoRAM",
-        ("pruned", "parameters", "smaller", "Q, paper", "Q, stored", "Q bits", "16 bit", "NF4"),
+        ("pruned", "parameters", "smaller", "Q, paper", "Q, stored", "Q bits/param"),
         [
             (
                 _label(row),
@@ -91,8 +91,6 @@ def show_loram(reporter: Reporter, settings: PlanSettings, rows: list[dict[str, 
                 f"{row['paper_reduction']:.2f}x",
                 f"{row['stored_reduction']:.2f}x",
                 f"{row['stored_bits_per_parameter']:.3f}",
-                human_bytes(row["bytes"]["16bit"]),
-                human_bytes(row["bytes"]["nf4"]),
             )
             for row in rows
         ],
