@@ -122,7 +122,7 @@ def test_a_stage_runs_in_a_process_of_its_own(common: Common, tmp_path: Path) ->
     wanted = ["--run", "w", "--dtype", "float32", "--seed", "3", "--merge", "--compress-rank", "2"]
     found = options(Common(run=Path("w"), dtype="float32", seed=3), given)
     assert [word for word in found if word not in ("--device", "auto")] == wanted
-    with pytest.raises(CompressError, match="The stage recover failed: .*no small model") as failed:
+    with pytest.raises(CompressError, match=r"The stage recover failed: .*no small model") as failed:
         in_fresh_process("recover", replace(common, run=tmp_path / "empty"), {})
     assert "Run compress prune" in failed.value.remedy
 

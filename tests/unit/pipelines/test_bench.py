@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+import yaml
 from typer.testing import CliRunner
 
 from compress.__main__ import app
@@ -148,3 +151,22 @@ def test_the_command_line(made_up: Path) -> None:
     assert failed.exit_code == 1
     assert "failed: bad" in failed.stdout
     assert CliRunner().invoke(app, ["bench", "nothing"]).exit_code == 2
+
+
+def test_the_workflow_to_copy_uses_commands_and_options_that_exist() -> None:
+    workflow = yaml.safe_load((ROOT / "docs" / "examples" / "compress-model.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["compress"]["steps"]
+    lines = [
+        line for step in steps for line in step.get("run", "").splitlines() if line.startswith("compress ")
+    ]
+    group: Any = typer.main.get_command(app)
+    verbs = []
+    for line in lines:
+        words = shlex.split(line.partition(" > ")[0])
+        verbs.append(words[1])
+        known = {option for parameter in group.commands[words[1]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line
+    assert verbs == ["plan", "run", "verify", "report", "bench"]
+    kept = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
+    assert kept["if"] == "always()"
+    assert "bench/*.json" in kept["with"]["path"]
