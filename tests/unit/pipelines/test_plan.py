@@ -26,8 +26,10 @@ from compress.pipelines.footprint import Footprint, Ground, Phase, prune_footpri
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.operations import Work, forward
 from compress.pipelines.plan_models import PlannedModel, quantized
-from compress.pipelines.plan_verdict import PROCESS, Limits, verdict
+from compress.pipelines.plan_verdict import PROCESS, RETAINED, Limits, verdict
 from compress.pipelines.settings import Common, PruneSettings, QuantizeSettings, resolve
+from compress.prune.slice import slice_checkpoint
+from compress.structure import LayerStructure, structure_map
 from tests.tiny import tiny_checkpoint
 from tests.unit.prune.common import architecture
 
@@ -179,6 +181,28 @@ def test_a_config_tells_what_headers_tell(kind: str, tmp_path: Path) -> None:
     }
     with pytest.raises(CompressError, match="planned, not stored"):
         alone.read(alone.names[0])
+
+
+def test_layers_of_different_sizes_are_told_by_their_config(tiny: Path, tmp_path: Path) -> None:
+    """What a cut wrote, from its files and from its config alone."""
+    source = Checkpoint(tiny)
+    arch = checkpoint_architecture(source)
+    layers = [
+        LayerStructure(
+            kv_groups=torch.arange(kv, dtype=torch.int32), channels=torch.arange(c, dtype=torch.int32)
+        )
+        for kv, c in ((4, 32), (2, 64))
+    ]
+    slice_checkpoint(source, arch, structure_map(arch, layers, base_fingerprint=""), tmp_path / "cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text(encoding="utf-8"))
+    stored, _ = headers_of(str(tmp_path / "cut"))
+    alone, source_of_sizes = headers_of(str(config_alone(config, tmp_path / "alone")))
+    assert source_of_sizes == "config"
+    assert {n: stored.shape(n) for n in stored.names} == {n: alone.shape(n) for n in alone.names}
+    plan = planned(tmp_path / "alone", budget="4bit")
+    assert plan["parameters"] == stored.parameters
+    with pytest.raises(CompressError, match="differ"):
+        planned(tmp_path / "alone", ratio=0.3)
 
 
 @pytest.mark.parametrize(("bytes_each", "dtype"), [(4, torch.float32), (2, torch.bfloat16)])
@@ -350,8 +374,10 @@ def test_a_verdict_names_the_limit_and_what_to_change() -> None:
     assert apart["at_least_seconds"] == pytest.approx(3 + 2 + 2)
     together = verdict(stage, work, Limits(device=None, host=int(64e9), disk=int(1e9)), None)
     host, disk = together["resources"]
-    assert host["needs"] == 14e9 + PROCESS
-    assert together["process_bytes"] == 14e9 + PROCESS
+    kept = RETAINED * 9e9  # activations are gone when the second process is there, their memory is not
+    assert host["needs"] == kept + 5e9 + 2 * PROCESS
+    assert together["process_bytes"] == kept + 4e9 + 3e9 + PROCESS  # loading: mapped pages count
+    assert sum(host["terms"].values()) == pytest.approx(host["needs"])
     assert (disk["fits"], together["fits"], together["limit"]) == (False, False, "disk")
     assert "--run" in together["change"]
     assert together["at_least_seconds"] is None
