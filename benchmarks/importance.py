@@ -45,6 +45,9 @@ from compress.kernels.library import status
 from compress.model.architecture import architecture_of
 from compress.model.load import EMBEDDED, load_model, load_tokenizer, preferred_dtype, resolve
 
+TAKES = ("minutes", "minutes")
+NEEDS = ()
+
 RANK, ALPHA = 8, 16
 CASES = ((4, 512, False), (1, 128, False), (1, 32, False), (4, 512, True), (1, 128, True))
 """Windows, their length, and whether activations are recomputed in the backward pass."""

@@ -42,6 +42,9 @@ from compress.benchmarks.protocol import Rows
 from compress.kernels.ceilings import bandwidth, multiplications
 from compress.kernels.library import LEVELS, status, using
 
+TAKES = ("minutes", "minutes")
+NEEDS = ()
+
 ROUNDS = 21
 TOKENS = (1, 8, 64, 256)
 TRAINING_TOKENS = 256

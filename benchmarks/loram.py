@@ -45,6 +45,9 @@ from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
 from compress.prune.weight_masks import load_masks
 
+TAKES = ("hours", "minutes")
+NEEDS = ("wikitext2",)
+
 DTYPE = "float32"
 CUT: dict[str, Any] = {
     "shape": "local",

@@ -35,6 +35,9 @@ from compress.model.checkpoint import Checkpoint
 from compress.prune.counts import published_kept
 from compress.structure import LayerStructure, StructureMap, full_layer, structure_map
 
+TAKES = ("minutes", "seconds")
+NEEDS = ()
+
 MODEL, RATIO = "LLaMA-2-70B", 0.85
 WAYS = ("plain", "difference", "difference, cut")
 

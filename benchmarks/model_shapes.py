@@ -29,6 +29,9 @@ from compress.prune.loram_size import small_size
 from compress.quantize.config import QuantConfig
 from compress.structure import LayerStructure, full_layer, structure_map
 
+TAKES = ("seconds", "seconds")
+NEEDS = ()
+
 _LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
 _LLAMA_70B: dict[str, Any] = {
     **_LLAMA,

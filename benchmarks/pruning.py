@@ -50,6 +50,9 @@ from compress.pipelines.settings import resolve as resolve_settings
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import Workspace, read_json
 
+TAKES = ("hours", "minutes")
+NEEDS = ("wikitext2",)
+
 CALIBRATION = 16_384
 MICRO_BATCH, SEQUENCE = 4, 128
 DTYPE = "float32"

@@ -39,6 +39,9 @@ from compress.prune.plan import plan_shapes
 from compress.prune.select import select
 from compress.structure import structure_map
 
+TAKES = ("hours", "minutes")
+NEEDS = ("wikitext2",)
+
 CRITERIA: dict[str, dict[str, Any]] = {
     "random": {},
     "magnitude": {},

@@ -44,6 +44,9 @@ from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.settings import Common
 from compress.pipelines.workspace import read_json
 
+TAKES = ("hours", "minutes")
+NEEDS = ("wikitext2",)
+
 SOURCE = "wikitext2"
 DTYPE = "float32"
 """Of everything that is computed here, whatever the machine prefers, so that rows compare across machines."""

@@ -37,6 +37,9 @@ from compress.pipelines.dispatch import quiet_libraries
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.settings import Common
 
+TAKES = ("hours", "minutes")
+NEEDS = ("wikitext2", "peer:gptqmodel")
+
 PEER = "gptqmodel"
 RUNS = {
     "hessian": Recipe(quantize={"budget": "2.75bit"}),

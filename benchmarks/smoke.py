@@ -40,6 +40,9 @@ from compress.pipelines.workspace import Workspace
 from compress.prune.shape import ShapePlan
 from compress.quantize.config import QuantConfig
 
+TAKES = ("hours", "minutes")
+NEEDS = ()
+
 NF3 = QuantConfig(bits=3)
 
 

@@ -38,6 +38,9 @@ from compress.quantize.rounding_errors import rounding_errors
 from compress.solvers.problem import Problem, Solution
 from compress.solvers.solve import solve
 
+TAKES = ("minutes", "minutes")
+NEEDS = ()
+
 SEED, RUNS = 0, 5
 BUDGETS, RAW_BUDGET = (2.25, 2.75, 3.25, 4.25), 2.75
 """Stored bits per weight, factors included."""

@@ -12,7 +12,18 @@ from typing import Annotated
 import typer
 
 from compress.cli import stages as stages
-from compress.cli.options import COMPUTE, EVERYWHERE, OUTPUT, PLACE, RECIPE
+from compress.cli.options import (
+    COMPUTE,
+    EVERYWHERE,
+    OUTPUT,
+    PLACE,
+    RECIPE,
+    Data,
+    Device,
+    Dtype,
+    Effort,
+    Model,
+)
 from compress.cli.verb import app, meanings
 from compress.cli.verb import verb as _verb
 
@@ -22,8 +33,49 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Hub id (only its config is read), folder, GGUF file or smollm2-135m (the default)."
+            help="Hub id (only its config and index are read), folder, GGUF file or smollm2-135m (the default)."
         ),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Plan prune: fraction of the decoder linear parameters to remove.")
+    ] = None,
+    params: Annotated[str | None, typer.Option(help="Plan prune: parameters of the result.")] = None,
+    size: Annotated[str | None, typer.Option(help="Plan prune: weight bytes of the result.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Plan prune: heads, mlp, or heads,mlp.")] = None,
+    head_unit: Annotated[str | None, typer.Option(help="Plan prune: group, query or auto.")] = None,
+    multiple: Annotated[
+        int | None, typer.Option(help="Plan prune: channel counts are multiples of this.")
+    ] = None,
+    align: Annotated[bool | None, typer.Option("--align", help="Plan align too, after prune.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Plan quantize: stored bits per weight (2.75bit), or file size (90MB).")
+    ] = None,
+    budget_includes: Annotated[
+        str | None, typer.Option(help="Plan quantize: factors count, or none of them.")
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Plan quantize: rank of the low-rank part, auto or a number.")
+    ] = None,
+    factors: Annotated[str | None, typer.Option(help="Plan quantize: 8bit or 16bit.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Plan quantize: keep, 8bit or menu.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="Plan quantize: hessian, fisher or frobenius.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Calibration tokens of prune and quantize.")
+    ] = None,
+    train_rank: Annotated[int | None, typer.Option(help="Plan train: adapter rank.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Windows per forward pass, wherever is trained.")
+    ] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens per window, wherever is trained.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of a device to plan for, such as 24GiB (default: that of the GPU here)."),
+    ] = None,
+    no_time: Annotated[
+        bool | None,
+        typer.Option("--no-time", help="Leave out the times, and the second that measures for them."),
     ] = None,
     loram: Annotated[
         bool | None, typer.Option("--loram", help="Also the small models that LoRAM would train on.")
@@ -33,14 +85,11 @@ def plan(
     ] = None,
     skip_first: Annotated[int | None, typer.Option(help="First layers left whole (with --loram).")] = None,
     skip_last: Annotated[int | None, typer.Option(help="Last layers left whole (with --loram).")] = None,
-    rank: Annotated[int | None, typer.Option(help="Adapter rank.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Memory of the device, such as 24GiB (default: that of the GPU here).")
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    effort: Effort = None,
 ) -> None:
-    """Sizes and training memory, from the model's config alone; nothing is downloaded but that, nothing is written."""
+    """Sizes, memory, disk and time of a whole chain, before anything is touched; no weight is read."""
 
 
 @_verb("eval", EVERYWHERE)
@@ -155,6 +204,32 @@ def verify(
     ] = None,
 ) -> None:
     """Check every recorded hash, size and error against what lies on disk."""
+
+
+@_verb("bench", OUTPUT)
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Benchmarks to run, or all (default: regression, the chain against its baseline)."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The short form of each.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="One line about each, with how long it takes, and stop.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results, one JSON file each.")] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Write the baseline of regression instead of comparing with it.")
+    ] = False,
+    repeats: Annotated[int | None, typer.Option(help="Runs behind a baseline (default 3).")] = None,
+    baselines: Annotated[
+        Path | None, typer.Option(help="Folder of baselines (default: those that ship with compress).")
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+) -> None:
+    """Run benchmarks; without names compare the chain's perplexity, bytes and memory with a baseline."""
 
 
 @_verb("doctor", OUTPUT)

@@ -76,7 +76,7 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) ->
         from compress.pipelines.plan import plan
 
         quiet_libraries()
-        return plan(reporter, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
+        return plan(reporter, common, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
     if verb == "init":
         from compress.pipelines.init import init
 
@@ -88,6 +88,10 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) ->
         )
     if verb == "eval" and given.get("models"):
         return _evaluate_named(reporter, common, given)
+    if verb == "bench":
+        from compress.pipelines.bench import bench
+
+        return bench(reporter, {"model": common.model, "data": common.data, **given})
     workspace = Workspace(common.run)
     if verb == "report":
         from compress.pipelines.report import report

@@ -1,161 +1,259 @@
-"""``compress plan``: sizes and training memory of a model and of what LoRAM makes of it, from its config alone."""
+"""``compress plan``: a whole chain counted before anything is touched, from a config and headers alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from compress.errors import UsageError
-from compress.evaluate.training_memory import TrainingMemory, training_memory
-from compress.model.architecture import architecture_of
-from compress.model.config import build_config, meta_shapes
-from compress.model.load import EMBEDDED, resolve_config
-from compress.pipelines.reporter import Reporter, human_bytes
-from compress.pipelines.settings import PlanSettings
-from compress.prune.loram_size import SmallSize, small_size
-from compress.quantize.config import QuantConfig
+from compress.evaluate.machine import Speed, measure_speed, this_machine
+from compress.evaluate.training_memory import adapter_parameters
+from compress.model.checkpoint import checkpoint_architecture, require_dense
+from compress.model.config import build_config
+from compress.model.load import EMBEDDED
+from compress.model.planned import headers_of
+from compress.model.uneven import plain_config
+from compress.pipelines.footprint import (
+    Footprint,
+    Ground,
+    align_footprint,
+    eval_footprint,
+    prune_footprint,
+    quantize_footprint,
+    recover_footprint,
+    train_footprint,
+)
+from compress.pipelines.measure import LENGTH, WINDOWS
+from compress.pipelines.model_input import ModelInput, device_and_dtype
+from compress.pipelines.operations import (
+    Work,
+    align_work,
+    eval_work,
+    prune_work,
+    quantize_work,
+    recover_work,
+    train_work,
+)
+from compress.pipelines.plan_loram import loram_rows
+from compress.pipelines.plan_models import PlannedModel, pruned, quantized
+from compress.pipelines.plan_tables import show
+from compress.pipelines.plan_verdict import Limits, verdict
+from compress.pipelines.prune_goal import Goal, default_multiple, parse_targets, requested_goal
+from compress.pipelines.reporter import Reporter
+from compress.pipelines.settings import (
+    AlignSettings,
+    Common,
+    EvalSettings,
+    PlanSettings,
+    PruneSettings,
+    QuantizeSettings,
+    TrainSettings,
+    resolve,
+)
+from compress.pipelines.train import parse_adapter_targets
+from compress.prune.shape import ShapePlan
 from compress.solvers.budget import parse_budget
 
-NF4 = QuantConfig(bits=4)
-"""The base of QLoRAM: 4.127 bits a weight with both levels of scales."""
+PRUNE = ("ratio", "params", "size", "targets", "head_unit", "multiple")
+QUANTIZE = ("budget", "budget_includes", "rank", "factors", "embeddings", "objective")
+"""Options of ``plan`` that ask for a stage; without any of them the chain is ``prune``, ``quantize`` and the rest."""
 
 
-def plan(reporter: Reporter, settings: PlanSettings) -> dict[str, Any]:
-    """Print and return the sizes; see ``compress plan --help``. No weight is read.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """What was planned.
+
+    Attributes:
+        models: Original, then what each stage makes, by what ``eval`` calls it.
+        adapters: Parameters of the adapter on the small model and of the recovered one.
+        rounding: What became of the ratio that was asked for; None without pruning.
+        stages: Footprint and work of every stage.
+        settings: The settings of every stage, as JSON values.
+    """
+
+    models: tuple[PlannedModel, ...]
+    adapters: tuple[int, int]
+    rounding: Mapping[str, Any] | None
+    stages: tuple[tuple[Footprint, Work], ...]
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str, Any]:
+    """Print and return the plan; see ``compress plan --help``. No weight is read, nothing is left on disk.
 
     Raises:
-        UsageError: A ratio, a number or a memory size that cannot be.
-        CompressError: There is no such model, or it is no dense decoder that is understood.
+        UsageError: An option that a stage would refuse, or a memory size that cannot be.
+        CompressError: There is no such model, it is no dense decoder that is understood, or the chain cannot be had.
     """
     name = settings.model or EMBEDDED
-    config = resolve_config(settings.model)
-    arch = architecture_of(config)
-    parameters = sum(math.prod(shape) for shape in meta_shapes(build_config(config)).values())
-    device = _device_bytes(settings)
-    ratios = parse_ratios(settings.ratios) if settings.loram else []
-    skips = {"skip_first": settings.skip_first, "skip_last": settings.skip_last}
-    sizes = [small_size(arch, parameters, ratio, **skips) for ratio in (0.0, *ratios)]
-    rows = [row_of(size, settings, device) for size in sizes]
-    show(reporter, name, settings, rows, device)
-    return {"model": name, "parameters": parameters, "device_bytes": device, "rows": rows}
+    planned_for = _device_bytes(settings)
+    device, dtype = device_and_dtype(common)
+    elsewhere = planned_for is not None and device == "cpu"
+    if elsewhere and common.dtype == "auto":
+        dtype = torch.bfloat16
+    effort = common.effort or ("quick" if device == "cpu" and not elsewhere else "standard")
+    checkpoint, source = headers_of(settings.model)
+    require_dense(checkpoint, allow_lq=False)
+    model = ModelInput(
+        name=name,
+        path=checkpoint.path,
+        id="",
+        checkpoint=checkpoint,
+        architecture=checkpoint_architecture(checkpoint),
+    )
+    chain = planned_chain(model, settings, effort, dtype)
+    machine = this_machine(common.run, device)
+    if planned_for is not None:
+        machine = replace(machine, device_total=planned_for, device_free=planned_for)
+    speed: Speed | None = None
+    if not settings.no_time and not elsewhere:
+        speed = measure_speed(common.run, device, dtype)
+    limits = Limits(device=machine.device_free, host=machine.host_free, disk=machine.disk_free)
+    full = chain.models[0]
+    sizes = [each.to_dict(full) for each in chain.models]
+    small, recovered = chain.adapters
+    sizes.append(chain.models[-1].to_dict(full, adapter=small) | {"name": "small + adapter"})
+    sizes.append(full.to_dict(full, adapter=recovered) | {"name": "full + recovered"})
+    result: dict[str, Any] = {
+        "model": name,
+        "source": source,
+        "parameters": full.parameters,
+        "device_bytes": machine.device_total,
+        "device": "planned" if elsewhere else device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "effort": effort,
+        "settings": chain.settings,
+        "sizes": sizes,
+        "rounding": chain.rounding,
+        "stages": [verdict(footprint, work, limits, speed) for footprint, work in chain.stages],
+        "machine": asdict(machine),
+        "speed": None if speed is None else asdict(speed),
+        "rows": loram_rows(full.arch, full.parameters, settings, machine.device_total),
+    }
+    show(reporter, settings, result)
+    return result
 
 
-def parse_ratios(text: str) -> list[float]:
-    """``"0.65,0.85"`` as numbers.
+def planned_chain(
+    model: ModelInput,
+    settings: PlanSettings,
+    effort: str,
+    dtype: torch.dtype,
+    *,
+    exact: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Chain:
+    """The chain that the options ask for, stage by stage.
+
+    Args:
+        model: The original.
+        settings: What is asked.
+        effort: Fills in what is not.
+        dtype: In which models compute.
+        exact: By verb, options of a stage that ``plan`` does not have; a stage that is named here is planned.
 
     Raises:
-        UsageError: One of them is no number.
+        UsageError, CompressError: As the stages would.
     """
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"--ratios {text!r} is not understood.", "Give fractions such as 0.65,0.85."
-        ) from error
-
-
-def row_of(size: SmallSize, settings: PlanSettings, device: int | None) -> dict[str, Any]:
-    """Sizes and training memory of one model, as JSON values."""
-    nf4 = NF4.nominal_bits
-    memory: dict[str, TrainingMemory] = {
-        label: training_memory(
-            size.arch,
-            size.weight_bytes(bits),
-            quantized=bits != 16,
-            rank=settings.rank,
-            batch=settings.micro_batch,
-            sequence=settings.sequence,
+    config = build_config(plain_config(model.checkpoint.config))
+    positions = int(getattr(config, "max_position_embeddings", None) or LENGTH)
+    ground = Ground(itemsize=dtype.itemsize, length=min(LENGTH, positions), windows=WINDOWS[effort])
+    asked = {part: _given(settings, part) for part in (PRUNE, QUANTIZE)}
+    everything = not any(asked.values()) and not exact
+    tokens = {"calibration_tokens": settings.calibration_tokens}
+    loop = {"micro_batch": settings.micro_batch, "sequence": settings.sequence}
+    full = current = PlannedModel(name="original", input=model)
+    models, stages = [full], []
+    used: dict[str, Mapping[str, Any]] = {}
+    rounding = None
+    if everything or asked[PRUNE] or "prune" in exact:
+        prune = resolve(PruneSettings, {**asked[PRUNE], **tokens, **loop, **exact.get("prune", {})}, effort)
+        goal = _goal(model, prune)
+        shapes = goal.foreseen()
+        current = pruned(full, shapes)
+        rounding = _rounding(goal, shapes, full, current)
+        stages.append(
+            (prune_footprint(full, current, prune, ground), prune_work(full, current, prune, ground))
         )
-        for label, bits in (("16bit", 16.0), ("nf4", nf4))
-    }
-    return {
-        "ratio": size.ratio,
-        "whole_layers": size.whole_layers,
-        "parameters": size.parameters,
-        "reduction": size.reduction,
-        "paper_reduction": size.paper_reduction,
-        "stored_bits_per_parameter": size.stored_bits(nf4),
-        "stored_reduction": size.stored_reduction(nf4),
-        "bytes": {"16bit": size.weight_bytes(16.0), "nf4": size.weight_bytes(nf4)},
-        "training": {label: {**asdict(part), "total": part.total} for label, part in memory.items()},
-        "fits": None if device is None else {label: part.total <= device for label, part in memory.items()},
-    }
-
-
-def show(
-    reporter: Reporter,
-    name: str,
-    settings: PlanSettings,
-    rows: list[dict[str, Any]],
-    device: int | None,
-) -> None:
-    """Print both tables."""
-    reporter.table(
-        f"sizes of {name}",
-        ("pruned", "parameters", "smaller", "Q, paper", "Q, stored", "Q bits/param", "16 bit", "NF4"),
-        [
+        models.append(current)
+        used["prune"] = asdict(prune) | {"multiple": goal.multiple, "ratio": goal.ratio}
+    if settings.align or "align" in exact:
+        if rounding is None:
+            raise UsageError("--align trains a pruned model, and this chain has none.", "Give --ratio too.")
+        align = resolve(AlignSettings, {**loop, **exact.get("align", {})}, effort)
+        stages.append(
+            (align_footprint(current, full, align, ground), align_work(current, full, align, ground))
+        )
+        used["align"] = asdict(align)
+    if everything or asked[QUANTIZE] or "quantize" in exact:
+        quantize = resolve(
+            QuantizeSettings, {**asked[QUANTIZE], **tokens, **exact.get("quantize", {})}, effort
+        )
+        known = current is not full
+        small = quantized(current, quantize)
+        stages.append(
             (
-                _label(row),
-                f"{row['parameters']:,}",
-                f"{row['reduction']:.2f}x",
-                f"{row['paper_reduction']:.2f}x",
-                f"{row['stored_reduction']:.2f}x",
-                f"{row['stored_bits_per_parameter']:.3f}",
-                human_bytes(row["bytes"]["16bit"]),
-                human_bytes(row["bytes"]["nf4"]),
+                quantize_footprint(current, small, quantize, ground, known=known),
+                quantize_work(current, small, quantize, ground, known=known),
             )
-            for row in rows
-        ],
+        )
+        current = small
+        models.append(current)
+        used["quantize"] = asdict(quantize)
+    train = resolve(TrainSettings, {"rank": settings.train_rank, **loop, **exact.get("train", {})}, effort)
+    head = "lm_head" in parse_adapter_targets(train.adapter_targets)
+    own, recovered = (adapter_parameters(each.arch, train.rank, head=head) for each in (current, full))
+    evaluation = resolve(EvalSettings, exact.get("eval", {}), effort)
+    entries = [*((each, 0) for each in models), (current, own), (full, recovered)]
+    test = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
+    stages += [
+        (train_footprint(current, train, ground), train_work(current, train, ground)),
+        (recover_footprint(full, recovered), recover_work(full, recovered)),
+        (eval_footprint(entries, ground, **test), eval_work(entries, ground, **test)),
+    ]
+    used |= {"train": asdict(train), "eval": asdict(evaluation)}
+    return Chain(
+        models=tuple(models),
+        adapters=(own, recovered),
+        rounding=rounding,
+        stages=tuple(stages),
+        settings=used,
     )
-    reporter.table(
-        f"training memory, rank {settings.rank}, {settings.micro_batch} x {settings.sequence} tokens",
-        (
-            "base",
-            "weights",
-            "adapters",
-            "gradients",
-            "optimizer",
-            "activations",
-            "workspace",
-            "total",
-            "fits",
-        ),
-        [
-            _memory_row(f"{_label(row)}, {label}", row["training"][label], row["fits"], label)
-            for row in rows
-            for label in ("16bit", "nf4")
-        ],
-    )
-    reporter.out.print(
-        "Q, paper: every parameter at 4 bits, nothing else counted. Q, stored: decoder matrices at "
-        f"{NF4.nominal_bits:.3f} bits with their scales, all else in 16 bits.",
-        markup=False,
-    )
-    known = "is not known: give --memory" if device is None else f"is {human_bytes(device)}"
-    reporter.out.print(f"Memory is counted, not measured; the device's {known}.", markup=False)
 
 
-def _memory_row(
-    label: str, memory: Mapping[str, float], fits: Mapping[str, bool] | None, kind: str
-) -> tuple[str, ...]:
-    parts = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace", "total")
-    verdict = "?" if fits is None else "yes" if fits[kind] else "no"
-    return (label, *(human_bytes(memory[part]) for part in parts), verdict)
+def _given(settings: PlanSettings, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    return f"{row['ratio']:.2f}" if row["ratio"] else "full"
+def _goal(model: ModelInput, settings: PruneSettings) -> Goal:
+    targets = parse_targets(settings.targets)
+    multiple = settings.multiple or default_multiple(model.architecture.channels)
+    return requested_goal(model, settings, targets, multiple)
+
+
+def _rounding(goal: Goal, shapes: ShapePlan, full: PlannedModel, small: PlannedModel) -> dict[str, Any]:
+    """What whole heads and multiples of channels make of the ratio, as JSON values."""
+    near = [shape.achieved for shape in (*shapes.candidates, *shapes.further)] or [shapes.achieved]
+    one = shapes.uniform
+    return {
+        "asked": goal.ratio,
+        "achieved": shapes.achieved,
+        "reason": shapes.reason,
+        "shape": None if one is None else asdict(one),
+        "of_all_parameters": 1 - small.parameters / full.parameters,
+        "of_all_bytes": 1 - small.file_bytes / full.file_bytes,
+        "near_shapes": {"count": len(near), "least": min(near), "most": max(near)},
+    }
 
 
 def _device_bytes(settings: PlanSettings) -> int | None:
-    """Memory of the device that was named, or of the first CUDA device; None where neither is known."""
-    if settings.memory is not None:
-        budget = parse_budget(settings.memory)
-        if budget.kind != "bytes":
-            raise UsageError(f"--memory {settings.memory} is no memory size.", "Give bytes, such as 24GiB.")
-        return int(budget.value)
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    """Memory of the device that was named; None without one."""
+    if settings.memory is None:
+        return None
+    budget = parse_budget(settings.memory)
+    if budget.kind != "bytes":
+        raise UsageError(f"--memory {settings.memory} is no memory size.", "Give bytes, such as 24GiB.")
+    return int(budget.value)

@@ -71,6 +71,15 @@ class Goal:
             return self._plan(self.settings.shape, scores)
         return self._allocate(scores if scores.rises is not None else measure(scores))
 
+    def foreseen(self) -> ShapePlan:
+        """The shapes before anything is scored, uniform or local: attention and MLP lose the most equal shares.
+
+        Raises:
+            UsageError, CompressError: The ratio cannot be reached, or the layers differ in size already.
+        """
+        self._repaired()
+        return self._plan("local" if self.settings.shape == "local" else "uniform", None)
+
     def uniform(self, shape: LayerShape) -> ShapePlan:
         """The plan in which every layer has this shape."""
         arch = self.model.architecture
@@ -176,7 +185,21 @@ class Goal:
 
 
 def goal_of(model: ModelInput, settings: PruneSettings, targets: tuple[str, ...], multiple: int) -> Goal:
-    """The goal that the options name: ``--ratio``, ``--params`` or ``--size``; a half without any.
+    """The goal that the options name, checked.
+
+    Raises:
+        UsageError: A size that cannot be read.
+        CompressError: A size that cannot be reached; names the range.
+    """
+    goal = requested_goal(model, settings, targets, multiple)
+    goal.check()
+    return goal
+
+
+def requested_goal(
+    model: ModelInput, settings: PruneSettings, targets: tuple[str, ...], multiple: int
+) -> Goal:
+    """The goal that the options name: ``--ratio``, ``--params`` or ``--size``; a half without any. Not checked yet.
 
     Raises:
         UsageError: A size that cannot be read.
@@ -215,9 +238,7 @@ def goal_of(model: ModelInput, settings: PruneSettings, targets: tuple[str, ...]
             multiple=multiple,
             head_unit=settings.head_unit,
         )
-    goal = Goal(model=model, ratio=ratio, settings=settings, targets=targets, multiple=multiple)
-    goal.check()
-    return goal
+    return Goal(model=model, ratio=ratio, settings=settings, targets=targets, multiple=multiple)
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

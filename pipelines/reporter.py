@@ -66,11 +66,20 @@ class Reporter:
 
             yield update
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A result table; the first column is left-aligned, the others right-aligned."""
+    def table(
+        self,
+        title: str,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        left: Sequence[str] = (),
+    ) -> None:
+        """A result table; the first column and those named in ``left`` are left-aligned, the others right-aligned."""
         table = Table(show_edge=False, pad_edge=False)
         for i, name in enumerate(header):
-            table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(
+                escape(name), justify="left" if i == 0 or name in left else "right", overflow="fold"
+            )
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self.out.print()

@@ -309,20 +309,36 @@ class EvalSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """Settings of ``plan``, which has no workspace and no effort."""
+    """Settings of ``plan``, which has no workspace: options of the stages, None where they are not asked for."""
 
     model: str | None = None
+    ratio: float | None = None
+    params: str | None = None
+    size: str | None = None
+    targets: str | None = None
+    head_unit: str | None = None
+    multiple: int | None = None
+    align: bool = False
+    budget: str | None = None
+    budget_includes: str | None = None
+    rank: str | None = None
+    factors: str | None = None
+    embeddings: str | None = None
+    objective: str | None = None
+    calibration_tokens: int | None = None
+    train_rank: int | None = None
+    micro_batch: int | None = None
+    sequence: int | None = None
+    memory: str | None = None
+    no_time: bool = False
     loram: bool = False
     ratios: str = "0.65,0.75,0.85,0.95"
     skip_first: int = 4
     skip_last: int = 2
-    rank: int = 8
-    micro_batch: int = 2
-    sequence: int = 512
-    memory: str | None = None
 
     def __post_init__(self) -> None:
-        _check_least(self, skip_first=0, skip_last=0, rank=1, micro_batch=1, sequence=2)
+        _check_least(self, skip_first=0, skip_last=0, train_rank=1, micro_batch=1, sequence=2)
+        _check_least(self, calibration_tokens=1, multiple=1)
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 

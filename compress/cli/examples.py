@@ -8,7 +8,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "plan": (
         "compress plan",
         "compress plan meta-llama/Llama-2-13b-hf --loram",
-        "compress plan ./my-model --rank 16 --json",
+        "compress plan ./my-model --ratio 0.5 --budget 2.75bit --memory 24GiB",
+        "compress plan ./my-model --budget 3bit --no-time --json",
     ),
     "init": (
         "compress init",
@@ -48,6 +49,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval": (
         "compress eval",
         "compress eval --data wikitext2 --windows 50",
+        "compress eval ./my-model ./smaller --task questions.jsonl --out eval.json",
         "compress eval --json > eval.json",
     ),
     "report": (
@@ -57,6 +59,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "verify": (
         "compress verify",
         "compress verify compress-run/02-quantize --json",
+    ),
+    "bench": (
+        "compress bench --list",
+        "compress bench --quick",
+        "compress bench solver error_table --quick --out results",
     ),
     "doctor": (
         "compress doctor",

@@ -32,10 +32,11 @@ ORDER = (
     "report",
     "verify",
     "run",
+    "bench",
     "doctor",
 )
 """The verbs as ``--help`` lists them: along the chain, then what looks at it."""
-KEEP_NOTHING = ("plan", "init", "generate", "report", "verify", "doctor")
+KEEP_NOTHING = ("plan", "init", "generate", "report", "verify", "bench", "doctor")
 """Verbs without finished steps that an interruption would leave behind."""
 
 

@@ -108,3 +108,14 @@ def activation_bytes(layer: Architecture, rank: int, *, dropout: bool, itemsize:
     if dropout:
         kept += 8 * itemsize * hidden + 2 * itemsize * queries + itemsize * channels
     return kept
+
+
+def frozen_activation_bytes(layer: Architecture, *, itemsize: int) -> int:
+    """Bytes that one decoder layer of the Llama layout keeps for each token when no weight of it is trained.
+
+    As `activation_bytes`, less what only gradients of weights or adapters need: the outputs of the norms and the
+    product in the MLP. This is a backward pass that gathers gradients at outputs.
+    """
+    hidden, queries = layer.hidden, layer.heads * layer.head_dim
+    keys, channels = layer.kv_heads * layer.head_dim, layer.channels
+    return 8 * hidden + 2 * itemsize * (queries + keys) + 3 * itemsize * channels + 4 * layer.heads + 8

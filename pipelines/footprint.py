@@ -1,0 +1,450 @@
+"""What every stage holds at its peak, in memory and on disk, counted from what the stages do.
+
+Symbols: P parameters of the model a stage works on, W its decoder weights, L layers, H hidden size, V vocabulary,
+Q width of all query heads, C MLP channels, e bytes of a number in the computation (2 for bfloat16, 4 for float32),
+s of a stored one, T tokens of a pass, N calibration tokens. A stage is a sequence of phases; its peak is the largest
+sum of a phase's terms. ``packed`` stands for the bytes of codes, scales and factors of a quantized model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from compress.evaluate.perplexity import CHUNK_ELEMENTS
+from compress.evaluate.training_memory import (
+    HEAD_CHUNK,
+    activation_bytes,
+    adapter_parameters,
+    frozen_activation_bytes,
+    training_memory,
+)
+from compress.importance import CRITERIA
+from compress.importance.gram_store import fits
+from compress.importance.moments import OUTPUTS, SKETCH_ROWS
+from compress.model.architecture import Architecture
+from compress.pipelines.allocate import SHARED_INPUT
+from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
+from compress.pipelines.hessian_walk import BATCH, GRADIENT_BATCH, TABLE_TOKENS
+from compress.pipelines.plan_models import PlannedModel
+from compress.pipelines.settings import AlignSettings, PruneSettings, QuantizeSettings, TrainSettings
+from compress.pipelines.train import parse_adapter_targets
+from compress.quantize.fisher_collect import layer_rounds
+
+SHARD_BYTES = 2 << 30
+"""A file being written lies twice on disk until it is closed, at most this much of it."""
+Terms = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A part of a stage.
+
+    Attributes:
+        name: What is done.
+        device: Bytes by term, where the model computes.
+        host: Bytes by term, in the host's memory whatever computes.
+        staging: Bytes in the host's memory of a model on its way to a device of its own.
+        pages: Bytes of mapped files: resident, and given back when memory is short.
+        beside: Bytes that a second process holds meanwhile, its libraries not counted.
+    """
+
+    name: str
+    device: Terms = field(default_factory=dict)
+    host: Terms = field(default_factory=dict)
+    staging: float = 0.0
+    pages: float = 0.0
+    beside: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """A stage's phases, and what it needs on disk: at its peak, and for what it leaves."""
+
+    verb: str
+    phases: tuple[Phase, ...]
+    disk_peak: float
+    disk_kept: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What all stages compute with.
+
+    Attributes:
+        itemsize: e.
+        length: Tokens of a calibration or validation window.
+        windows: Validation windows.
+    """
+
+    itemsize: int
+    length: int
+    windows: int
+
+
+def loading(model: PlannedModel, itemsize: int, name: str = "load") -> Phase:
+    """Weights as they come to be: ``packed + e (P - packed weights)``, and beside them the mapped file.
+
+    The file's pages count until it is closed: s P where numbers change their width on the way, else nothing, since
+    then they are the weights.
+    """
+    weights = model.loaded(itemsize)
+    stored = model.weight_bytes
+    pages = 0.0 if abs(stored - weights) < 0.01 * stored else stored
+    return Phase(name=name, device={"weights": weights}, staging=weights, pages=pages)
+
+
+def scoring(model: PlannedModel, ground: Ground, *, length: int, windows: int, adapter: int = 0) -> Phase:
+    """A perplexity: weights, ``T V e`` logits of at most 4 windows with two float32 chunks, one layer.
+
+    A layer takes ``T (3 C + 4 H) e``, an adapter 4 bytes a parameter, the largest quantized matrix while it is
+    unpacked ``4 max(out in)``.
+    """
+    arch, tokens = model.arch, min(BATCH, windows) * length
+    logits = ground.itemsize * tokens * arch.vocab + 8 * min(CHUNK_ELEMENTS, length * arch.vocab)
+    return Phase(
+        name="perplexity",
+        device={
+            "weights": model.loaded(ground.itemsize),
+            "adapters": 4.0 * adapter,
+            "logits": logits,
+            "one layer": _one_layer(arch, tokens, ground.itemsize) + _unpacked(model),
+        },
+    )
+
+
+def reopening(model: PlannedModel, adapter: int = 0) -> tuple[Phase, ...]:
+    """The check of what was written: float32 here, ``packed + 4 (P - packed weights)``, then in a fresh process."""
+    weights = model.loaded(4)
+    return (
+        loading(model, 4, "record logits"),
+        Phase(name="reopen", beside=weights + 4 * adapter),
+    )
+
+
+def prune_footprint(
+    full: PlannedModel, small: PlannedModel, settings: PruneSettings, ground: Ground
+) -> Footprint:
+    """``prune``: the full model, scored; the refit of o and down; the small model, trained beside the full one.
+
+    Scoring with ``obs``: ``T (8 H + 2 e (Q + KV) + 3 e C)`` activations a layer for the gradients of two windows at
+    once; ``8 L H^2`` curvature at the outputs (``8 L 1024 H`` for hidden sizes above 1024); hidden states of all
+    calibration windows twice, ``2 N H e``; ``8 (Q^2 + C^2) + 40 max(Q, C)^2`` second moments of a layer's inputs and
+    their inverses, ``24 min(H, 1024) max(Q, C)`` roots times weights. ``gradients`` hold ``e W``. Training while it
+    scores is that of ``train``.
+    Refit: ``4 L H (Q + C)`` new weights, while shapes are tried ``e L H (Q + C)`` more in the model, and
+    ``8 (2 C K + 3 K^2 + 3 H C)`` of one system with K kept columns.
+    Repair: as ``train``, with the full model (e P) and four float32 chunks of logits when it distils.
+    Disk: the result and the uncut copy it is trained from, the moments ``4 L (Q^2 + C^2)`` before, 24 bytes for each
+    adapter parameter while training states are replaced.
+    """
+    arch, e = full.arch, ground.itemsize
+    count = max(1, settings.calibration_tokens // ground.length)
+    tokens = min(BATCH, count) * ground.length
+    weights = full.loaded(e)
+    hidden = 2.0 * e * count * ground.length * arch.hidden
+    needs = CRITERIA.get(settings.criterion).needs
+    trains = needs == "adapters" or settings.repair == "lora"
+    phases = [loading(full, e)]
+    if trains:
+        phases.append(_training("score and mask", full, settings, e, head=False))
+    elif needs == "moments":
+        phases += _curvature(full, ground, tokens, hidden)
+    elif needs == "gradients":
+        kept = tokens * sum(
+            activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)
+        )
+        terms = {"weights": weights, "gradients": float(e * full.linears), "activations": float(kept)}
+        phases.append(Phase(name="score", device=terms | {"loss": _loss(arch, tokens)}))
+    else:
+        terms = {"weights": weights, "one layer": _one_layer(arch, tokens, e)}
+        phases.append(Phase(name="score", device=terms))
+    stored = moments = 0.0
+    if settings.repair == "refit" and not trains:
+        changed, system = _refitted(arch, small.arch)
+        kept_on_disk = fits(arch, OUTPUTS)
+        moments = _moments(arch) if kept_on_disk else 0.0
+        network = {} if kept_on_disk else {"weights": weights, "hidden states": hidden}
+        solved = {"refitted weights": 4.0 * changed, "least squares": system}
+        phases.append(Phase(name="refit", device=network, host=solved))
+        if settings.trials > 1:
+            tried = scoring(full, ground, length=ground.length, windows=count).device
+            phases.append(
+                Phase(name="try shapes", device={**tried, "shape on trial": float(e * changed)}, host=solved)
+            )
+    if settings.repair_steps > 0:
+        repair = _training("repair", small, settings, e, head=False, rank=settings.repair_rank)
+        extra: dict[str, float] = {}
+        if settings.repair_loss != "text":
+            chunk = 16.0 * min(HEAD_CHUNK, settings.micro_batch * settings.sequence) * arch.vocab
+            extra = {"teacher": weights, "teacher's logits": chunk}
+        phases.append(Phase(name=repair.name, device={**repair.device, **extra}))
+        stored = 24.0 * adapter_parameters(small.arch, settings.repair_rank, head=False)
+    phases.append(scoring(full, ground, length=ground.length, windows=ground.windows))
+    phases += reopening(small)
+    size, shard = small.file_bytes, min(SHARD_BYTES, small.file_bytes)
+    cut, trained = moments + size + shard, stored + (2 * size + shard if settings.repair_steps else 2 * size)
+    return Footprint(
+        verb="prune",
+        phases=tuple(phases),
+        disk_peak=max(cut, trained) + size * (settings.rounds - 1),
+        disk_kept=size,
+    )
+
+
+def align_footprint(
+    small: PlannedModel, full: PlannedModel, settings: AlignSettings, ground: Ground
+) -> Footprint:
+    """``align``: ``4 P`` float32 weights, ``4 P'`` gradients and ``8 P'`` moments of all P' but the output matrix.
+
+    Backward: activations as with adapters of rank 0, and ``e W`` rounded weights where e is 2. Update: ``4 P'`` roots
+    of all second moments at once. With a teacher ``e`` times the full model.
+    Disk: the state, ``12 P'``, twice while it is replaced, and the result.
+    """
+    arch, e, tokens = small.arch, ground.itemsize, settings.micro_batch * settings.sequence
+    trained = small.parameters - arch.vocab * arch.hidden
+    held = {"weights": 4.0 * small.parameters, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
+    if settings.loss != "text":
+        held["teacher"] = full.loaded(e)
+    kept = sum(activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers))
+    backward = {**held, "activations": float(tokens * kept), "loss": _loss(arch, tokens)}
+    if e < 4:
+        backward["rounded weights"] = float(e * small.linears)
+    phases = (
+        loading(small, 4),
+        Phase(name="backward", device=backward),
+        Phase(name="update", device={**held, "update": 4.0 * trained}),
+        scoring(small, ground, length=ground.length, windows=ground.windows),
+        *reopening(small),
+    )
+    size = small.file_bytes
+    return Footprint(verb="align", phases=phases, disk_peak=24.0 * trained + size, disk_kept=size)
+
+
+def quantize_footprint(
+    model: PlannedModel, small: PlannedModel, settings: QuantizeSettings, ground: Ground, *, known: bool
+) -> Footprint:
+    """``quantize``: the model once for sensitivities, once for error tables, once to be rounded layer by layer.
+
+    Objective ``hessian``: activations of two windows as in ``prune`` for the sensitivities. Then hidden states of at
+    most 8,192 calibration tokens for the tables and of all for the rounding, ``2 N H e``; of a layer's distinct
+    inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and ``24 max(out in)`` of one
+    matrix at work; while rounding ``12 max(w^2) + 32 max(out in)`` and the layer unpacked, ``4 W / L``.
+    ``fisher``: the model, one window's activations, ``4`` bytes for every weight of as many layers as 4 GiB take.
+    ``frobenius``: one matrix, ``24 max(out in)``; no model.
+    The end: the quantized model in float32, beside it (e P) its input where its perplexity is not known.
+    Disk: packed layers, the result and its last shard; ``fisher`` 4 W.
+
+    Args:
+        model: The input.
+        small: The same, quantized.
+        settings: Objective and calibration tokens.
+        ground: Of all stages.
+        known: Whether the stage before has measured the input's perplexity.
+    """
+    arch, e = model.arch, ground.itemsize
+    widths = _input_widths(arch)
+    largest = max(prod(arch.at(i).linear_shape(s)) for i in range(arch.layers) for s in arch.linears_at(i))
+    one = {"one matrix": 24.0 * largest}
+    phases: list[Phase] = []
+    fisher = 0.0
+    if settings.objective == "hessian":
+        count = max(1, settings.calibration_tokens // ground.length)
+        short = max(1, min(settings.calibration_tokens, TABLE_TOKENS) // ground.length)
+        squares = [width * width for width in widths]
+        statistics = {"input statistics": 16.0 * sum(squares) + 40.0 * max(squares)}
+        weights = {"weights": model.loaded(e)}
+        phases += [
+            loading(model, e),
+            Phase(
+                name="sensitivities",
+                device={**weights, **_gradients(arch, GRADIENT_BATCH * ground.length, e)},
+            ),
+            Phase(
+                name="error tables",
+                device={**weights, "hidden states": _hidden(arch, short, ground), **statistics},
+                host=one,
+            ),
+            Phase(
+                name="round",
+                device={**weights, "hidden states": _hidden(arch, count, ground), **statistics},
+                host={
+                    "one matrix": 12.0 * max(squares) + 32.0 * largest,
+                    "one layer unpacked": 4.0 * model.linears / arch.layers,
+                },
+            ),
+        ]
+    elif settings.objective == "fisher":
+        fisher = 4.0 * model.linears
+        rounds = [
+            sum(4 * prod(arch.at(i).linear_shape(s)) for i in part for s in arch.linears_at(i))
+            for part in layer_rounds(arch, FISHER_LIMIT)
+        ]
+        terms = {"weights": model.loaded(e), **_gradients(arch, ground.length, e)}
+        phases += [
+            loading(model, e),
+            Phase(name="Fisher information", device={**terms, "Fisher information": float(max(rounds))}),
+            Phase(name="round", host={**one, "Fisher information": 8.0 * model.linears / arch.layers}),
+        ]
+    else:
+        phases.append(Phase(name="round", host=one))
+    if not known:
+        before = scoring(model, ground, length=ground.length, windows=ground.windows)
+        phases.append(
+            Phase(
+                name="perplexity of its input", device={**before.device, "quantized model": small.loaded(4)}
+            )
+        )
+    phases.append(scoring(small, ground, length=ground.length, windows=ground.windows))
+    phases += reopening(small)
+    size = small.file_bytes
+    peak = small.packed_bytes + size + min(SHARD_BYTES, size) + fisher
+    return Footprint(verb="quantize", phases=tuple(phases), disk_peak=peak, disk_kept=size)
+
+
+def train_footprint(model: PlannedModel, settings: TrainSettings, ground: Ground) -> Footprint:
+    """``train``: the model, ``16`` bytes for each adapter parameter, what the forward pass keeps, a chunk of logits.
+
+    See `compress.evaluate.training_memory`. The end: the model in float32 with the adapter.
+    Disk: the state, 12 bytes a parameter, twice while it is replaced, and the adapter, 4.
+    """
+    head = "lm_head" in parse_adapter_targets(settings.adapter_targets)
+    adapter = adapter_parameters(model.arch, settings.rank, head=head)
+    phases = (
+        loading(model, ground.itemsize),
+        _training("train", model, settings, ground.itemsize, head=head),
+        Phase(
+            name="record logits",
+            device={"weights": model.loaded(4), "adapters": 4.0 * adapter},
+            pages=loading(model, 4).pages,
+        ),
+    )
+    return Footprint(verb="train", phases=phases, disk_peak=28.0 * adapter, disk_kept=4.0 * adapter)
+
+
+def recover_footprint(full: PlannedModel, adapter: int) -> Footprint:
+    """``recover``: factors of one module at a time; then the full model in float32 with its adapter, ``4 (P + A)``.
+
+    Once here and once in a fresh process. It computes on the host whatever device there is. Disk: 4 A.
+    """
+    here = loading(full, 4, "record logits")
+    held = {"weights": here.device["weights"], "adapters": 4.0 * adapter}
+    phases = (Phase(name=here.name, host=held, pages=here.pages), reopening(full, adapter)[1])
+    return Footprint(verb="recover", phases=phases, disk_peak=4.0 * adapter, disk_kept=4.0 * adapter)
+
+
+def eval_footprint(
+    entries: list[tuple[PlannedModel, int]], ground: Ground, *, length: int, windows: int
+) -> Footprint:
+    """``eval``: one model after the other, each as `scoring` with its adapter. Disk: nothing to speak of."""
+    phases = []
+    for model, adapter in entries:
+        found = scoring(model, ground, length=length, windows=windows, adapter=adapter)
+        name = f"{model.name} + adapter" if adapter else model.name
+        phases += [loading(model, ground.itemsize, f"load {name}"), Phase(name=name, device=found.device)]
+    return Footprint(verb="eval", phases=tuple(phases), disk_peak=0.0, disk_kept=0.0)
+
+
+def _training(
+    name: str,
+    model: PlannedModel,
+    settings: PruneSettings | TrainSettings,
+    itemsize: int,
+    *,
+    head: bool,
+    rank: int | None = None,
+) -> Phase:
+    parts = training_memory(
+        model.arch,
+        model.loaded(itemsize),
+        quantized=model.packed is not None,
+        rank=settings.rank if rank is None else rank,
+        batch=settings.micro_batch,
+        sequence=settings.sequence,
+        head_adapter=head,
+        dropout=rank is None and settings.dropout > 0,
+        itemsize=itemsize,
+    )
+    return Phase(
+        name=name,
+        device={
+            "weights": parts.weights,
+            "adapters": parts.adapters + parts.gradients + parts.optimizer,
+            "activations": parts.activations,
+            "loss": parts.workspace,
+        },
+    )
+
+
+def _curvature(full: PlannedModel, ground: Ground, tokens: int, hidden: float) -> list[Phase]:
+    arch, e = full.arch, ground.itemsize
+    rows = min(arch.hidden, SKETCH_ROWS)
+    sums = {"weights": full.loaded(e), "output curvature": 8.0 * arch.layers * rows * arch.hidden}
+    widest = max(arch.heads * arch.head_dim, arch.channels)
+    moments = 8.0 * ((arch.heads * arch.head_dim) ** 2 + arch.channels**2)
+    inverse = 40.0 * widest**2 + 24.0 * rows * widest
+    passed = max(1, tokens // ground.length // 2) * ground.length
+    return [
+        Phase(name="output gradients", device={**sums, **_gradients(arch, passed, e)}),
+        Phase(
+            name="score",
+            device={
+                **sums,
+                "hidden states": hidden,
+                "input moments": moments + inverse,
+                "one layer": _one_layer(arch, tokens, e),
+            },
+        ),
+    ]
+
+
+def _gradients(arch: Architecture, tokens: int, e: int) -> dict[str, float]:
+    kept = sum(frozen_activation_bytes(arch.at(i), itemsize=e) for i in range(arch.layers))
+    return {"activations": float(tokens * kept), "loss": _loss(arch, tokens)}
+
+
+def _hidden(arch: Architecture, windows: int, ground: Ground) -> float:
+    return 2.0 * ground.itemsize * windows * ground.length * arch.hidden
+
+
+def _loss(arch: Architecture, tokens: int) -> float:
+    return 12.0 * min(HEAD_CHUNK, tokens) * arch.vocab
+
+
+def _one_layer(arch: Architecture, tokens: int, itemsize: int) -> float:
+    widest = max(arch.at(i).channels for i in range(arch.layers))
+    return float(itemsize * tokens * (3 * widest + 4 * arch.hidden))
+
+
+def _unpacked(model: PlannedModel) -> float:
+    arch = model.arch
+    sizes = [prod(arch.at(i).linear_shape(s)) for i in range(arch.layers) for s in arch.linears_at(i)]
+    return 0.0 if model.packed is None else 4.0 * max(sizes)
+
+
+def _moments(arch: Architecture) -> float:
+    widths = [arch.linear_shape(spec)[1] for spec in arch.linears if spec.role in OUTPUTS]
+    return 4.0 * arch.layers * sum(width * width for width in widths)
+
+
+def _refitted(arch: Architecture, small: Architecture) -> tuple[int, float]:
+    """Weights of o and down that lose columns, and bytes of the largest system that refits one of them."""
+    changed, system = 0, 0.0
+    for layer in range(arch.layers):
+        for spec in arch.linears_at(layer):
+            if spec.role not in OUTPUTS:
+                continue
+            (rows, columns), kept = arch.linear_shape(spec), small.at(layer).linear_shape(spec)[1]
+            if kept < columns:
+                changed += rows * columns
+                system = max(system, 8.0 * (2 * columns * kept + 3 * kept * kept + 3 * rows * columns))
+    return changed, system
+
+
+def _input_widths(arch: Architecture) -> list[int]:
+    """Widths of the distinct inputs of a layer's linears."""
+    found: dict[str, int] = {}
+    for spec in arch.linears_at(0):
+        found.setdefault(SHARED_INPUT.get(spec.role, spec.name), arch.at(0).linear_shape(spec)[1])
+    return list(found.values())

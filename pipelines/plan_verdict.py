@@ -1,0 +1,172 @@
+"""Whether a stage fits: its peak against what there is, what limits it, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.evaluate.machine import Speed
+from compress.pipelines.footprint import Footprint, Phase
+from compress.pipelines.operations import Work
+
+PROCESS = 0.63e9
+"""Resident bytes of a process with all libraries, a tokenizer and WikiText-2: 583 MB, 633 MB at its peak, measured."""
+
+RETAINED = 1.5
+"""What the C library holds of its heap for a byte of temporaries, freed or not: measured on SmolLM2-135M, whose
+activations are blocks below 32 MiB, which it does not give back. Larger blocks are, so large models hold less."""
+
+TEMPORARY = frozenset(
+    {
+        "activations",
+        "hidden states",
+        "input moments",
+        "input statistics",
+        "least squares",
+        "logits",
+        "loss",
+        "one layer",
+        "one layer unpacked",
+        "one matrix",
+        "rounded weights",
+        "teacher's logits",
+        "update",
+    }
+)
+"""Terms that come and go within a phase; the others are there from its beginning to its end."""
+
+CHANGES = {
+    "output gradients": "another --criterion: wanda and magnitude need no gradients",
+    "score": "another --criterion: wanda and magnitude hold no second moments; fewer --calibration-tokens",
+    "score and mask": "--micro-batch 1, a shorter --sequence, or --int8",
+    "try shapes": "--trials 1",
+    "refit": "--repair none",
+    "repair": "--repair-loss text (no teacher), --micro-batch 1, or --repair-steps 0",
+    "backward": "--micro-batch 1, a shorter --sequence, or no alignment",
+    "update": "align with --optimizer galore, or not at all",
+    "sensitivities": "--objective frobenius, which loads no model",
+    "error tables": "--objective frobenius, which loads no model",
+    "Fisher information": "--objective frobenius, which loads no model",
+    "train": "a smaller model (--ratio, --budget), --micro-batch 1, or a shorter --sequence",
+}
+"""By phase: what takes less. Phases that are not here load a model whole, and only a larger machine helps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bytes that may be used; None where they are not known, or there is no device of its own."""
+
+    device: int | None
+    host: int | None
+    disk: int
+
+
+def device_bytes(phase: Phase) -> float:
+    """What a phase holds on a device of its own."""
+    return float(sum(phase.device.values()))
+
+
+def host_peak(footprint: Footprint, *, separate: bool) -> tuple[float, float, Phase, dict[str, float]]:
+    """Peak of the host's memory, and of this process in it, with mapped files: bytes, bytes, phase, terms of the first.
+
+    Beside a device of its own a phase holds its host terms and models on their way. Where the host computes, a process
+    keeps what it has freed: its peak is what the largest phase holds for good, and `RETAINED` times the temporaries
+    of the phase that has most. A second process holds what it holds, and its own libraries.
+    """
+    if separate:
+        kept = 0.0
+        own = {id(phase): PROCESS + phase.staging + sum(phase.host.values()) for phase in footprint.phases}
+    else:
+        kept = RETAINED * max(sum(_parts(phase, temporary=True).values()) for phase in footprint.phases)
+        own = {
+            id(phase): PROCESS + kept + sum(_parts(phase, temporary=False).values())
+            for phase in footprint.phases
+        }
+
+    def whole(phase: Phase) -> float:
+        return own[id(phase)] + (phase.beside + PROCESS if phase.beside else 0.0)
+
+    top = max(footprint.phases, key=whole)
+    terms = dict(top.host) | ({"model on its way": top.staging} if separate else dict(top.device))
+    terms |= {"libraries": PROCESS}
+    terms |= {"second process": top.beside + PROCESS} if top.beside else {}
+    if (more := whole(top) - sum(terms.values())) > 1:
+        terms["kept by the allocator"] = more
+    process = max(own[id(phase)] + phase.pages for phase in footprint.phases)
+    return whole(top), process, top, terms
+
+
+def _parts(phase: Phase, *, temporary: bool) -> dict[str, float]:
+    terms = {**phase.device, **phase.host}
+    return {name: value for name, value in terms.items() if (name in TEMPORARY) is temporary}
+
+
+def verdict(footprint: Footprint, work: Work, limits: Limits, speed: Speed | None) -> dict[str, Any]:
+    """A stage as JSON values: peaks by resource with the phase and its terms, whether each fits, and the time.
+
+    ``process_bytes`` is what the stage's own process would show as its peak resident memory, mapped files included.
+
+    Args:
+        footprint: The stage.
+        work: What it computes.
+        limits: What there is. With a limit of a device, models are taken to be on a device of their own.
+        speed: Measured rates; None: no times.
+    """
+    separate = limits.device is not None
+    needs, process, phase, terms = host_peak(footprint, separate=separate)
+    resources = [
+        _resource("host memory", needs, limits.host, phase, terms),
+        _resource("disk", footprint.disk_peak, limits.disk, None, {}),
+    ]
+    if separate:
+        top = max(footprint.phases, key=device_bytes)
+        if device_bytes(top):
+            resources.insert(0, _resource("device memory", device_bytes(top), limits.device, top, top.device))
+    tight = max(resources, key=lambda each: each["needs"] / each["has"] if each["has"] else 0.0)
+    known = [each["fits"] for each in resources if each["fits"] is not None]
+    fits = all(known) if known else None
+    return {
+        "verb": footprint.verb,
+        "fits": fits,
+        "limit": tight["resource"],
+        "change": None if fits is not False else change(tight, footprint.verb),
+        "resources": resources,
+        "process_bytes": process,
+        "disk_kept": footprint.disk_kept,
+        "operations": {
+            "products": work.products,
+            "float32": work.singles,
+            "float64": work.doubles,
+            "read": work.read,
+            "written": work.written,
+        },
+        "at_least_seconds": None if speed is None else work.seconds(speed),
+    }
+
+
+def change(limiting: dict[str, Any], verb: str) -> str:
+    """What to change where ``limiting`` is too small."""
+    if limiting["resource"] == "disk":
+        return "another --run folder, on a larger disk"
+    known = CHANGES.get(str(limiting["phase"]))
+    if known is not None and not (verb == "quantize" and limiting["phase"] == "score"):
+        return known
+    if verb == "quantize" and limiting["phase"] == "round":
+        return "--objective frobenius, which loads no model"
+    if verb == "eval" and limiting["terms"].get("logits", 0) > limiting["needs"] / 2:
+        return "a shorter --sequence"
+    return "a larger machine, or a smaller model: here a model is loaded whole"
+
+
+def _resource(
+    name: str, needs: float, has: int | None, phase: Phase | None, terms: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "resource": name,
+        "needs": needs,
+        "has": has,
+        "fits": None if has is None else needs <= has,
+        "phase": None if phase is None else phase.name,
+        "terms": {key: value for key, value in terms.items() if value},
+    }
