@@ -51,15 +51,12 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
 
         quiet_libraries()
         return plan(reporter, resolve(PlanSettings, {"model": common.model, **given}, "quick"))
-    workspace = Workspace(common.run)
     if verb == "report":
-        from compress.pipelines.report import report
+        from compress.pipelines.report import report_runs
 
-        with workspace.locked():
-            page = report(
-                Context(common=common, workspace=workspace, reporter=reporter), output=given.get("output")
-            )
+        page = report_runs(reporter, common, given.get("path") or (), output=given.get("output"))
         return {"report": str(page)}
+    workspace = Workspace(common.run)
     quiet_libraries()
     recipe = None
     if verb == "run":

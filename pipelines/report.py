@@ -1,27 +1,57 @@
-"""``compress report``: the chain's records as one HTML page."""
+"""``compress report``: the chain's records as one HTML page, perhaps beside those of other chains."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from compress.errors import UsageError
+from compress.pipelines.reporter import Reporter
+from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
-from compress.pipelines.workspace import read_json
+from compress.pipelines.workspace import Workspace, read_json
 from compress.report.page import write_report
 
 PRUNING = "pruning.json"
 """Results of ``compress.benchmarks.pruning`` or ``pruning_curve``, put into the workspace by hand."""
 
 
-def report(context: Context, *, output: Path | None = None) -> Path:
+def report_runs(
+    reporter: Reporter, common: Common, paths: Sequence[Path], *, output: Path | None = None
+) -> Path:
+    """The page of ``--run`` compared with the chains in ``paths``; where ``--run`` holds none, of the first of these.
+
+    Raises:
+        UsageError: See :func:`report`; a path holds no chain.
+    """
+    root, others = common.run, list(paths)
+    if others and not (root / "run.json").is_file():
+        root = others.pop(0)
+        _chain(root)  # before its folder is locked, and so made
+    workspace = Workspace(root)
+    with workspace.locked():
+        context = Context(
+            common=dataclasses.replace(common, run=root), workspace=workspace, reporter=reporter
+        )
+        return report(context, others=others, output=output)
+
+
+def report(context: Context, *, others: Sequence[Path] = (), output: Path | None = None) -> Path:
     """Write the page and return its path.
 
     Results of a pruning benchmark that lie in the workspace as ``pruning.json`` are drawn on it.
 
+    Args:
+        context: Gives the workspace.
+        others: Workspaces to compare with. The workspace itself and repetitions among them are left out.
+        output: Where to write; None is ``report.html`` in the workspace.
+
     Raises:
-        UsageError: The chain has no stage yet, or ``output`` cannot be a file.
-        CompressError: ``pruning.json`` cannot be read.
+        UsageError: The chain has no stage yet, one of the others is no chain, or ``output`` cannot be a file.
+        CompressError: ``pruning.json`` or a record cannot be read.
     """
     workspace = context.workspace
     stages = workspace.stages
@@ -34,13 +64,39 @@ def report(context: Context, *, output: Path | None = None) -> Path:
         raise UsageError(
             f"The page cannot be written to {path}.", "Give --output a file in a folder that exists."
         )
+    unlike = {root.resolve(): root for root in others if root.resolve() != workspace.root.resolve()}
+    chains = [workspace, *(_chain(root) for root in unlike.values())]
+    names = _names([chain.root for chain in chains])
     results = workspace.root / PRUNING
     run = {
         "title": str(workspace.model["name"]) if workspace.model else "compress",
+        "name": names[0],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "stages": [dict(stage.record) | {"folder": stage.path.name} for stage in stages],
+        "stages": _records(workspace),
+        "others": [
+            {"name": name, "stages": _records(chain)}
+            for name, chain in zip(names[1:], chains[1:], strict=True)
+        ],
         "pruning": read_json(results).get("rows") if results.is_file() else None,
     }
     write_report(run, path)
     context.reporter.say(f"report: {path}")
     return path
+
+
+def _chain(root: Path) -> Workspace:
+    if not (root / "run.json").is_file() or not (found := Workspace(root)).stages:
+        raise UsageError(
+            f"There is no chain in {root}.", "Give folders that compress worked in with --run, or none."
+        )
+    return found
+
+
+def _records(workspace: Workspace) -> list[dict[str, Any]]:
+    return [dict(stage.record) | {"folder": stage.path.name} for stage in workspace.stages]
+
+
+def _names(roots: Sequence[Path]) -> list[str]:
+    """The folders' own names where these differ, else their paths as given."""
+    short = [root.resolve().name for root in roots]
+    return short if len(set(short)) == len(short) else [str(root) for root in roots]

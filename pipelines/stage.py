@@ -94,9 +94,10 @@ def run_stage(
     reporter.say(f"{verb}: effort {effort}; {', '.join(f'{k} {v}' for k, v in sorted(config.items()))}")
     started = time.monotonic()
     from compress.evaluate.memory import PeakMemory
+    from compress.evaluate.memory_timeline import MemoryTimeline
 
     try:
-        with PeakMemory() as peak:
+        with PeakMemory() as peak, MemoryTimeline() as timeline:
             metrics = work(partial)
     except BaseException:
         workspace.abandon(partial)
@@ -116,6 +117,7 @@ def run_stage(
         "command": ["compress", *sys.argv[1:]],
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_bytes,
+        "memory_timeline": timeline.record(),
         "metrics": dict(metrics),
         "files": describe_files(partial),  # hashing takes time: before anything is dropped
     }

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from compress.report.figure import Line, figure, log_chart
+from compress.report.charts import Line, log_chart
 from compress.report.html import Html, join
+from compress.report.svg import figure
 from compress.report.values import at, count, fixed, number, percent
 
 MOST = 1e300
@@ -81,6 +82,7 @@ def _figure(protocol: str, points: Points, dense: Any) -> Html:
         ),
         "Perplexity (lower is better) against the share of decoder linear parameters removed"
         + (f": {protocol}." if protocol else "."),
+        name="Perplexity by share removed",
     )
 
 
