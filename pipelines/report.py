@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.pipelines.reporter import Reporter
-from compress.pipelines.settings import Common
+from compress.pipelines.settings import DEFAULT_RUN, Common
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import Workspace, read_json
 from compress.report.page import write_report
@@ -22,14 +22,15 @@ PRUNING = "pruning.json"
 def report_runs(
     reporter: Reporter, common: Common, paths: Sequence[Path], *, output: Path | None = None
 ) -> Path:
-    """The page of ``--run`` compared with the chains in ``paths``; where ``--run`` holds none, of the first of these.
+    """The page of ``--run`` compared with the chains in ``paths``; with none in the default folder, of the first.
 
     Raises:
         UsageError: See :func:`report`; a path holds no chain.
     """
     root, others = common.run, list(paths)
-    if others and not (root / "run.json").is_file():
+    if others and root == DEFAULT_RUN and not (root / "run.json").is_file():
         root = others.pop(0)
+    if paths:
         _chain(root)  # before its folder is locked, and so made
     workspace = Workspace(root)
     with workspace.locked():
@@ -51,7 +52,7 @@ def report(context: Context, *, others: Sequence[Path] = (), output: Path | None
 
     Raises:
         UsageError: The chain has no stage yet, one of the others is no chain, or ``output`` cannot be a file.
-        CompressError: ``pruning.json`` or a record cannot be read.
+        CompressError: ``pruning.json`` or a record cannot be read, or the page not be written.
     """
     workspace = context.workspace
     stages = workspace.stages
@@ -79,7 +80,13 @@ def report(context: Context, *, others: Sequence[Path] = (), output: Path | None
         ],
         "pruning": read_json(results).get("rows") if results.is_file() else None,
     }
-    write_report(run, path)
+    try:
+        write_report(run, path)
+    except OSError as error:
+        raise CompressError(
+            f"The page cannot be written to {path} ({error.strerror or error}).",
+            "Give --output a file that can be written.",
+        ) from error
     context.reporter.say(f"report: {path}")
     return path
 

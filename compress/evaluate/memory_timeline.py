@@ -83,7 +83,8 @@ class MemoryTimeline:
     def record(self) -> dict[str, float | list[int]] | None:
         """JSON values: ``interval_seconds``, ``host_bytes`` and, where a GPU was used, ``device_bytes``.
 
-        None without any sample. A value stands for ``interval_seconds`` from its place on and is the largest sample in them.
+        None without any sample. A value stands for ``interval_seconds`` from its place on, and is the largest sample
+        in them.
         """
         if not self._host.values:
             return None

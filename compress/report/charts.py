@@ -10,17 +10,27 @@ from compress.report.html import Html, h
 from compress.report.svg import line_class, log_ticks, marker, nice_ticks, path, svg
 
 MAX_POINTS = 300
-LEGEND_NAME = 34
+LEGEND_NAME = 22
 """Characters of a line's name up to which two fit side by side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One line of a chart: its name, its points (x, y) with y above zero, and perhaps a name for each point."""
+    """One line of a chart.
+
+    Attributes:
+        name: What the legend calls it.
+        points: (x, y), y above zero.
+        notes: Names of the points, for their tooltips.
+        joined: Whether a curve joins the points.
+        labelled: Whether the notes are written beside the points.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     notes: Sequence[str] = ()
+    joined: bool = True
+    labelled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +95,7 @@ def line_chart(
         drawn.append(
             h("text", name, x=width - right - 2, y=y_at(value) - 4, class_=f"tick end marked m{n % 2}")
         )
-    return svg(width, height, alt, drawn)
+    return svg(width, height, alt, drawn, fit=True)
 
 
 def log_chart(
@@ -107,7 +117,7 @@ def log_chart(
         y_title: What y is.
         x_label: How a tick of the x axis is written.
     """
-    width, left, right, top, plot = 560, 56, 30, 26, 240
+    width, left, right, top, plot = 484, 56, 30, 26, 240
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + ([mark[1]] if mark is not None else [])
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), log_ticks(min(ys), max(ys))
@@ -134,17 +144,21 @@ def log_chart(
     columns = 2 if max(len(line.name) for line in lines) <= LEGEND_NAME else 1
     for n, line in enumerate(lines):
         places = [(x_at(x), y_at(y)) for x, y in line.points]
-        curve = h("path", d=path(places)) if len(places) > 1 else None
+        curve = h("path", d=path(places)) if line.joined and len(places) > 1 else None
         dots = [
             marker(n, *place, _note(line, i, f"{x_label(line.points[i][0])}, {line.points[i][1]:,.4g}"))
             for i, place in enumerate(places)
         ]
-        legend_x, legend_y = left + 250 * (n % columns), bottom + 54 + 18 * (n // columns)
+        if line.labelled:
+            drawn += [
+                _beside(note, *place, right=width) for note, place in zip(line.notes, places, strict=False)
+            ]
+        legend_x, legend_y = left + 212 * (n % columns), bottom + 54 + 18 * (n // columns)
         sample = h("path", d=path([(legend_x, legend_y - 4), (legend_x + 26, legend_y - 4)]), class_="sample")
         shape = marker(n, legend_x + 13, legend_y - 4)
         drawn.append(h("g", curve, dots, h("g", sample, shape), class_=line_class(n)))
         drawn.append(h("text", line.name, x=legend_x + 34, y=legend_y, class_="tick"))
-    return svg(width, bottom + 64 + 18 * ((len(lines) - 1) // columns), alt, drawn)
+    return svg(width, bottom + 64 + 18 * ((len(lines) - 1) // columns), alt, drawn, fit=True)
 
 
 def time_chart(spans: Sequence[Span], *, alt: str, y_title: str, y_label: Callable[[float], str]) -> Html:
@@ -199,6 +213,13 @@ def time_chart(spans: Sequence[Span], *, alt: str, y_title: str, y_label: Callab
             )
         start += span.seconds
     return svg(width, height, alt, drawn)
+
+
+def _beside(note: str, x: float, y: float, *, right: float) -> Html:
+    """A point's name, on the side of it where there is more room."""
+    if x < right / 2:
+        return h("text", note, x=x + 7, y=y + 4, class_="tick marked")
+    return h("text", note, x=x - 7, y=y + 4, class_="tick end marked")
 
 
 def _note(line: Line, point: int, values: str) -> str:

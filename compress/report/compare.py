@@ -49,15 +49,15 @@ def comparison(runs: Sequence[Run]) -> Html | None:
     several = len(protocols) > 1
     head = (
         "Run",
-        "Stages",
         "Weights",
         "Smaller by",
         "Bits per linear weight",
         "Parameters removed",
-        "Perplexity: original",
-        "small model",
-        "full + recovered",
+        "Perplexity, original",
+        "Perplexity, small model",
+        "Perplexity, full + recovered",
         "Time",
+        "Stages",
     )
     rows = [_row(run, letters if several else {}) for run in runs]
     if several:
@@ -103,13 +103,13 @@ def _row(run: Run, letters: dict[str, str]) -> list[str]:
         shown[name if name in FULL else "small"] = f"{perplexity(row)} {letters.get(line, '')}".strip()
     return [
         run.name,
-        " → ".join(string(s.get("verb")) for s in run.stages) or DASH,
         size(after),
         f"{before / after:.2f}×" if before and after else DASH,
         fixed(_bits(run)),
         percent(_ratio(run)),
         *shown.values(),
         seconds(sum(times)) if times else DASH,
+        " → ".join(string(s.get("verb")) for s in run.stages) or DASH,
     ]
 
 
@@ -141,7 +141,10 @@ def _sizes(runs: Sequence[Run], protocol: str) -> Html | None:
         if found:
             lines.append(
                 Line(
-                    name=run.name, points=[(x, y) for _, x, y in found], notes=[name for name, _, _ in found]
+                    joined=False,
+                    name=run.name,
+                    points=[(x, y) for _, x, y in found],
+                    notes=[name for name, _, _ in found],
                 )
             )
     if not lines:
@@ -187,6 +190,8 @@ def _curve(
             name="small model of each run",
             points=[(x, y) for x, y, _ in points],
             notes=[name for _, _, name in points],
+            labelled=True,
+            joined=len({x for x, _, _ in points}) == len(points),
         )
         told = "; ".join(f"{name} {fixed(y)} at {x_label(x)}" for x, y, name in points)
         drawn.append(

@@ -25,8 +25,14 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 def write_report(run: dict[str, Any], path: Path | str) -> None:
-    """Write :func:`render`'s page to ``path`` as UTF-8."""
-    Path(path).write_text(render(run), encoding="utf-8")
+    """Write :func:`render`'s page to ``path`` as UTF-8; a file that is there stays until the new one is whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(render(run), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def render(run: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ COLOURS = 8
 SHAPES = 5
 """Shapes of markers: with eight colours, forty lines before both repeat."""
 SMALLEST_SPAN = 1e-300
-_RADIUS = 3.2
+_RADIUS = 3.8
 
 
 def figure(svg: Html, caption: Child, *, name: str = "Figure") -> Html:
@@ -25,8 +25,11 @@ def figure(svg: Html, caption: Child, *, name: str = "Figure") -> Html:
     return h("figure", box, h("figcaption", caption))
 
 
-def svg(width: float, height: float, alt: str, drawn: Sequence[Html]) -> Html:
-    """The frame of a drawing; ``alt`` says everything it shows to those who do not see it."""
+def svg(width: float, height: float, alt: str, drawn: Sequence[Html], *, fit: bool = False) -> Html:
+    """The frame of a drawing; ``alt`` says everything it shows to those who do not see it.
+
+    With ``fit`` it shrinks to a narrow screen and its letters grow; without, its box scrolls.
+    """
     return h(
         "svg",
         drawn,
@@ -36,6 +39,7 @@ def svg(width: float, height: float, alt: str, drawn: Sequence[Html]) -> Html:
         height=height,
         role="img",
         aria_label=alt,
+        class_="fit" if fit else None,
     )
 
 
