@@ -70,7 +70,7 @@ def report(context: Context, *, others: Sequence[Path] = (), output: Path | None
     names = _names([chain.root for chain in chains])
     results = workspace.root / PRUNING
     run = {
-        "title": str(workspace.model["name"]) if workspace.model else "compress",
+        "title": _title(str(workspace.model["name"])) if workspace.model else "compress",
         "name": names[0],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "stages": _records(workspace),
@@ -101,6 +101,11 @@ def _chain(root: Path) -> Workspace:
 
 def _records(workspace: Workspace) -> list[dict[str, Any]]:
     return [dict(stage.record) | {"folder": stage.path.name} for stage in workspace.stages]
+
+
+def _title(name: str) -> str:
+    """The model's name; of a folder its own name, not where it lies."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _names(roots: Sequence[Path]) -> list[str]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compress.report.html import Html, h
-from compress.report.svg import line_class, log_ticks, marker, nice_ticks, path, svg
+from compress.report.svg import SMALLEST_SPAN, line_class, log_ticks, marker, nice_ticks, path, svg
 
 MAX_POINTS = 300
+NARROW = 2.5
+"""Largest over smallest value up to which a logarithmic axis has evenly spaced ticks: the first is above zero."""
 LEGEND_NAME = 22
 """Characters of a line's name up to which two fit side by side."""
 
@@ -120,7 +122,7 @@ def log_chart(
     width, left, right, top, plot = 484, 56, 30, 26, 240
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + ([mark[1]] if mark is not None else [])
-    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), log_ticks(min(ys), max(ys))
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), _levels(min(ys), max(ys))
     bottom, first, last = top + plot, math.log(y_ticks[0]), math.log(y_ticks[-1])
 
     def x_at(x: float) -> float:
@@ -156,7 +158,7 @@ def log_chart(
         legend_x, legend_y = left + 212 * (n % columns), bottom + 54 + 18 * (n // columns)
         sample = h("path", d=path([(legend_x, legend_y - 4), (legend_x + 26, legend_y - 4)]), class_="sample")
         shape = marker(n, legend_x + 13, legend_y - 4)
-        drawn.append(h("g", curve, dots, h("g", sample, shape), class_=line_class(n)))
+        drawn.append(h("g", curve, dots, sample, shape, class_=line_class(n)))
         drawn.append(h("text", line.name, x=legend_x + 34, y=legend_y, class_="tick"))
     return svg(width, bottom + 64 + 18 * ((len(lines) - 1) // columns), alt, drawn, fit=True)
 
@@ -213,6 +215,13 @@ def time_chart(spans: Sequence[Span], *, alt: str, y_title: str, y_label: Callab
             )
         start += span.seconds
     return svg(width, height, alt, drawn)
+
+
+def _levels(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis; between close values there are round numbers of any kind."""
+    if low > SMALLEST_SPAN and high <= NARROW * low:
+        return nice_ticks(low, high)
+    return log_ticks(low, high)
 
 
 def _beside(note: str, x: float, y: float, *, right: float) -> Html:

@@ -13,10 +13,16 @@ from compress.report.html import Child, Html, h
 
 COLOURS = 8
 """Colours of the lines of one chart, classes ``c0`` to ``c7``; further lines are dashed."""
-SHAPES = 5
-"""Shapes of markers: with eight colours, forty lines before both repeat."""
+SHAPES = 7
+"""Shapes of markers: with eight colours, 56 lines before both repeat."""
 SMALLEST_SPAN = 1e-300
 _RADIUS = 3.8
+_PLUS = tuple(
+    (a * turn[0] - b * turn[1], a * turn[1] + b * turn[0])
+    for turn in ((1, 0), (0, 1), (-1, 0), (0, -1))
+    for a, b in ((1.3, -0.4), (1.3, 0.4), (0.4, 0.4))
+)
+"""Corners of a cross around its middle, for a radius of one."""
 
 
 def figure(svg: Html, caption: Child, *, name: str = "Figure") -> Html:
@@ -54,7 +60,7 @@ def line_class(n: int) -> str:
 
 
 def marker(n: int, x: float, y: float, note: str | None = None) -> Html:
-    """The ``n``-th line's marker, its middle at (x, y): disc, square, triangle, diamond or triangle upside down."""
+    """The ``n``-th line's marker, its middle at (x, y): disc, square, triangle, diamond, and so on."""
     title = h("title", note) if note is not None else None
     r = _RADIUS
     if n % SHAPES == 0:
@@ -64,6 +70,8 @@ def marker(n: int, x: float, y: float, note: str | None = None) -> Html:
         2: ((0.0, -4 / 3 * r), (1.2 * r, 2 / 3 * r), (-1.2 * r, 2 / 3 * r)),
         3: ((0.0, -1.4 * r), (1.4 * r, 0.0), (0.0, 1.4 * r), (-1.4 * r, 0.0)),
         4: ((0.0, 4 / 3 * r), (1.2 * r, -2 / 3 * r), (-1.2 * r, -2 / 3 * r)),
+        5: tuple((r * a, r * b) for a, b in _PLUS),
+        6: tuple((0.75 * r * (a - b), 0.75 * r * (a + b)) for a, b in _PLUS),
     }[n % SHAPES]
     return h("path", title, d=path([(x + a, y + b) for a, b in corners]) + "Z", class_="mk")
 

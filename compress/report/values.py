@@ -76,6 +76,11 @@ def percent(value: Any, digits: int = 1) -> str:
     return DASH if found is None else f"{100 * found:.{digits}f}\u202f%"
 
 
+def short_percent(value: float) -> str:
+    """A share as a tick of an axis: 50 %, 47.5 %."""
+    return f"{100 * value:.3g}\u202f%"
+
+
 def change(ratio: float) -> str:
     """How far a ratio lies from 1, signed: −4.0 %."""
     return f"{100 * (ratio - 1):+.1f}\u202f%".replace("-", "\u2212")
