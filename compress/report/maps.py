@@ -34,7 +34,7 @@ def heat_map(
     rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Cell]], *, unit: str, alt: str
 ) -> Html:
     """Rows by columns, shaded by value over seven steps between the smallest and the largest; with a legend."""
-    left, top, cell_width, cell_height = 40, 22, 50, 18
+    left, top, cell_width, cell_height = 36, 22, 42, 18
     known = [cell.value for row in cells for cell in row if cell.value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
 

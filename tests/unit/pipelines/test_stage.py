@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def test_a_stage_is_made_once(chain: Chain) -> None:
     record = json.loads((chain.root / "01-prune" / "stage.json").read_text())
     assert (record["verb"], record["config"], record["metrics"]) == ("prune", {"v": 0}, {"v": 0})
     assert record["effort"] == "quick"
+    if sys.platform.startswith("linux"):
+        timeline = record["memory_timeline"]
+        assert timeline["interval_seconds"] == 1.0
+        # Resident memory, so below the peak of the same block; a process with torch holds tens of megabytes.
+        assert 50e6 < max(timeline["host_bytes"]) <= record["peak_memory_bytes"] * 1.01
     assert not (chain.root / "01-prune" / "partial.json").exists()
     again = chain.make("prune")
     assert not again.fresh
