@@ -80,6 +80,11 @@ class MemoryTimeline:
         if self._thread.is_alive():
             self._thread.join()
 
+    @property
+    def host_peak(self) -> int:
+        """The largest sample of resident memory in bytes; 0 without any."""
+        return max(self._host.values, default=0)
+
     def record(self) -> dict[str, float | list[int]] | None:
         """JSON values: ``interval_seconds``, ``host_bytes`` and, where a GPU was used, ``device_bytes``.
 

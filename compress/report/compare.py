@@ -61,6 +61,7 @@ def comparison(runs: Sequence[Run]) -> Html | None:
         "Stages",
     )
     rows = [_row(run, letters if several else {}) for run in runs]
+    note: Html | None
     if several:
         note = join(
             h(

@@ -35,15 +35,21 @@ def cost_section(stages: Sequence[Record]) -> Html | None:
             "div",
             table(("Stage", "Time", "Peak memory"), rows, caption="What every stage took"),
             timeline_figure(stages),
+            timeline_figure(stages, device=True),
             class_="figures",
         ),
         id="cost",
     )
 
 
-def timeline_figure(stages: Sequence[Record]) -> Html | None:
-    """Memory over time, stage after stage; None where no stage recorded it."""
-    spans = [span for n, stage in enumerate(stages, start=1) if (span := _span(stage, n)) is not None]
+def timeline_figure(stages: Sequence[Record], *, device: bool = False) -> Html | None:
+    """Memory over time, stage after stage: resident, or what torch held on a GPU; None where no stage recorded it."""
+    key, name, what = (
+        ("device_bytes", "GPU memory timeline", "memory allocated on the GPU")
+        if device
+        else ("host_bytes", "Memory timeline", "resident memory of the process")
+    )
+    spans = [span for n, stage in enumerate(stages, start=1) if (span := _span(stage, n, key)) is not None]
     drawn = [span for span in spans if span.values]
     if not drawn or sum(span.seconds for span in spans) <= 0:
         return None
@@ -54,23 +60,23 @@ def timeline_figure(stages: Sequence[Record]) -> Html | None:
     return figure(
         time_chart(
             spans,
-            alt=f"Memory timeline over {seconds(sum(s.seconds for s in spans))}, highest {size(highest)}: {told}.{gap}",
-            y_title="resident memory of the process",
+            alt=f"{name} over {seconds(sum(s.seconds for s in spans))}, highest {size(highest)}: {told}.{gap}",
+            y_title=what,
             y_label=short_size,
         ),
-        f"Resident memory, stage after stage in the order above, sampled once a second or less often.{gap} "
+        f"{what.capitalize()}, stage after stage in the order above, sampled once a second or less often.{gap} "
         "Peaks between two samples are in the table only.",
-        name="Memory timeline",
+        name=name,
     )
 
 
-def _span(stage: Record, n: int) -> Span | None:
+def _span(stage: Record, n: int, key: str) -> Span | None:
     took = _plausible(stage.get("seconds"))
     if took is None:
         return None
     record = stage.get("memory_timeline")
     interval = _plausible(at(record, "interval_seconds"))
-    values = [v for v in numbers(at(record, "host_bytes")) if 0 <= v < _MOST] if interval else []
+    values = [v for v in numbers(at(record, key)) if 0 <= v < _MOST] if interval else []
     return Span(
         mark=str(n),
         name=f"{n} {string(stage.get('verb'))}",

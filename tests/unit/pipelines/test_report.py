@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from compress.__main__ import app
 from compress.errors import CompressError, UsageError
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.report import report
@@ -67,6 +69,18 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert told.index('<th scope="row">a</th>') < told.index('<th scope="row">b</th>')
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "page.html"]
     assert not (tmp_path / "b" / "report.html").exists()
+
+
+def test_the_command_line_takes_other_runs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        chain(tmp_path / name)
+    call = ["report", str(tmp_path / "b"), "--run", str(tmp_path / "a"), "--json"]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 0
+    assert json.loads(done.output) == {"report": str(tmp_path / "a" / "report.html")}
+    assert "Runs compared" in (tmp_path / "a" / "report.html").read_text()
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "none"), "--run", str(tmp_path / "a")])
+    assert done.exit_code == 2
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 
 from compress.errors import CompressError, UsageError
+from compress.evaluate.memory import PeakMemory, resident_now
+from compress.evaluate.memory_timeline import MemoryTimeline
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context, Outcome, run_stage
@@ -79,6 +83,35 @@ def test_a_stage_is_made_once(chain: Chain) -> None:
     assert not again.fresh
     assert chain.worked == ["prune"]
     assert made.summary() == again.summary()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_peak_before_one_that_the_work_measures_itself_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MemoryTimeline.__init__.__kwdefaults__, "interval", 0.01)
+    workspace = Workspace(tmp_path / "run")
+    context = Context(
+        common=Common(run=tmp_path / "run", effort="quick"),
+        workspace=workspace,
+        reporter=Reporter(quiet=True),
+    )
+    start = resident_now() or 0
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        with mmap.mmap(-1, 300 << 20) as pages:
+            for place in range(0, len(pages), 4096):
+                pages[place] = 1
+            time.sleep(1)  # a hundred samples
+        with PeakMemory() as inner:
+            folder.joinpath("artifact").write_text("x")
+        return {"inner": inner.host_bytes}
+
+    with workspace.locked():
+        workspace.set_model(MODEL)
+        stage = run_stage(context, "eval", config={}, inputs={"model": "f0"}, work=work).stage
+    assert stage is not None
+    assert stage.record["peak_memory_bytes"] - start > 250 << 20
 
 
 def test_other_settings_need_redo(chain: Chain) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from compress.report.page import render, write_report
 from tests.unit.report.reading import drawing, elements, middles, parse, parts, words
-from tests.unit.report.samples import PROTOCOL, sample_curve, sample_run
+from tests.unit.report.samples import PROTOCOL, sample_curve, sample_others, sample_run
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -329,12 +329,15 @@ def test_hostile_strings_stay_text(bad: str) -> None:
         while True:
             yield bad
 
-    run = _replace_strings(sample_run(layers=2), endless(), keys=True)
+    whole = sample_run(layers=2) | {"name": "half", "others": sample_others()}
+    run = _replace_strings(whole, endless(), keys=True)
     run["stages"].append({"verb": bad, "metrics": {bad: bad, "list": [bad, 1]}, "command": [bad]})
     for n, matrix in enumerate(run["stages"][1]["metrics"]["matrices"]):
         matrix["name"] = f"layers.{n}.{bad}"
     page = render(run)
-    expected = {e.tag for e in parse(render(sample_run(layers=2))).iter()}
+    expected = {e.tag for e in parse(render(whole)).iter()} | {
+        e.tag for e in parse(render({"stages": [{}]})).iter()
+    }
     found = parse(page)
     assert {e.tag for e in found.iter()} <= expected
     assert not [a for e in found.iter() for a in e.attrib if a.startswith("on")]
@@ -414,7 +417,7 @@ def test_any_damage_still_gives_a_page(seed: int) -> None:
             return [damage(v) for v in value]
         return value
 
-    run = damage(sample_run(layers=2, steps=5))
+    run = damage(sample_run(layers=2, steps=5) | {"pruning": sample_curve(), "others": sample_others()})
     parse(render(run if isinstance(run, dict) else {}))
 
 

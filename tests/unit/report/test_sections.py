@@ -103,6 +103,16 @@ def test_memory_is_drawn_stage_after_stage() -> None:
     assert "Not recorded by: 2 old." in told
 
 
+def test_memory_of_a_gpu_has_a_drawing_of_its_own() -> None:
+    stages = timeline((4.0, 1.0, [1e9] * 4), (4.0, 1.0, [2e9] * 4))
+    assert not [e for e in elements(render({"stages": stages}), "svg") if "GPU" in str(e.get("aria-label"))]
+    stages[1]["memory_timeline"]["device_bytes"] = [0, 7e9, 3e9, 3e9]
+    page = render({"stages": stages})
+    told = str(drawing(page, "GPU memory timeline").get("aria-label"))
+    assert "highest 7.00\u202fGB: 2 v1 up to 7.00\u202fGB. Not recorded by: 1 v0." in told
+    assert "highest 2.00\u202fGB" in str(drawing(page, "Memory timeline").get("aria-label"))
+
+
 @given(
     st.lists(
         st.fixed_dictionaries(
