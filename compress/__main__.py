@@ -189,11 +189,15 @@ def generate(
 
 @_verb("report", PLACE)
 def report(
+    path: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Workspaces of other runs to compare with (default: --run alone)."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Where to write the page (default: report.html in the workspace).")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about the chain."""
+    """Write one self-contained HTML page about the chain, perhaps compared with those of other runs."""
 
 
 @_verb("verify", PLACE)

@@ -92,15 +92,12 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) ->
         from compress.pipelines.bench import bench
 
         return bench(reporter, {"model": common.model, "data": common.data, **given})
-    workspace = Workspace(common.run)
     if verb == "report":
-        from compress.pipelines.report import report
+        from compress.pipelines.report import report_runs
 
-        with workspace.locked():
-            page = report(
-                Context(common=common, workspace=workspace, reporter=reporter), output=given.get("output")
-            )
+        page = report_runs(reporter, common, given.get("path") or (), output=given.get("output"))
         return {"report": str(page)}
+    workspace = Workspace(common.run)
     quiet_libraries()
     if verb == "generate":
         from compress.pipelines.generate import generate_texts

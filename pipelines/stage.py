@@ -94,14 +94,16 @@ def run_stage(
     reporter.say(f"{verb}: effort {effort}; {', '.join(f'{k} {v}' for k, v in sorted(config.items()))}")
     started = time.monotonic()
     from compress.evaluate.memory import PeakMemory
+    from compress.evaluate.memory_timeline import MemoryTimeline
 
     try:
-        with PeakMemory() as peak:
+        with PeakMemory() as peak, MemoryTimeline() as timeline:
             metrics = work(partial)
     except BaseException:
         workspace.abandon(partial)
         raise
-    peak_bytes = peak.device_bytes or peak.host_bytes
+    # Work that measures peaks of its own resets the system's high-water mark: what was sampled before that counts too.
+    peak_bytes = peak.device_bytes or max(peak.host_bytes, timeline.host_peak)
     record = {
         "format_version": FORMAT_VERSION,
         "id": wanted,
@@ -116,6 +118,7 @@ def run_stage(
         "command": ["compress", *sys.argv[1:]],
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_bytes,
+        "memory_timeline": timeline.record(),
         "metrics": dict(metrics),
         "files": describe_files(partial),  # hashing takes time: before anything is dropped
     }

@@ -55,6 +55,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "report": (
         "compress report",
         "compress report --output ../report.html",
+        "compress report ../two-bits ../three-bits",
     ),
     "verify": (
         "compress verify",

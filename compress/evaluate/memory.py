@@ -133,6 +133,11 @@ def _status_bytes(field: str) -> int | None:
     return None
 
 
+def resident_now() -> int | None:
+    """Resident memory of this process in bytes; None where the system does not say (no /proc)."""
+    return _status_bytes("VmRSS")
+
+
 def _reset_high_water() -> bool:
     try:
         _CLEAR_REFS.write_text("5", encoding="ascii")

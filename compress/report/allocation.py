@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from compress.report.figure import Cell, figure, heat_map
 from compress.report.html import Html
+from compress.report.maps import Cell, heat_map
+from compress.report.svg import figure
 from compress.report.table import folded, table
 from compress.report.values import DASH, Record, at, fixed, general, number, numbers, records, string
 
@@ -38,6 +39,7 @@ def allocation_figure(matrices: Sequence[Any]) -> Html | None:
         heat_map([str(n) for n in layers], kinds, cells, unit="bits per weight", alt=alt),
         "What the solver gave each matrix. Shade: stored bits per weight, everything counted; "
         "text: bits of a code, and r with the rank of its factors where there are any.",
+        name="Bits and ranks",
     )
 
 
@@ -80,7 +82,9 @@ def matrix_table(matrices: Sequence[Any]) -> Html | None:
     if not rows:
         return None
     head = ("Matrix", "Bits", "Block", "Rank", "Bits per weight", "Relative error")
-    return folded(f"All {len(rows)} matrices", table(head, rows))
+    return folded(
+        f"All {len(rows)} matrices", table(head, rows, caption="Every matrix with its format, rank and error")
+    )
 
 
 def locate(name: str) -> tuple[int, str] | None:
@@ -96,7 +100,7 @@ def locate(name: str) -> tuple[int, str] | None:
 
 def _cell(layer: int, kind: str, record: Record | None) -> Cell:
     if record is None:
-        return Cell(value=None, label="", note=f"layer {layer}, {kind}: not quantized")
+        return Cell(value=None, label=DASH, note=f"layer {layer}, {kind}: not quantized")
     bits, rank, rate = record.get("bits"), number(record.get("rank")), number(record.get("bits_per_weight"))
     label = general(bits) + (f" r{rank:.0f}" if rank else "")
     shown = DASH if rate is None else f"{rate:.3f}"

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from compress.report.figure import Line, figure, log_chart
+from compress.report.charts import Line, log_chart
 from compress.report.html import Html, join
-from compress.report.values import at, count, fixed, number, percent
+from compress.report.svg import figure
+from compress.report.values import at, count, fixed, number, percent, short_percent
 
 MOST = 1e300
 """Perplexities from here on are not drawn: a power of ten above them is no number any more."""
@@ -77,10 +78,11 @@ def _figure(protocol: str, points: Points, dense: Any) -> Html:
             alt=f"Perplexity against the share of parameters removed, by method: {'; '.join(told)}.",
             x_title="decoder linear parameters removed",
             y_title="perplexity, logarithmic",
-            x_label=lambda share: percent(share, 0),
+            x_label=short_percent,
         ),
         "Perplexity (lower is better) against the share of decoder linear parameters removed"
         + (f": {protocol}." if protocol else "."),
+        name="Perplexity by share removed",
     )
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from compress.report.allocation import allocation_figure, kind_table, matrix_table
-from compress.report.figure import figure, kept_map, line_chart
+from compress.report.charts import line_chart
 from compress.report.html import Html, h, join
+from compress.report.pruned import kept_figure, span, trials_table
+from compress.report.spectrum import spectrum_figure, worst_table
+from compress.report.svg import figure
 from compress.report.table import facts, record_facts, table
 from compress.report.tradeoff import tradeoff_figure
 from compress.report.values import (
@@ -85,7 +88,10 @@ def before_after(metrics: Record) -> Html:
                 cells = [perplexity(side) if place == n else DASH for n in (0, 1)]
                 rows.append([f"Perplexity ({line or 'protocol not recorded'})", *cells])
     shown = [row for row in rows if any(cell != DASH for cell in row[1:])]
-    return join(table(("", "Before", "After"), shown), h("p", note, class_="note") if note else None)
+    return join(
+        table(("Quantity", "Before", "After"), shown, caption="Before and after this stage"),
+        h("p", note, class_="note") if note else None,
+    )
 
 
 def file_bits(side: object) -> float | None:
@@ -108,7 +114,7 @@ def _prune(metrics: Record) -> Html:
 
     def of_original(name: str, layers: list[int] | list[float]) -> str:
         """What every layer keeps, or the range of the layers, where they differ."""
-        found = string(at(shape, name)) if shape is not None or not layers else _span(layers)
+        found = string(at(shape, name)) if shape is not None or not layers else span(layers)
         return f"{found} of {string(at(original, name))}"
 
     return join(
@@ -127,7 +133,8 @@ def _prune(metrics: Record) -> Html:
         ),
         h(
             "div",
-            _kept_figure(metrics),
+            kept_figure(metrics),
+            trials_table(metrics),
             _loss_figure(metrics, "Loss while scoring and masking"),
             _loss_figure(at(metrics, "repair"), "Loss of repair training"),
             class_="figures",
@@ -161,24 +168,6 @@ def _certificate(certificate: object) -> list[tuple[str, str]]:
     ]
 
 
-def _kept_figure(metrics: Record) -> Html | None:
-    kept = [frozenset(int(n) for n in numbers(layer)) for layer in sequence(at(metrics, "kept", "kv_groups"))]
-    total, channels = number(at(metrics, "original", "kv_heads")), number(at(metrics, "original", "channels"))
-    widths = numbers(at(metrics, "kept", "channels_kept_per_layer"))
-    if not kept or not total or not channels or len(widths) != len(kept) or total > 512:
-        return None
-    shares = [min(max(width / channels, 0.0), 1.0) for width in widths]
-    groups = [len(layer) for layer in kept]
-    alt = (
-        f"Map of {len(kept)} layers: {_span(groups)} of {total:.0f} KV groups kept a layer, "
-        f"{_span([100 * s for s in shares])} percent of the MLP channels."
-    )
-    return figure(
-        kept_map(kept, int(total), shares, alt=alt),
-        "Kept (filled) and removed, layer by layer: KV groups by index, MLP channels by share.",
-    )
-
-
 def _loss_figure(metrics: object, title: str) -> Html | None:
     losses = numbers(at(metrics, "losses"))
     if not losses:
@@ -194,7 +183,9 @@ def _loss_figure(metrics: object, title: str) -> Html | None:
     )
     return figure(
         line_chart(losses, marks=marks, alt=alt.strip(), x_title="step", y_title="loss"),
-        f"{title}: every step (thin) and its moving average (thick).",
+        f"{title}: every step (thin) and its moving average (thick)"
+        + ("; dashed: the loss on validation text." if marks else "."),
+        name=title,
     )
 
 
@@ -215,7 +206,13 @@ def _quantize(metrics: Record) -> Html:
             ]
         ),
         h("div", allocation_figure(matrices), kind_table(matrices), class_="figures"),
-        tradeoff_figure(metrics),
+        h(
+            "div",
+            spectrum_figure(matrices),
+            worst_table(matrices),
+            tradeoff_figure(metrics),
+            class_="figures",
+        ),
         matrix_table(matrices),
     )
 
@@ -266,11 +263,6 @@ def _recover(metrics: Record) -> Html:
 def _eval(metrics: Record) -> Html:
     names = ", ".join(string(row.get("name")) for row in records(at(metrics, "rows"))) or DASH
     return facts([("models", names), ("protocol", string(at(metrics, "protocol_line")))], long=True)
-
-
-def _span(values: list[int] | list[float]) -> str:
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return low if low == high else f"{low} to {high}"
 
 
 VERBS: dict[str, Callable[[Record], Html]] = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from compress.report.charts import Line, log_chart
 from compress.report.damage_curve import MOST
-from compress.report.figure import Line, figure, log_chart
 from compress.report.html import Html
+from compress.report.svg import figure
 from compress.report.values import at, fixed, general, number, records, string
 
 
@@ -43,4 +44,5 @@ def tradeoff_figure(metrics: Any) -> Html | None:
             x_label=lambda value: f"{value:g}",
         ),
         f"The least cost ({kind}) that the same formats and ranks reach under other budgets.",
+        name="Cost by bits",
     )

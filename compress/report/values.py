@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,11 @@ def percent(value: Any, digits: int = 1) -> str:
     return DASH if found is None else f"{100 * found:.{digits}f}\u202f%"
 
 
+def short_percent(value: float) -> str:
+    """A share as a tick of an axis: 50 %, 47.5 %."""
+    return f"{100 * value:.3g}\u202f%"
+
+
 def change(ratio: float) -> str:
     """How far a ratio lies from 1, signed: −4.0 %."""
     return f"{100 * (ratio - 1):+.1f}\u202f%".replace("-", "\u2212")
@@ -88,6 +94,11 @@ def count(value: Any) -> str:
 def size(value: Any) -> str:
     """Bytes in powers of 1000: 90.1 MB."""
     return _scaled(value, 1000, ["B", "kB", "MB", "GB", "TB"])
+
+
+def short_size(value: float) -> str:
+    """Bytes as a tick of an axis: 50 MB, 2.5 GB, 0."""
+    return re.sub(r"(\.[0-9]*?)0+(?=\D)", r"\1", size(value)).replace(".\u202f", "\u202f") if value else "0"
 
 
 def seconds(value: Any) -> str:

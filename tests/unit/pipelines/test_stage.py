@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import shutil
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import pytest
 
 from compress.errors import CompressError, UsageError
+from compress.evaluate.memory import PeakMemory, resident_now
+from compress.evaluate.memory_timeline import MemoryTimeline
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context, Outcome, run_stage
@@ -68,11 +73,45 @@ def test_a_stage_is_made_once(chain: Chain) -> None:
     record = json.loads((chain.root / "01-prune" / "stage.json").read_text())
     assert (record["verb"], record["config"], record["metrics"]) == ("prune", {"v": 0}, {"v": 0})
     assert record["effort"] == "quick"
+    if sys.platform.startswith("linux"):
+        timeline = record["memory_timeline"]
+        assert timeline["interval_seconds"] == 1.0
+        # Resident memory, so below the peak of the same block; a process with torch holds tens of megabytes.
+        assert 50e6 < max(timeline["host_bytes"]) <= record["peak_memory_bytes"] * 1.01
     assert not (chain.root / "01-prune" / "partial.json").exists()
     again = chain.make("prune")
     assert not again.fresh
     assert chain.worked == ["prune"]
     assert made.summary() == again.summary()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_peak_before_one_that_the_work_measures_itself_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MemoryTimeline.__init__.__kwdefaults__, "interval", 0.01)
+    workspace = Workspace(tmp_path / "run")
+    context = Context(
+        common=Common(run=tmp_path / "run", effort="quick"),
+        workspace=workspace,
+        reporter=Reporter(quiet=True),
+    )
+    start = resident_now() or 0
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        with mmap.mmap(-1, 300 << 20) as pages:
+            for place in range(0, len(pages), 4096):
+                pages[place] = 1
+            time.sleep(1)  # a hundred samples
+        with PeakMemory() as inner:
+            folder.joinpath("artifact").write_text("x")
+        return {"inner": inner.host_bytes}
+
+    with workspace.locked():
+        workspace.set_model(MODEL)
+        stage = run_stage(context, "eval", config={}, inputs={"model": "f0"}, work=work).stage
+    assert stage is not None
+    assert stage.record["peak_memory_bytes"] - start > 250 << 20
 
 
 def test_other_settings_need_redo(chain: Chain) -> None:

@@ -29,9 +29,14 @@ def sample_run(layers: int = 30, steps: int = 60) -> dict[str, Any]:
             "id": f"{number:x}" * 64,
             "command": ["compress", verb, *command],
             "folder": f"{number:02d}-{verb}",
-            "inputs": {"model": f"{number + 8:x}" * 64},
+            "inputs": {"model": f"{number - 1:x}" * 64},
+            "effort": "quick",
             "seconds": took,
             "peak_memory_bytes": 1_900_000_000 + 1e8 * number,
+            "memory_timeline": {
+                "interval_seconds": 1.0,
+                "host_bytes": [int(g.uniform(0.6e9, 1.9e9)) for _ in range(int(took))],
+            },
             **rest,
         }
 
@@ -49,6 +54,7 @@ def sample_run(layers: int = 30, steps: int = 60) -> dict[str, Any]:
             "rank": (rank := g.choice([0, 0, 0, 4, 8])),
             "bits_per_weight": bits + 0.128 + 0.02 * rank + g.random() * 0.2,
             "relative_error": g.uniform(0.05, 0.3),
+            "relative_output_error": g.uniform(0.01, 0.2),
         }
         for layer in range(layers)
         for kind in KINDS
@@ -93,6 +99,17 @@ def sample_run(layers: int = 30, steps: int = 60) -> dict[str, Any]:
                     "original": {"kv_heads": 3, "queries": 3, "channels": 1536, "layers": layers},
                     "certificate": None,
                     "losses": losses(3.4, 3.9),
+                    "trials": [
+                        {
+                            "kv_heads": groups,
+                            "queries": 3,
+                            "channels": channels,
+                            "loss": 3.5 + rise,
+                            "rise": rise,
+                            "predicted": 0.8 * rise,
+                        }
+                        for groups, channels, rise in ((2, 704, 0.412), (1, 944, 0.655), (3, 464, 0.538))
+                    ],
                     "kept": {
                         "kv_groups": [sorted(g.sample(range(3), 2)) for _ in range(layers)],
                         "queries_per_layer": [3] * layers,
@@ -128,6 +145,14 @@ def sample_run(layers: int = 30, steps: int = 60) -> dict[str, Any]:
                         "lower_bound": 5132.1,
                         "gap": 0.0,
                         "seconds": 0.41,
+                    },
+                    "stored_bits_per_weight": 2.7499,
+                    "tradeoff": {
+                        "cost": "squared error",
+                        "points": [
+                            {"bits_per_weight": 2 + n / 4, "cost": 5132.1 * 4.0 ** (0.75 - n / 4)}
+                            for n in range(9)
+                        ],
                     },
                     "plain_rounding": {"squared_error": 6021.4, "stored_bits": 145_000_000},
                     "matrices": matrices,
@@ -239,3 +264,15 @@ def evaluated_run(layers: int = 2) -> dict[str, Any]:
             }  # fmt: skip
     metrics |= {"reference": "original", "notes": ["The tokenizers differ (a; b)."]}
     return run
+
+
+def sample_others() -> list[dict[str, Any]]:
+    """Two runs to compare the sample with: fewer bits, and less pruning without an evaluation."""
+    tight, mild = sample_run(layers=2, steps=5), sample_run(layers=2, steps=5)
+    for side in (tight["stages"][1]["metrics"]["after"],):
+        side |= {"bytes": 61_000_000, "stored_bits_per_weight_with_factors": 2.0}
+    for row in tight["stages"][-1]["metrics"]["rows"][2:4]:
+        row |= {"bytes": 61_000_000, "perplexity": row["perplexity"] * 1.4}
+    mild["stages"] = mild["stages"][:2]
+    mild["stages"][0]["metrics"]["achieved_ratio"] = 0.25
+    return [{"name": "two-bits", "stages": tight["stages"]}, {"name": "mild", "stages": mild["stages"]}]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.report.allocation import locate
-from compress.report.figure import log_ticks, nice_ticks
 from compress.report.html import h, join
+from compress.report.svg import log_ticks, nice_ticks
 from compress.report.values import change, count, fixed, general, percent, seconds, size
 
 
