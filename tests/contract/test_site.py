@@ -107,7 +107,7 @@ def test_the_results_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -
 
 def plans() -> list[tuple[str, str, str]]:
     """(page, command, what it prints) of every ``compress plan`` with its output below."""
-    pattern = r"^```\n(compress plan .+)\n```\n+```text\n(.*?)^```$"
+    pattern = r"^```\n(compress plan [^\n]+)\n```\n+```text\n(.*?)^```$"
     return [
         (page.stem, command, output)
         for page in PAGES
