@@ -65,9 +65,12 @@ $(DEV): $(CORE)
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
-$(DOCS): $(CORE)
-	@echo "Installing what builds the documents"
-	$(PIP) install -c constraints.txt -e '.[docs]'
+# The extra alone, without the project: the reference is read from the sources, so torch is not needed.
+$(DOCS): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	echo "Installing what builds the documents"
+	extras='import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c "$$extras")
 	touch $@
 
 demo: $(MODEL)
