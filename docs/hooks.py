@@ -24,8 +24,19 @@ _ROLE = re.compile(r":(class|func|meth|mod|data):`(?:~[\w.]+\.)?([\w.]+)`")
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
 
+def on_startup(*, command: str, dirty: bool) -> None:
+    """Lay the sources out before the plugins look for them."""
+    lay_out()
+
+
 def on_config(config: Any) -> Any:
-    """Lay the sources out in ``build/docs`` as they are once installed; the reference is read from there.
+    """Lay them out again for every build of `mkdocs serve`."""
+    lay_out()
+    return config
+
+
+def lay_out() -> None:
+    """Put the sources into ``build/docs`` as they are once installed; the reference is read from there.
 
     They are copied: links would be followed back to the folders of the repository.
     """
@@ -36,7 +47,6 @@ def on_config(config: Any) -> Any:
         shutil.copytree(
             ROOT / folder, target, dirs_exist_ok=True, ignore=_NO_PYTHON, copy_function=_plain_copy
         )
-    return config
 
 
 def _plain_copy(source: str, target: str) -> str:
