@@ -1,5 +1,5 @@
 # Every target creates .venv and installs what it needs; stamp files make a second call instant.
-#   make demo | test | test-all | lint | types | bench | peers | format | clean
+#   make demo | test | test-all | lint | types | docs | docs-serve | bench | peers | format | clean
 # Variables: PYTHON (interpreter for the venv), VENV (its folder), BENCH (names), BENCH_ARGS (e.g. --quick),
 #   PYTEST_ARGS (e.g. "-k prune"), JOBS (processes that test at once; auto: one a core),
 #   PEERS (names: files in benchmarks/peers/requirements).
@@ -35,14 +35,16 @@ endif
 CORE := $(VENV)/.installed-core
 MODEL := $(VENV)/.installed-model
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 PEERS_VENV := .venv-peers
 
-.PHONY: help demo test test-all lint types bench peers format clean
+.PHONY: help demo test test-all lint types docs docs-serve bench peers format clean
 
 help:
 	@echo "make demo      install, then the whole chain on the embedded model, in demo/"
 	@echo "make test      lint, types and every fast test"
-	@echo "make test-all  the same, plus slow tests and long property tests"
+	@echo "make test-all  the same, plus slow tests, long property tests and the documents"
+	@echo "make docs      the documents as pages in build/site; make docs-serve shows them while they are edited"
 	@echo "make peers     quantizers to compare with, each in its own environment (1 GB each or more)"
 	@echo "make lint | types | format | bench | clean"
 
@@ -61,6 +63,14 @@ $(MODEL): $(CORE)
 $(DEV): $(CORE)
 	@echo "Installing the development tools"
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The extra alone, without the project: the reference is read from the sources, so torch is not needed.
+$(DOCS): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	echo "Installing what builds the documents"
+	extras='import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c "$$extras")
 	touch $@
 
 demo: $(MODEL)
@@ -88,7 +98,7 @@ demo: $(MODEL)
 test: lint types $(MODEL)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=10 $(PYTEST_ARGS)
 
-test-all: lint types $(MODEL)
+test-all: lint types docs $(MODEL)
 	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 $(PYTEST_ARGS)
 
 lint: $(DEV)
@@ -103,6 +113,15 @@ types: $(DEV)
 	ln -s $(CURDIR)/cli.py build/types/
 	cd build/types
 	$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p compress -m cli
+
+# The notice that the theme prints about its successors says nothing about these pages.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)
+	@$(BIN)/mkdocs build --quiet --strict
+	echo "build/site/index.html"
+
+docs-serve: $(DOCS)
+	@$(BIN)/mkdocs serve
 
 bench: $(MODEL)
 	@$(BIN)/compress bench $(BENCH) $(BENCH_ARGS)

@@ -23,19 +23,19 @@ class Answer:
 
 
 class Backend(Protocol):
-    """Solve what the exact pass left open, or (raw) the whole problem.
-
-    Args:
-        items: At least one. The core: the candidates that matter, two or more for one item or more. Raw: all
-            candidates, in any order.
-        start: A known choice that fits in the budget.
-        multiplier: Lagrangian price of one unit of size.
-        time_limit: Seconds.
-        gap: Relative gap at which the search may stop.
-    """
+    """Solve what the exact pass left open, or (raw) the whole problem."""
 
     def __call__(
         self, items: Items, start: Ints, multiplier: float, *, time_limit: float, gap: float
     ) -> Answer:
-        """Return the best choice found and a bound."""
+        """Return the best choice found and a bound.
+
+        Args:
+            items: At least one. The core: the candidates that matter, two or more for one item or more. Raw: all
+                candidates, in any order.
+            start: A known choice that fits in the budget.
+            multiplier: Lagrangian price of one unit of size.
+            time_limit: Seconds.
+            gap: Relative gap at which the search may stop.
+        """
         ...

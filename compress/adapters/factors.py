@@ -23,7 +23,7 @@ def scatter_rows(small: Tensor, kept: Tensor | None, size: int) -> Tensor:
 def difference_factors(
     factor_a: Tensor, factor_b: Tensor, initial_a: Tensor, initial_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Factors of ``B A - B0 A0``: ([A; A0] [r + r0, in], [B, -B0] [out, r + r0]), in the dtype of A and B."""
+    """Factors of ``B A - B0 A0`` in A's and B's dtype: ``[A; A0]`` [r + r0, in] and ``[B, -B0]`` [out, r + r0]."""
     return (
         torch.cat([factor_a, initial_a.to(factor_a.dtype)], dim=0),
         torch.cat([factor_b, -initial_b.to(factor_b.dtype)], dim=1),

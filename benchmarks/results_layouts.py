@@ -1,0 +1,232 @@
+"""Which figures of a record go on the results page, by benchmark; `results_page.py` shows any other record as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        header: What stands above it.
+        path: Keys from the row to the figure, outermost first.
+        unit: How it is written: ``number``, ``count``, ``bytes``, ``ms`` (from seconds), ``percent`` (from a fraction)
+            or ``text``.
+    """
+
+    header: str
+    path: tuple[str, ...]
+    unit: str = "number"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One table of a record.
+
+    Attributes:
+        rows: Regular expression that the names of its rows match as a whole.
+        columns: What is shown of each.
+        of: Key of the record under which the rows are.
+        protocol: Key of the record with the protocol of these rows, where they have none of their own.
+        note: What a reader needs to understand the table.
+    """
+
+    rows: str
+    columns: tuple[Column, ...]
+    of: str = "rows"
+    protocol: str = "protocol_line"
+    note: str = ""
+
+
+def _columns(unit: str, **paths: str) -> tuple[Column, ...]:
+    """Columns of one unit; underscores in a header are spaces, slashes in a path part its keys."""
+    return tuple(
+        Column(header=name.replace("_", " "), path=tuple(path.split("/")), unit=unit)
+        for name, path in paths.items()
+    )
+
+
+_PERPLEXITY = (
+    *_columns("number", perplexity="perplexity"),
+    Column(header="standard error of the loss", path=("standard_error",)),
+)
+_KERNELS = ("nf4", "nf3", "nf2", "bitsandbytes", "int4pack", "dense bfloat16", "dense float32")
+
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "smoke": (
+        Layout(
+            rows=".*",
+            columns=(
+                *_columns("count", parameters="parameters"),
+                *_columns("bytes", weight_files="bytes"),
+                *_columns("number", bits_per_parameter="bits_per_weight"),
+                *_PERPLEXITY,
+                Column(header="held-out loss, nats", path=("held_out_loss",)),
+                *_columns(
+                    "number",
+                    prefill_tokens_per_second="tokens_per_second",
+                    decode_tokens_per_second="decode_tokens_per_second",
+                ),
+                *_columns("bytes", peak_memory="peak_memory_bytes"),
+            ),
+            note="The section Measured of the [README](../README.md) says which state of the code the record is of.",
+        ),
+        Layout(
+            rows=".*",
+            columns=_columns("number", value="value", must_be_below="bound")
+            + _columns("text", passed="passed"),
+            of="checks",
+            protocol="validation_protocol_line",
+            note="What the chain must hold: perplexities and losses of validation text.",
+        ),
+    ),
+    "pruning": (
+        Layout(
+            rows=".*",
+            columns=(
+                *_columns("percent", removed="achieved_ratio"),
+                *_columns(
+                    "count",
+                    KV_groups="shape/kv_heads",
+                    query_heads_each="shape/queries",
+                    channels="shape/channels",
+                    parameters="parameters",
+                ),
+                *_columns("bytes", weights="bytes"),
+                *_PERPLEXITY,
+            ),
+            note="A row is named after the asked ratio, the method and the tokens of recovery training; `dense` is the "
+            "model as it was. [Pruning](pruning.md#measured) says how the methods are made comparable.",
+        ),
+    ),
+    "solver": (
+        Layout(
+            rows=".*",
+            columns=(
+                *_columns("count", matrices="matrices", candidates_each="candidates"),
+                *_columns("number", seconds="seconds", gap="gap"),
+                *_columns("text", status="status"),
+                *_columns(
+                    "number",
+                    HiGHS_alone_seconds="raw/highs/seconds",
+                    HiGHS_alone_gap="raw/highs/gap",
+                    CBC_alone_seconds="raw/cbc/seconds",
+                    CBC_alone_gap="raw/cbc/gap",
+                    dynamic_alone_seconds="raw/dynamic/seconds",
+                    dynamic_alone_gap="raw/dynamic/gap",
+                ),
+            ),
+            note="`ranks`: ranks are on the menu too; `fused`: what serving runtimes fuse has one format. `seconds` is "
+            "the median of five runs; in the columns after it a solver got the same problem with all its candidates.",
+        ),
+    ),
+    "error table": (
+        Layout(
+            rows="order, .*",
+            columns=(
+                *_columns("count", rank="rank"),
+                *_columns(
+                    "number",
+                    tau="tau",
+                    tau_of_the_undominated="tau_of_the_undominated",
+                    tau_sampled="tau_sampled",
+                    ratio_of_errors_mean="ratio/mean",
+                    ratio_of_errors_spread="ratio/spread",
+                ),
+            ),
+            note="Kendall's tau between the order of the formats in our table and in the paper's decompositions.",
+        ),
+        Layout(
+            rows="allocation",
+            columns=tuple(
+                Column(
+                    header=f"{kind}, {bits} bits",
+                    path=(f"excess_cost_{kind}", f"{bits} bits"),
+                    unit="percent",
+                )
+                for kind in ("table", "sampled")
+                for bits in ("2.25", "2.75", "3.25", "4.25")
+            ),
+            note="28 matrices: how much more the allocation by our table truly costs than the one by the true errors.",
+        ),
+        Layout(
+            rows="speed",
+            columns=(
+                *_columns("count", formats="configurations", rank="rank", threads="threads"),
+                *_columns(
+                    "number",
+                    table_seconds="seconds/table/median",
+                    sampled_seconds="seconds/sampled/median",
+                    table_against_5_rounds="speedup/table, 5 rounds/median",
+                    table_against_10_rounds="speedup/table, 10 rounds/median",
+                    sampled_against_5_rounds="speedup/sampled, 5 rounds/median",
+                    sampled_against_10_rounds="speedup/sampled, 10 rounds/median",
+                ),
+            ),
+            note="One matrix of 4096 x 4096, processor seconds. Those of the paper's loop are "
+            "extrapolated from some of the formats.",
+        ),
+    ),
+    "importance": (
+        Layout(
+            rows="memory, .*",
+            columns=_columns(
+                "bytes",
+                tensors="tensors",
+                resident="resident",
+                gradients="gradients",
+                reduction="reduction",
+                weights="weights",
+            )
+            + _columns(
+                "percent",
+                tensors_against_taylor="tensors_of_taylor",
+                resident_against_taylor="resident_of_taylor",
+            ),
+            note="Windows x tokens. What a scoring pass needs beyond the loaded model, in live tensors and resident; "
+            "`recomputed`: only the inputs of the layers are kept; `reduction`: what summing the scores takes.",
+        ),
+        Layout(
+            rows="speed, .*",
+            columns=(
+                *_columns("count", rank="rank"),
+                *_columns(
+                    "number",
+                    seconds="seconds/ours/median",
+                    dense_formula_seconds="seconds/dense/median",
+                    dense_merged_seconds="seconds/dense, merged/median",
+                    times_as_fast_as_dense="speedup/dense/median",
+                    times_as_fast_as_merged="speedup/dense, merged/median",
+                ),
+            ),
+            note="Scores of one matrix of 4096 x 11008, medians.",
+        ),
+    ),
+    "kernels on the CPU": (
+        Layout(
+            rows="linear, .*",
+            columns=tuple(
+                Column(header=f"{name}, ms", path=("seconds", name, "median"), unit="ms") for name in _KERNELS
+            ),
+            note="Medians, methods in turns in one process. `nf4`, `nf3` and `nf2` are ours, with blocks of 64. "
+            "[Kernels](kernels.md#measured) says what the comparison is worth.",
+        ),
+    ),
+    "loram_recover": (
+        Layout(
+            rows=".*",
+            columns=(
+                *_columns("count", modules="modules", rank="rank"),
+                *_columns("number", seconds="seconds"),
+                *_columns(
+                    "bytes", peak_memory="peak_bytes", small_adapter="small_bytes", full_adapter="full_bytes"
+                ),
+                *_columns("number", truncation_error="truncation"),
+            ),
+            note="`difference`: an adapter that did not start at zero; `cut`: cut back to the rank.",
+        ),
+    ),
+}
+"""Benchmark, as a record names itself (else the module that made it) -> its tables."""
