@@ -65,6 +65,12 @@ def open_partial(out: Path, wanted: str, *, redo: bool) -> Path:
     return partial
 
 
+def abandon(partial: Path) -> None:
+    """Remove the folder when no model in it is finished."""
+    if {path.name for path in partial.iterdir()} <= {MARKER}:
+        shutil.rmtree(partial)
+
+
 def _read(out: Path) -> dict[str, Any]:
     try:
         record = read_json(out)

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from compress.data.text import Text
 from compress.data.windows import Windows
 from compress.errors import UsageError
 from compress.evaluate.harness import check_harness
 from compress.evaluate.task_file import read_task
 from compress.pipelines.eval_entries import Entry, named_entry
 from compress.pipelines.eval_row import Bench, compare, delimiter_of, measure
-from compress.pipelines.eval_text import Reading
+from compress.pipelines.eval_text import Reading, readings
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.reporter import Reporter
@@ -68,6 +69,30 @@ def identities(bench: Bench, entries: Sequence[Entry], reference: Entry) -> dict
     if bench.settings.lm_eval_tasks is not None:
         found["lm-eval tasks"] = digest(describe_files(Path(bench.settings.lm_eval_tasks)))
     return found | {f"task {task.name}": task.sha256 for task in bench.tasks}
+
+
+def readings_of(
+    text: Text,
+    entries: Sequence[Entry],
+    reference: Entry,
+    settings: EvalSettings,
+    *,
+    tokenizer: Path | None = None,
+) -> list[Reading]:
+    """What each of ``entries`` reads, and at the end the reference where it is none of them.
+
+    Such a reference is measured for itself nowhere, so its tokenizer does not hold the others to less text.
+
+    Args:
+        text: The test text.
+        entries: The models.
+        reference: One of them, or another.
+        settings: Give the windows.
+        tokenizer: Folder with the tokenizer of all ``entries``; None: each has its own.
+    """
+    shared = {"length": settings.sequence, "count": settings.windows}
+    found = readings(text, [tokenizer or entry.model for entry in entries], **shared)
+    return found if reference in entries else [*found, *readings(text, [reference.model], **shared)]
 
 
 def measure_all(

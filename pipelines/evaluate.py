@@ -10,9 +10,15 @@ from typing import Any
 from compress.data.sources import default_source
 from compress.pipelines.eval_entries import chain_entries
 from compress.pipelines.eval_out import check_out
-from compress.pipelines.eval_run import configuration, identities, make_bench, measure_all, reference_of
+from compress.pipelines.eval_run import (
+    configuration,
+    identities,
+    make_bench,
+    measure_all,
+    readings_of,
+    reference_of,
+)
 from compress.pipelines.eval_tables import show
-from compress.pipelines.eval_text import readings
 from compress.pipelines.measure import WINDOWS, check_length, validation_windows
 from compress.pipelines.model_input import original
 from compress.pipelines.settings import EvalSettings
@@ -51,8 +57,7 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
 
     def work(folder: Path) -> Mapping[str, Any]:
         text = read_text(context, source, "test", full.path)
-        models = [full.path] * len(entries) + [reference.model] * (reference not in entries)
-        read = readings(text, models, length=settings.sequence, count=settings.windows)
+        read = readings_of(text, entries, reference, settings, tokenizer=full.path)
         held_out = validation_windows(context, full.path, training_source, length=settings.sequence)
         finished = folder / "rows"
         finished.mkdir(exist_ok=True)

@@ -13,10 +13,16 @@ from typing import Any
 from compress.data.sources import default_source, load_text
 from compress.errors import UsageError
 from compress.pipelines.eval_entries import named_entries
-from compress.pipelines.eval_out import check_out, finished_record, open_partial
-from compress.pipelines.eval_run import configuration, identities, make_bench, measure_all, reference_of
+from compress.pipelines.eval_out import abandon, check_out, finished_record, open_partial
+from compress.pipelines.eval_run import (
+    configuration,
+    identities,
+    make_bench,
+    measure_all,
+    readings_of,
+    reference_of,
+)
 from compress.pipelines.eval_tables import show
-from compress.pipelines.eval_text import readings
 from compress.pipelines.measure import check_length
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, EvalSettings
@@ -84,9 +90,13 @@ def evaluate_named(
         return done
     partial = None if out is None else open_partial(out, wanted, redo=common.redo)
     started = time.monotonic()
-    models = [entry.model for entry in entries] + [reference.model] * (reference not in entries)
-    read = readings(text, models, length=settings.sequence, count=settings.windows)
-    metrics = measure_all(bench, entries, reference, read, None, partial)
+    try:
+        read = readings_of(text, entries, reference, settings)
+        metrics = measure_all(bench, entries, reference, read, None, partial)
+    except BaseException:
+        if partial is not None:
+            abandon(partial)
+        raise
     record = {
         "format_version": FORMAT_VERSION,
         "id": wanted,

@@ -131,6 +131,10 @@ def test_a_copy_is_the_same_model_and_reference_may_be_another(
     named = evaluate(common, folder / "b", folder / "a", reference=str(folder / "a"))
     assert named["metrics"]["rows"][0]["divergence"]["kl"] == rows["b"]["kl"]
     assert set(named["inputs"]) == {"a", "b"}
+    other = evaluate(common, folder / "b", reference=str(folder / "pairs"))["metrics"]
+    assert other["rows"][0]["protocol_line"] == record["metrics"]["rows"][0]["protocol_line"]
+    assert other["rows"][0]["divergence"] is None
+    assert other["notes"] == ["b is not compared with the reference: their tokenizers differ."]
     without = evaluate(common, folder / "b", folder / "a", kl_windows=0)
     assert not any(row.get("divergence") for row in without["metrics"]["rows"])
 
@@ -373,6 +377,7 @@ def test_what_is_refused_leaves_nothing(folder: Path, tmp_path: Path, text_file:
         ((a, bare), 1, "names no base model"),
         ((a, lost), 1, "The base './gone' of the adapter"),
         ((wrong, "--sequence", "32"), 1, "does not fit the model"),
+        ((wrong, "--sequence", "32", "--out", tmp_path / "out.json"), 1, "does not fit the model"),
     ):
         data = () if "--data" in arguments else ("--data", text_file)
         ran = cli("eval", *arguments, *data, "--dtype", "float32", "--run", tmp_path / "run")
