@@ -105,7 +105,7 @@ def benchmarks_folder() -> Path:
 
 
 def find_benchmarks(folder: Path) -> dict[str, Benchmark]:
-    """Every module there that runs by itself, by name; nothing is imported."""
+    """Every module there that runs by itself and says what it ``TAKES``, by name; nothing is imported."""
     found = {}
     for file in sorted(folder.glob("*.py")):
         source = file.read_text(encoding="utf-8")
@@ -119,7 +119,9 @@ def find_benchmarks(folder: Path) -> dict[str, Benchmark]:
             and len(node.targets) == 1
             and isinstance(node.targets[0], ast.Name)
         }
-        takes = ast.literal_eval(constants["TAKES"]) if "TAKES" in constants else ("?", "?")
+        if "TAKES" not in constants:
+            continue
+        takes = ast.literal_eval(constants["TAKES"])
         needs = ast.literal_eval(constants["NEEDS"]) if "NEEDS" in constants else ()
         summary = (ast.get_docstring(tree) or file.stem).splitlines()[0]
         found[file.stem] = Benchmark(name=file.stem, summary=summary, takes=takes, needs=needs)

@@ -71,7 +71,8 @@ def test_every_benchmark_says_what_it_takes_and_needs() -> None:
     runs = {
         f.stem for f in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in f.read_text("utf-8")
     }
-    assert set(found) == runs >= {"smoke", "regression", "plan_check", "quantization"}
+    assert {"smoke", "regression", "plan_check", "quantization"} <= set(found)
+    assert runs - set(found) == {"results_page"}  # it writes a page and measures nothing
     for each in found.values():
         assert set(each.takes) <= {"seconds", "minutes", "hours"}, each.name
         assert all(need in ("gpu", "wikitext2") or need.startswith("peer:") for need in each.needs), each.name
