@@ -52,7 +52,11 @@ def kind_table(matrices: Sequence[Any]) -> Html | None:
             kinds.setdefault(place[1], []).append(record)
     if not kinds:
         return None
-    columns = (("bits_per_weight", "Bits per weight", 2), ("rank", "Rank", 1), ("relative_error", "Error", 3))
+    columns = (
+        ("bits_per_weight", "Bits per weight", 2),
+        ("rank", "Rank", 1),
+        ("relative_error", "Error of weights", 3),
+    )
     rows = [
         [kind, str(len(found)), *(fixed(_mean(found, key), digits) for key, _, digits in columns)]
         for kind, found in kinds.items()

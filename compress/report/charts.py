@@ -12,6 +12,8 @@ from compress.report.svg import SMALLEST_SPAN, line_class, log_ticks, marker, ni
 MAX_POINTS = 300
 NARROW = 2.5
 """Largest over smallest value up to which a logarithmic axis has evenly spaced ticks: the first is above zero."""
+CLOSE = 16
+"""Distance of two marks up to which the lower one is named under its line."""
 LEGEND_NAME = 22
 """Characters of a line's name up to which two fit side by side."""
 
@@ -94,9 +96,9 @@ def line_chart(
         line = [(x_at(x), y_at(y)) for (x, _), y in zip(points, smooth, strict=True)]
         drawn.append(h("path", d=path(line), class_="curve"))
     for n, (name, value) in enumerate(marks):  # last, so that the curve does not cross out the words
-        drawn.append(
-            h("text", name, x=width - right - 2, y=y_at(value) - 4, class_=f"tick end marked m{n % 2}")
-        )
+        near = any(0 < y_at(value) - y_at(other) < CLOSE for _, other in marks)
+        y = y_at(value) + (13 if near else -4)  # under its line where the words over it would meet another's
+        drawn.append(h("text", name, x=width - right - 2, y=y, class_=f"tick end marked m{n % 2}"))
     return svg(width, height, alt, drawn, fit=True)
 
 

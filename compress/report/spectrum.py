@@ -45,7 +45,7 @@ def spectrum_figure(matrices: Sequence[Any]) -> Html | None:
             alt=f"Error spectrum, {words}, by layer for each kind of matrix: {'; '.join(told)}.",
             x_title="layer",
             y_title=f"{words}, logarithmic",
-            x_label=lambda layer: f"{layer:g}",
+            x_label=lambda layer: f"{layer:g}" if layer == int(layer) else "",
         ),
         f"Error spectrum: {words} (0: exact, 1: as large as what it replaces), layer by layer.",
         name="Error spectrum",
@@ -62,7 +62,7 @@ def worst_table(matrices: Sequence[Any]) -> Html | None:
     errors.sort(key=lambda pair: -pair[0])
     rows = [
         (
-            string(record.get("name")),
+            _short(string(record.get("name"))),
             string(record.get("bits")),
             string(record.get("rank")),
             fixed(at(record, "bits_per_weight")),
@@ -79,6 +79,12 @@ def measure(matrices: Sequence[Record]) -> tuple[str, str]:
     counts = {key: sum(_error(record, key) is not None for record in matrices) for key, _ in MEASURES}
     most = max(counts.values(), default=0)
     return next((key, words) for key, words in MEASURES if counts[key] == most)
+
+
+def _short(name: str) -> str:
+    """Layer and kind of a decoder matrix; the whole name of any other."""
+    place = locate(name)
+    return f"layer {place[0]}, {place[1]}" if place is not None else name
 
 
 def _error(record: Record, key: str) -> float | None:

@@ -51,7 +51,7 @@ def test_the_spectrum_has_every_error_at_its_layer_and_height() -> None:
     assert "up 0.05 to 0.2; down 0.01 to 0.08" in str(found.get("aria-label"))
     worst = next(t for t in elements(page, "table") if "Largest" in text(t[0]))
     assert [line[4] for line in table_rows(worst)[1:]] == ["0.2", "0.1", "0.08", "0.05", "0.02"]
-    assert table_rows(worst)[1][0] == "model.layers.1.mlp.up_proj"
+    assert table_rows(worst)[1][0] == "layer 1, up"
 
 
 def test_the_spectrum_shows_the_error_nearest_to_the_loss() -> None:
@@ -165,6 +165,27 @@ def test_close_values_have_an_axis_of_their_own() -> None:
     page = f"<!DOCTYPE html>\n{drawn}"
     ticks = [float(str(e.text)) for e in elements(page, "text") if e.get("class") == "tick end"]
     assert (ticks[0], ticks[-1]) == (240.0, 280.0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3.9, 3.5), (3.52, 3.5), (3.5, 3.52)])
+def test_names_of_close_marks_lie_apart(before: float, after: float) -> None:
+    run = sample_run(layers=2)
+    run["stages"][2]["metrics"] |= {"validation_loss_before": before, "validation_loss_after": after}
+    found = drawing(render(run), "Training loss")
+    (first, second) = (
+        float(e.get("y", 0)) for e in parts(found, "text") if str(e.text).startswith("validation")
+    )
+    assert abs(first - second) >= 12
+    assert (first < second) == (before > after)
+
+
+def test_layers_have_whole_numbers() -> None:
+    found = matrices(relative_error=[0.1, 0.01, 0.2, 0.02])
+    page = render({"stages": [{"verb": "quantize", "metrics": {"matrices": found}}]})
+    ticks = [
+        e.text for e in parts(drawing(page, "Error spectrum"), "text") if e.get("class") == "tick middle"
+    ]
+    assert [tick for tick in ticks if tick] == ["0", "1", "layer"]
 
 
 def test_the_lineage_names_settings_cost_and_the_stage_before() -> None:
