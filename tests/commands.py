@@ -70,7 +70,8 @@ def parsed(line: str) -> Parsed:
         ran = cli(*words[1:])
     assert ran.code == 0, f"{line}: {ran.err}"
     (found,) = seen
-    given = {name: value for name, value in found.given.items() if name != "meanings"}
+    beside = ("models", "out") if found.verb == "eval" else ("meanings",)  # what settings do not hold
+    given = {name: value for name, value in found.given.items() if name not in beside}
     kinds = {**VERBS, "plan": PlanSettings, "generate": GenerateSettings, "init": InitSettings}
     if found.verb in kinds:
         resolve(kinds[found.verb], given, found.common.effort or "quick")
