@@ -46,11 +46,13 @@ def read_recipe(name: str) -> Recipe:
     if not path.is_file() and name in shipped():
         path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        beside = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        near = nearest(name, [*shipped(), *beside])
+        beside = {file.stem: str(file) for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+        near = nearest(path.stem, [*shipped(), *beside])
         raise UsageError(
             f"There is no recipe {name!r}.",
-            f"Give a file, or one of: {', '.join(shipped())}." if near is None else f"Did you mean {near!r}?",
+            f"Give a file, or one of: {', '.join(shipped())}."
+            if near is None
+            else f"Did you mean {beside.get(near, near)!r}?",
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

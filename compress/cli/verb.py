@@ -40,6 +40,10 @@ KEEP_NOTHING = ("plan", "init", "generate", "report", "verify", "bench", "doctor
 """Verbs without finished steps that an interruption would leave behind."""
 
 
+class _UnknownVerb(UsageError):
+    """The first word is no verb."""
+
+
 class _Verb(TyperCommand):
     """A verb, whose help ends with examples."""
 
@@ -57,7 +61,7 @@ class _Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if not (args[0] in self.commands or args[0].startswith("-") or ctx.resilient_parsing):
-            raise UsageError(f"There is no command {args[0]!r}.", choose(args[0], self.list_commands(ctx)))
+            raise _UnknownVerb(f"There is no command {args[0]!r}.", choose(args[0], self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **more: Any) -> Any:  # type: ignore[override]
@@ -71,7 +75,7 @@ class _Verbs(TyperGroup):
                 sys.exit(2)
             complain(refused.cause, refused.remedy)
             sys.exit(refused.exit_code)
-        except UsageError as error:
+        except _UnknownVerb as error:
             complain(error.cause, error.remedy)
             sys.exit(error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)

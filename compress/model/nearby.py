@@ -17,18 +17,20 @@ def meant(given: str, names: tuple[str, ...] = ()) -> str | None:
     """The name or path of a model that ``given`` is most like.
 
     Candidates are ``names``, and every Hugging Face folder and GGUF file in the folder that ``given`` leads to, in the
-    present one, and one level below: the stages of a workspace are among them. The last part of a path is enough.
+    present one, and one level below: the stages of a workspace are among them. Of paths the last parts are compared:
+    long paths into one folder are all alike.
 
     Returns:
         What to give instead, or None where nothing is much like it.
     """
-    candidates = {name: name for name in names}
-    for path in models_near(Path(given).expanduser()):
-        candidates.setdefault(str(path), str(path))
-        candidates.setdefault(path.name, str(path))
-    candidates.pop(given, None)
-    near = nearest(given, candidates) or nearest(Path(given).name, candidates)
-    return None if near is None else candidates[near]
+    named = nearest(given, names)
+    if named is not None:
+        return named
+    wanted, paths = Path(given).expanduser(), dict[str, Path]()
+    for path in models_near(wanted):
+        paths.setdefault(path.name, path)
+    near = nearest(wanted.name, paths)
+    return None if near is None else str(paths[near])
 
 
 def models_near(path: Path) -> Iterator[Path]:
@@ -37,13 +39,14 @@ def models_near(path: Path) -> Iterator[Path]:
         for entry in _entries(folder):
             if is_model(entry):
                 yield entry
-            elif entry.is_dir():
+            elif os.path.isdir(entry):
                 yield from filter(is_model, _entries(entry))
 
 
 def is_model(path: Path) -> bool:
     """Whether a path looks like a model: a folder with a config.json, or a GGUF file."""
-    return (path / "config.json").is_file() if path.is_dir() else path.suffix == ".gguf" and path.is_file()
+    # os.path has no folder that may not be entered raise.
+    return os.path.isfile(path / "config.json") or (path.suffix == ".gguf" and os.path.isfile(path))
 
 
 def _entries(folder: Path) -> list[Path]:
