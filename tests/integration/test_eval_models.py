@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from compress.adapters.attach import attach_lora, save_adapter
 from compress.data.sources import load_text
 from compress.errors import CompressError, UsageError
+from compress.evaluate.saturation import saturation
 from compress.model.architecture import architecture_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model
-from compress.pipelines import eval_run
+from compress.pipelines import eval_row, eval_run
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
 from tests.fresh import ForkServer
@@ -301,7 +303,10 @@ def test_distances_that_are_known_are_not_measured_again(
     assert [r.get("divergence") for r in record["metrics"]["rows"]] == [r.get("divergence") for r in rows]
 
 
-def test_the_command_line(folder: Path, tmp_path: Path, text_file: Path) -> None:
+def test_the_command_line(
+    folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_row, "saturation", partial(saturation, limit=2))  # a batch of 256 takes a minute
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text('{"query": "Which?", "choices": ["one", "two"], "gold": 0}\n' * 3)
     cloze = tmp_path / "cloze.jsonl"
