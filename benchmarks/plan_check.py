@@ -86,13 +86,13 @@ def check(
             (each for each in found["resources"] if each["resource"] == "device memory"),
             found["resources"][0],
         )
-        counted = resource["needs"] if limits.device is not None else found["process_bytes"]
+        alone = limits.device is None
+        counted = found["process_bytes"] if alone else resource["needs"]
         record = records[verb]
         stages[verb] = {
             "peak_bytes": _pair(counted, record["peak_memory_bytes"]),
-            "phase": resource["phase"],
+            "phase": found["process_phase"] if alone else resource["phase"],
             "seconds": _pair(found["at_least_seconds"], record["seconds"]),
-            "terms": resource["terms"],
         }
         if ROWS.get(verb) in measured_rows:
             stages[verb]["file_bytes"] = _pair(files[ROWS[verb]], measured_rows[ROWS[verb]]["bytes"])

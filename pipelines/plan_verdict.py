@@ -67,8 +67,10 @@ def device_bytes(phase: Phase) -> float:
     return float(sum(phase.device.values()))
 
 
-def host_peak(footprint: Footprint, *, separate: bool) -> tuple[float, float, Phase, dict[str, float]]:
-    """Peak of the host's memory, and of this process in it, with mapped files: bytes, bytes, phase, terms of the first.
+def host_peak(
+    footprint: Footprint, *, separate: bool
+) -> tuple[float, Phase, dict[str, float], tuple[float, Phase]]:
+    """Peak of the host's memory with its phase and terms, and that of this process alone, mapped files included.
 
     Beside a device of its own a phase holds its host terms and models on their way. Where the host computes, a process
     keeps what it has freed: its peak is what the largest phase holds for good, and `RETAINED` times the temporaries
@@ -93,8 +95,8 @@ def host_peak(footprint: Footprint, *, separate: bool) -> tuple[float, float, Ph
     terms |= {"second process": top.beside + PROCESS} if top.beside else {}
     if (more := whole(top) - sum(terms.values())) > 1:
         terms["kept by the allocator"] = more
-    process = max(own[id(phase)] + phase.pages for phase in footprint.phases)
-    return whole(top), process, top, terms
+    process = max(footprint.phases, key=lambda phase: own[id(phase)] + phase.pages)
+    return whole(top), top, terms, (own[id(process)] + process.pages, process)
 
 
 def _parts(phase: Phase, *, temporary: bool) -> dict[str, float]:
@@ -114,7 +116,7 @@ def verdict(footprint: Footprint, work: Work, limits: Limits, speed: Speed | Non
         speed: Measured rates; None: no times.
     """
     separate = limits.device is not None
-    needs, process, phase, terms = host_peak(footprint, separate=separate)
+    needs, phase, terms, (process, own_phase) = host_peak(footprint, separate=separate)
     resources = [
         _resource("host memory", needs, limits.host, phase, terms),
         _resource("disk", footprint.disk_peak, limits.disk, None, {}),
@@ -133,6 +135,7 @@ def verdict(footprint: Footprint, work: Work, limits: Limits, speed: Speed | Non
         "change": None if fits is not False else change(tight, footprint.verb),
         "resources": resources,
         "process_bytes": process,
+        "process_phase": own_phase.name,
         "disk_kept": footprint.disk_kept,
         "operations": {
             "products": work.products,

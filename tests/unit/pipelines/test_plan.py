@@ -377,6 +377,7 @@ def test_a_verdict_names_the_limit_and_what_to_change() -> None:
     kept = RETAINED * 9e9  # activations are gone when the second process is there, their memory is not
     assert host["needs"] == kept + 5e9 + 2 * PROCESS
     assert together["process_bytes"] == kept + 4e9 + 3e9 + PROCESS  # loading: mapped pages count
+    assert (host["phase"], together["process_phase"]) == ("reopen", "load")
     assert sum(host["terms"].values()) == pytest.approx(host["needs"])
     assert (disk["fits"], together["fits"], together["limit"]) == (False, False, "disk")
     assert "--run" in together["change"]
