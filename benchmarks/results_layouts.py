@@ -114,7 +114,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 *_columns("bytes", peak_memory="peak_bytes"),
                 *_columns("text", not_run="not_run"),
             ),
-            note="Bits are counted from everybody's files: what is stored for the quantized matrices, over their weights.",
+            note="Bits are counted from everybody's files: what the quantized matrices take, over their weights.",
         ),
     ),
     "loram": (

@@ -104,7 +104,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> s
 def generic_columns(rows: Mapping[str, Mapping[str, Any]]) -> list[Column]:
     """A column for every figure that any of the rows has, in the order they come in; of very many the outermost."""
     paths = list(dict.fromkeys(path for row in rows.values() for path, _ in leaves(row)))
-    outer = [path for path in paths if len(path) == 1]
+    outer: list[tuple[str, ...]] = [path for path in paths if len(path) == 1]
     if len(paths) > 2 * MOST_COLUMNS and outer:
         paths = outer
     return [
