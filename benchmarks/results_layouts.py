@@ -101,6 +101,40 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             "model as it was. [Pruning](pruning.md#measured) says how the methods are made comparable.",
         ),
     ),
+    "pruning curve": (
+        Layout(rows=".*", columns=(*_columns("percent", removed="achieved_ratio"), *_PERPLEXITY)),
+    ),
+    "quantization": (
+        Layout(
+            rows=".*",
+            columns=(
+                *_columns("number", stored_bits_per_weight="bits_per_weight"),
+                *_PERPLEXITY,
+                *_columns("number", seconds_to_quantize="seconds"),
+                *_columns("bytes", peak_memory="peak_bytes"),
+                *_columns("text", not_run="not_run"),
+            ),
+            note="Bits are counted from everybody's files: what the quantized matrices take, over their weights.",
+        ),
+    ),
+    "loram": (
+        Layout(
+            rows=".*",
+            columns=(
+                *_columns(
+                    "number",
+                    small_base="base",
+                    small_and_adapter="small",
+                    full_and_recovered="recovered",
+                    full_and_masked="masked",
+                    windows_per_second="windows_per_second",
+                ),
+                *_columns("bytes", peak_memory_of_training="peak_memory_bytes", weights="bytes"),
+            ),
+            note="Losses on held-out rows in nats per token of the responses. A row is named after the small model "
+            "and the seed; `full` is LoRA on the full model, `untuned` the full model as it was.",
+        ),
+    ),
     "solver": (
         Layout(
             rows=".*",

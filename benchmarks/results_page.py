@@ -24,7 +24,7 @@ from compress.pipelines.workspace import read_json
 
 RECORDS, PAGE = Path("benchmarks", "results"), Path("docs", "results.md")
 MOST_COLUMNS = 10
-"""A table with more is turned on its side."""
+"""A table with more is turned on its side if it has few rows; nested figures are left out of one with twice as many."""
 HEAD = """# Results
 
 Figures of the benchmarks, written by `python -m compress.benchmarks.results_page` from the records in
@@ -102,8 +102,11 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> s
 
 
 def generic_columns(rows: Mapping[str, Mapping[str, Any]]) -> list[Column]:
-    """A column for every figure that any of the rows has, in the order they come in."""
-    paths = dict.fromkeys(path for row in rows.values() for path, _ in leaves(row))
+    """A column for every figure that any of the rows has, in the order they come in; of very many the outermost."""
+    paths = list(dict.fromkeys(path for row in rows.values() for path, _ in leaves(row)))
+    outer: list[tuple[str, ...]] = [path for path in paths if len(path) == 1]
+    if len(paths) > 2 * MOST_COLUMNS and outer:
+        paths = outer
     return [
         Column(
             header=" ".join(path).replace("_", " "),
@@ -159,7 +162,7 @@ def tables(record: Mapping[str, Any], layouts: Sequence[Layout]) -> Iterator[str
 
 
 def _with_protocol(protocol: str, note: str, text: str) -> str:
-    line = f"Protocol: {protocol}." if protocol else "Protocol: no perplexity; the settings above."
+    line = f"Protocol: {protocol}." if protocol else "Protocol: the settings above."
     return "\n\n".join(part for part in (line, note, text) if part)
 
 
