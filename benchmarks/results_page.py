@@ -32,7 +32,8 @@ Figures of the benchmarks, written by `python -m compress.benchmarks.results_pag
 the same. Times of a busy machine compare with nothing but what was timed in turns beside them.
 """
 _ORDER = ("smoke", "pruning", "quantization", "loram", "solver", "error_table", "importance", "kernels_cpu")
-_KNOWN = {"identity", "versions", "host", "format_version", "rows"}
+_HEAD = {"identity", "versions", "host", "format_version"}
+_KNOWN = {*_HEAD, "rows"}
 _LEFT_OUT = {"protocol", "protocol_line", "format_version", "name"}
 
 
@@ -111,7 +112,9 @@ def generic_columns(rows: Mapping[str, Mapping[str, Any]]) -> list[Column]:
         Column(
             header=" ".join(path).replace("_", " "),
             path=path,
-            unit="bytes" if any(re.search(r"(^|_)bytes$", key) for key in path) else "number",
+            unit="bytes"
+            if path[-1] != "ratio" and any(re.search(r"(^|_)bytes$", key) for key in path)
+            else "number",
         )
         for path in paths
     ]
@@ -192,7 +195,7 @@ def section(file: Path, benchmarks: Path, page: Path) -> str:
         CompressError: The file is no record of a benchmark.
     """
     record = read_json(file)
-    if "host" not in record or not (rows_of(record, "rows")):
+    if "host" not in record or not any(rows_of(record, key) for key in {*record, "rows"} - _HEAD):
         raise CompressError(
             f"{file} is no record of a benchmark: it has no host or no rows.",
             "Write it with the benchmark's --out.",

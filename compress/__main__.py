@@ -24,11 +24,10 @@ from compress.cli.options import (
     Effort,
     Model,
 )
-from compress.cli.verb import app, meanings
-from compress.cli.verb import verb as _verb
+from compress.cli.verb import app, meanings, verb
 
 
-@_verb("plan", OUTPUT)
+@verb("plan", OUTPUT)
 def plan(
     model: Annotated[
         str | None,
@@ -92,7 +91,7 @@ def plan(
     """Sizes, memory, disk and time of a whole chain, before anything is touched; no weight is read."""
 
 
-@_verb("eval", EVERYWHERE)
+@verb("eval", EVERYWHERE)
 def evaluate(
     models: Annotated[
         list[str] | None,
@@ -144,7 +143,7 @@ def evaluate(
     """Perplexity, distance from the original, tasks, size, memory and speed, of the chain or of any models."""
 
 
-@_verb("init", RECIPE, supply=meanings)
+@verb("init", RECIPE, supply=meanings)
 def init(
     model: Annotated[
         str | None,
@@ -160,7 +159,7 @@ def init(
     """Write a recipe for a model and this machine: the whole chain, every option in it with its meaning."""
 
 
-@_verb("generate", COMPUTE)
+@verb("generate", COMPUTE)
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     models: Annotated[
@@ -187,7 +186,7 @@ def generate(
     """Show what the original and the result write after the same prompt, side by side, with their speed."""
 
 
-@_verb("report", PLACE)
+@verb("report", PLACE)
 def report(
     path: Annotated[
         list[Path] | None,
@@ -200,7 +199,7 @@ def report(
     """Write one self-contained HTML page about the chain, perhaps compared with those of other runs."""
 
 
-@_verb("verify", PLACE)
+@verb("verify", PLACE)
 def verify(
     path: Annotated[
         list[Path] | None,
@@ -210,7 +209,7 @@ def verify(
     """Check every recorded hash, size and error against what lies on disk."""
 
 
-@_verb("bench", OUTPUT)
+@verb("bench", OUTPUT)
 def bench(
     names: Annotated[
         list[str] | None,
@@ -236,12 +235,12 @@ def bench(
     """Run benchmarks; without names compare the chain's perplexity, bytes and memory with a baseline."""
 
 
-@_verb("doctor", OUTPUT)
+@verb("doctor", OUTPUT)
 def doctor() -> None:
     """Say what is installed and at hand, what would be used and why, and what to do about what is wrong."""
 
 
-@_verb("run", EVERYWHERE)
+@verb("run", EVERYWHERE)
 def run_recipe(
     recipe: Annotated[
         str, typer.Argument(help="A recipe file, or the name of one that ships with compress.")
