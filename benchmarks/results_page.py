@@ -42,8 +42,10 @@ def rows_of(record: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
     found = record.get(key, {})
     if isinstance(found, Mapping):
         named = sorted(found.items(), key=lambda item: _natural(str(item[0])))
-    else:
+    elif isinstance(found, list):
         named = [(row["name"], row) for row in found if isinstance(row, Mapping) and "name" in row]
+    else:
+        return {}
     return {str(name): dict(row) for name, row in named if isinstance(row, Mapping)}
 
 
