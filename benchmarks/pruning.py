@@ -9,8 +9,9 @@ the model as the method leaves it, with what belongs to it (FLAP's bias, our ref
 LoRA training on the same windows of WikiText-2 train with the same settings, loss of the text, merged ("ours,
 distilled": half the text, half the full model's predictions). LoRAPrune is trained while it prunes: its 100k tokens are
 those, with the paper's schedule; its row at 0 tokens ranks by scores gathered while as many tokens as the others see
-for calibration are trained, and cuts the untrained model at once. Test: raw WikiText-2 test, blank lines kept, joined
-by two line ends, no BOS, consecutive windows, first 20,480 tokens. Nothing is chosen by it.
+for calibration are trained, and cuts the untrained model at once. ``--control``: the model that is not pruned after the
+same training, which no pruned model can be expected to pass. Test: raw WikiText-2 test, blank lines kept, joined by two
+line ends, no BOS, consecutive windows, first 20,480 tokens. Nothing is chosen by it.
 
 The part headline: the two best of ``--table`` at its ratios after recovery, with three seeds, calibration and training
 on C4, whole test at 2048.
@@ -240,23 +241,22 @@ def run_method(
     speed = {"speed": bench.speed(folder / "cut")} if timed else {}
     rows.put(before, {**bench.measured(folder / "cut"), **facts, **speed})
     if recovers:
-        started = time.monotonic()
-        trained = bench.settings(ratio, **{**method.recovery, "repair_steps": steps})
-        (folder / "out").mkdir()
-        training = train_repair(
-            bench.place, folder / "cut", bench.model, trained, folder / "out", folder / "state"
-        )
-        seconds = round(time.monotonic() - started, 1)
-        rows.put(
-            after,
-            {
-                **bench.measured(folder / "out"),
-                **facts,
-                "recovery_seconds": seconds,
-                "recovery_tokens": training["tokens"],
-                "recovery_loss": [training["losses"][0], training["losses"][-1]],
-            },
-        )
+        settings = bench.settings(ratio, **{**method.recovery, "repair_steps": steps})
+        rows.put(after, {**facts, **trained_further(bench, folder / "cut", folder, settings)})
+
+
+def trained_further(bench: Bench, start: Path, folder: Path, settings: PruneSettings) -> dict[str, Any]:
+    """What the model in ``start`` is after recovery training, which works in ``folder``."""
+    started = time.monotonic()
+    (folder / "out").mkdir()
+    training = train_repair(bench.place, start, bench.model, settings, folder / "out", folder / "state")
+    seconds = round(time.monotonic() - started, 1)
+    return {
+        **bench.measured(folder / "out"),
+        "recovery_seconds": seconds,
+        "recovery_tokens": training["tokens"],
+        "recovery_loss": [training["losses"][0], training["losses"][-1]],
+    }
 
 
 def best_two(path: Path, ratios: list[float], tokens: int) -> list[str]:
@@ -308,6 +308,7 @@ def main() -> int:
     parser.add_argument("--ratios", default="0.5,0.2")
     parser.add_argument("--no-recovery", action="store_true", help="only the rows before recovery training")
     parser.add_argument("--only", help="methods, separated by ;")
+    parser.add_argument("--control", action="store_true", help="also train the model that is not pruned")
     parser.add_argument(
         "--table", type=Path, default=Path("pruning-table.json"), help="where headline finds the two best"
     )
@@ -346,6 +347,12 @@ def main() -> int:
             bench = bench_of(model, source, seed, Path(work) / "run", **sizes)
             if not rows.has("dense"):
                 rows.put("dense", {**bench.measured(model), "speed": bench.speed(model)})
+            control = f"dense {bench.recovery_tokens}{_suffix(seed, seeds)}"
+            if arguments.control and not rows.has(control):
+                folder = Path(work) / "control"
+                folder.mkdir()
+                training = bench.settings(0.5, repair_loss="text", repair_steps=bench.steps)
+                rows.put(control, trained_further(bench, model, folder, training))
             for ratio in ratios:
                 for name in names:
                     folder = Path(work) / "method"

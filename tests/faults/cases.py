@@ -282,6 +282,7 @@ FAULTS = (
         verb=QUANTIZE,
         before=(PRUNE,),
         harm=_flipped("prune"),
+        accepted=True,
     ),
 )
 

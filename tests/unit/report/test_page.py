@@ -410,8 +410,10 @@ def test_an_evaluation_with_everything() -> None:
 def test_columns_that_nobody_measured_are_left_out() -> None:
     page = render(sample_run())
     told = words(page)
-    for absent in ("Word-level", "Bits per byte", "Distance from", "Task ", "saturated", "Resident"):
+    for absent in ("Word-level", "Bits per byte", "Distance from", "Task ", "saturated"):
         assert absent not in told
+    assert "Resident" not in {"".join(e.itertext()) for e in elements(page, "th")}
+    assert "Resident" in {"".join(e.itertext()) for e in elements(render(evaluated_run()), "th")}
     for there in ("Held-out loss", "Decoded tokens/s", "± standard error"):
         assert there in told
 
