@@ -79,7 +79,7 @@ demo: $(MODEL)
 	unset COMPRESS_RUN
 	cd demo
 	line() { printf '%-10s %5d s of %3d s\n' "$$1" $$(( $$(date +%s) - $$2 )) "$$3"; }
-	table="$$(line install $(STARTED) 70)"
+	table="$$(line install $(STARTED) 95)"
 	stage() {  # seconds allotted, then the command
 	  local allotted=$$1 from=$$(date +%s)
 	  shift
@@ -87,10 +87,10 @@ demo: $(MODEL)
 	  $(BIN)/compress "$$@"
 	  table+=$$'\n'"$$(line "$$1" $$from $$allotted)"
 	}
-	stage 165 prune --ratio 0.5
-	stage 100 quantize --budget 2.75bit
-	stage  65 recover
-	stage  75 eval
+	stage 160 prune --ratio 0.5 --trials 2 --repair-steps 12
+	stage  90 quantize --budget 2.75bit
+	stage  75 recover
+	stage  55 eval --kl-windows 0
 	stage   5 report
 	printf '\nSeconds taken, of those allotted\n%s\n%s\n' "$$table" "$$(line total $(STARTED) 480)"
 	echo "Report: $$(find "$$PWD/compress-run" -maxdepth 1 -name '*.html')"
