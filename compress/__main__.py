@@ -186,6 +186,38 @@ def generate(
     """Show what the original and the result write after the same prompt, side by side, with their speed."""
 
 
+@verb("export", PLACE)
+def export(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            help="Which model: pruned, aligned, quantized, trained (small + adapter) or recovered (full + adapter). "
+            "Default: the last one the chain has made."
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="native: the files as the stage wrote them; dense: plain weights that need no library of ours, "
+            "quantized matrices multiplied out and the adapter merged in."
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder to write (default: export/NAME in the workspace).")
+    ] = None,
+    force: Annotated[
+        bool | None, typer.Option("--force", help="Replace another export in that folder.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Then upload it to this repository of the Hugging Face hub.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private", help="A repository that --push makes is private.")
+    ] = None,
+) -> None:
+    """Write one model of the chain, with a model card, into a folder to give away or to upload."""
+
+
 @verb("report", PLACE)
 def report(
     path: Annotated[

@@ -17,6 +17,7 @@ from compress.pipelines.settings import (
     AlignSettings,
     Common,
     EvalSettings,
+    ExportSettings,
     GenerateSettings,
     InitSettings,
     PlanSettings,
@@ -105,6 +106,12 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) ->
         settings = resolve(GenerateSettings, given, "quick")
         prepare_torch(common)
         return generate_texts(Context(common=common, workspace=workspace, reporter=reporter), settings)
+    if verb == "export":
+        from compress.pipelines.export import export
+
+        wanted = resolve(ExportSettings, given, "quick")
+        with workspace.locked():
+            return export(Context(common=common, workspace=workspace, reporter=reporter), wanted)
     recipe = None
     if verb == "run":
         from compress.pipelines.recipe import apply_shared, read_recipe, run_recipe

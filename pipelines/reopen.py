@@ -57,7 +57,9 @@ def check_ids(vocab: int, seed: int) -> torch.Tensor:
     return torch.randint(0, vocab, (2, 16), generator=torch.Generator().manual_seed(seed))
 
 
-def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: bool = False) -> float:
+def check_reopens(
+    folder: Path, *, base: Path | None = None, needs_compress: bool = False, tolerance: float = TOLERANCE
+) -> float:
     """Load ``folder`` in a fresh Python process and compare with its recorded logits.
 
     Args:
@@ -66,6 +68,7 @@ def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: boo
         needs_compress: The model is an LQ checkpoint, which opens after ``import compress``; everything
             else must open with stock libraries alone, but for models whose layers differ in size: those open
             with `compress.load_model`.
+        tolerance: Largest relative error that is taken.
 
     Returns:
         Largest absolute difference over the largest absolute recorded logit.
@@ -92,7 +95,7 @@ def check_reopens(folder: Path, *, base: Path | None = None, needs_compress: boo
             "Please report this with the command you ran.",
         )
     error = float(json.loads(done.stdout.strip().splitlines()[-1])["relative_error"])
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise CompressError(
             f"The written artifact gives other logits in a fresh process (relative error {error:.1e}).",
             "Please report this with the command you ran.",

@@ -365,6 +365,24 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSettings:
+    """Settings of ``export``, which makes no stage and has no effort."""
+
+    what: str | None = None
+    format: Literal["native", "dense"] = "native"
+    out: str | None = None
+    force: bool = False
+    push: str | None = None
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        if self.private and self.push is None:
+            raise UsageError("--private is about an upload, and there is none.", "Give --push too.")
+
+    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InitSettings:
     """Settings of ``init``."""
 
@@ -386,6 +404,7 @@ S = TypeVar(
     PlanSettings,
     GenerateSettings,
     InitSettings,
+    ExportSettings,
 )
 
 VERBS: dict[str, type] = {

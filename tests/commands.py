@@ -14,6 +14,7 @@ from compress.pipelines.recipe import shipped
 from compress.pipelines.settings import (
     VERBS,
     Common,
+    ExportSettings,
     GenerateSettings,
     InitSettings,
     PlanSettings,
@@ -72,7 +73,13 @@ def parsed(line: str) -> Parsed:
     (found,) = seen
     beside = ("models", "out") if found.verb == "eval" else ("meanings",)  # what settings do not hold
     given = {name: value for name, value in found.given.items() if name not in beside}
-    kinds = {**VERBS, "plan": PlanSettings, "generate": GenerateSettings, "init": InitSettings}
+    kinds = {
+        **VERBS,
+        "plan": PlanSettings,
+        "generate": GenerateSettings,
+        "init": InitSettings,
+        "export": ExportSettings,
+    }
     if found.verb in kinds:
         resolve(kinds[found.verb], given, found.common.effort or "quick")
     if found.verb == "run" and given["recipe"].islower() and "." not in given["recipe"]:

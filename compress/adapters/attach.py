@@ -29,6 +29,7 @@ from compress.errors import CompressError, UsageError
 from compress.importance.modules import lora_factors
 from compress.model.architecture import Architecture
 from compress.prune.weight_masks import load_masks
+from compress.quantize.embedding import LQTiedHead
 from compress.quantize.linear import LQLinear
 from compress.structure import StructureMap
 
@@ -257,6 +258,12 @@ def _attach(
     start: str | bool = True,
 ) -> PeftModel:
     """``seed`` is that of A where PEFT's ``start`` is the plain one; None leaves the factors as PEFT made them."""
+    for name in scalings:
+        if isinstance(model.get_submodule(name), LQTiedHead):
+            raise CompressError(
+                f"{name} reads the codes of the embedding, so it cannot carry an adapter of its own.",
+                "Leave lm_head out of the adapter's targets, or quantize with --embeddings keep.",
+            )
     # an LQ linear is an ordinary one, whatever it replaced
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in scalings)
     entries = scaling_entries(scalings)

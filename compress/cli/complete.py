@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from compress.importance import CRITERIA
-from compress.pipelines.settings import VERBS
+from compress.pipelines.settings import VERBS, ExportSettings
 
 Completer = Callable[[str], list[str]]
 """From what was typed to what it can become."""
@@ -61,7 +61,8 @@ def shipped_recipes() -> list[str]:
 
 @cache
 def _types(verb: str) -> dict[str, Any]:
-    return get_type_hints(VERBS[verb]) if verb in VERBS else {}
+    kinds = {**VERBS, "export": ExportSettings}
+    return get_type_hints(kinds[verb]) if verb in kinds else {}
 
 
 def _begin(typed: str, names: Iterable[str]) -> list[str]:
@@ -87,6 +88,7 @@ _NAMED: dict[str, Completer] = {
     "targets": among(("heads", "mlp", "heads,mlp")),
     "adapter_targets": among(("all", "lm_head", "all,lm_head")),
     "models": among(CHAIN_MODELS),
+    "what": among(CHAIN_MODELS[1:-1]),
     "model": model,
     "onto": model,
 }

@@ -57,6 +57,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress report --output ../report.html",
         "compress report ../two-bits ../three-bits",
     ),
+    "export": (
+        "compress export",
+        "compress export quantized --out my-model --push your-name/my-model",
+        "compress export recovered --format dense",
+    ),
     "verify": (
         "compress verify",
         "compress verify compress-run/02-quantize --json",

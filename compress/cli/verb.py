@@ -30,13 +30,14 @@ ORDER = (
     "generate",
     "eval",
     "report",
+    "export",
     "verify",
     "run",
     "bench",
     "doctor",
 )
 """The verbs as ``--help`` lists them: along the chain, then what looks at it."""
-KEEP_NOTHING = ("plan", "init", "generate", "report", "verify", "bench", "doctor")
+KEEP_NOTHING = ("plan", "init", "generate", "report", "export", "verify", "bench", "doctor")
 """Verbs without finished steps that an interruption would leave behind."""
 
 

@@ -23,6 +23,7 @@ STAGES = (
     ("adapters",),
     ("evaluate",),
     ("report",),
+    ("export",),
 )
 RANK = {part: rank for rank, parts in enumerate(STAGES) for part in parts}
 OUTER = ("pipelines", "solvers", "benchmarks", "cli", "__main__")

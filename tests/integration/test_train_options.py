@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
 from tests.integration.common import PRUNING, TRAINING, assert_recorded, run
@@ -75,3 +75,15 @@ def test_what_adapters_cannot_have_is_refused(tmp_path: Path, text_file: Path) -
     with pytest.raises(UsageError, match="its weights are quantized"):
         run("train", common, method="pissa", **TRAINING)
     assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["01-quantize"]
+
+
+def test_a_tied_head_in_codes_carries_no_adapter(tmp_path: Path, text_file: Path) -> None:
+    full = tiny_checkpoint("llama_tied", tmp_path / "full")
+    common = Common(
+        run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
+    )
+    run("quantize", common, budget="4.5bit", objective="frobenius", embeddings="8bit")
+    with pytest.raises(CompressError, match="reads the codes of the embedding") as caught:
+        run("train", common, **TRAINING, adapter_targets="all,lm_head")
+    assert "--embeddings keep" in caught.value.remedy
+    assert not list((tmp_path / "run").glob("*train*"))

@@ -1,0 +1,244 @@
+"""``compress export``: one model of the chain as a folder to give away, with a card; perhaps uploaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import CompressError, UsageError
+from compress.export.card import FILE_NAME as CARD
+from compress.export.card import Subject, card, license_of
+from compress.export.dense import DenseView, write_dense
+from compress.export.push import check_push, push
+from compress.model.checkpoint import Checkpoint
+from compress.model.config import quantization_method
+from compress.model.uneven import is_uneven
+from compress.pipelines.chain_models import TITLES, ChainModel, chosen, located, names_in
+from compress.pipelines.generate import load_network
+from compress.pipelines.integrity import describe_files, hash_file
+from compress.pipelines.model_input import base_name
+from compress.pipelines.reopen import RECORD, TOLERANCE, check_ids, check_reopens, record_logits
+from compress.pipelines.settings import ExportSettings
+from compress.pipelines.small_files import public_name
+from compress.pipelines.stage import Context, versions
+from compress.pipelines.workspace import (
+    FORMAT_VERSION,
+    Stage,
+    digest,
+    read_json,
+    workspace_nearby,
+    write_json,
+)
+from compress.report.values import size
+
+MARK = "export.json"
+"""Beside the exported files: what they are and their hashes."""
+NOT_SHIPPED = ("stage.json", RECORD, "merged")
+"""Of a stage folder: the record, which names folders of this machine, the check, and a form of its own."""
+ADAPTER = "adapter"
+VERBS = {
+    "pruned": "prune",
+    "aligned": "align",
+    "quantized": "quantize",
+    "trained": "train",
+    "recovered": "recover",
+}
+
+
+def export(context: Context, settings: ExportSettings) -> dict[str, Any]:
+    """Write one model of the chain into a folder of its own, and upload it where that is asked for.
+
+    Returns:
+        ``path``, ``what``, ``format``, ``bytes``, whether it was there already (``fresh`` is false then), and
+        ``address`` of the repository or None.
+
+    Raises:
+        UsageError: The chain has not made such a model, or the folder holds something else.
+        CompressError: The files of the stage are damaged, the written model gives other logits, or the upload fails.
+    """
+    workspace = context.workspace
+    what = _chosen(context, settings.what)
+    if settings.push is not None:
+        check_push(settings.push)
+    lineage = _lineage(workspace.stages, what)
+    identity = digest({"what": what, "format": settings.format, "stages": [stage.id for stage in lineage]})
+    name = what if settings.format == "native" else f"{what}-{settings.format}"
+    out = workspace.root / "export" / name if settings.out is None else Path(settings.out)
+    fresh = not _is_there(out, identity)
+    if fresh:
+        _refuse_occupied(out, force=settings.force)
+        partial = out.with_name(out.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            _write(context, what, settings.format, lineage, partial, identity)
+            shutil.rmtree(out, ignore_errors=True)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    done = "" if fresh else ", already there"
+    context.reporter.say(f"export: {TITLES[what]}, {size(total)}, in {out}{done}.")
+    address = None
+    if settings.push is not None:
+        address = push(out, settings.push, private=settings.private)
+        context.reporter.say(f"export: uploaded to {address}")
+    return {
+        "path": str(out),
+        "what": what,
+        "format": settings.format,
+        "bytes": total,
+        "fresh": fresh,
+        "address": address,
+    }
+
+
+def _chosen(context: Context, what: str | None) -> str:
+    workspace = context.workspace
+    made = names_in(workspace)[1:]
+    if not made:
+        near = workspace_nearby(workspace.root)
+        remedy = "Run a stage first: compress prune." if near is None else f"Did you mean --run {near}?"
+        raise UsageError(f"There is nothing to export in {workspace.root}.", remedy)
+    if what is None:
+        return made[-1]
+    names = chosen(workspace, what)
+    if len(names) > 1 or names == ["original"]:
+        raise UsageError(
+            f"{what} is not one model that the chain has made.", f"Choose among {', '.join(made)}."
+        )
+    return names[0]
+
+
+def _lineage(stages: Sequence[Stage], what: str) -> list[Stage]:
+    """The stages that led to a model, in order."""
+    last = next(place for place, stage in enumerate(stages) if stage.verb == VERBS[what])
+    return [stage for stage in stages[: last + 1] if stage.verb in VERBS.values()]
+
+
+def _is_there(out: Path, identity: str) -> bool:
+    """Whether this very export lies there, whole."""
+    if not (out / MARK).is_file():
+        return False
+    mark = read_json(out / MARK)
+    there = {name: entry for name, entry in describe_files(out).items() if name != MARK}
+    return mark.get("id") == identity and mark.get("files") == there
+
+
+def _refuse_occupied(out: Path, *, force: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MARK).is_file():
+        raise UsageError(f"{out} exists and is no export of compress.", "Give another folder with --out.")
+    if not force:
+        raise UsageError(
+            f"{out} holds another export, or this one with changed files.",
+            "Give --force to replace it, or another folder with --out.",
+        )
+
+
+def _write(
+    context: Context, what: str, form: str, lineage: Sequence[Stage], folder: Path, identity: str
+) -> None:
+    (model,) = located(context, [what])
+    if form == "dense":
+        _write_dense(context, model, folder)
+    else:
+        _copy(what, model, lineage, folder)
+    uneven = (folder / "config.json").is_file() and is_uneven(Checkpoint(folder).config)
+    known = context.workspace.model
+    subject = Subject(
+        base=public_name(base_name(context)),
+        what=what,
+        folder=folder,
+        stages=[stage.record for stage in lineage],
+        rows=_rows(context, what),
+        loads=_loads(what, form, folder, uneven=uneven),
+        license=None if known is None else license_of(Path(known["path"])),
+    )
+    (folder / CARD).write_text(card(subject), encoding="utf-8")
+    mark = {
+        "format_version": FORMAT_VERSION,
+        "id": identity,
+        "what": what,
+        "format": form,
+        "base": subject.base,
+        "stages": [{"verb": stage.verb, "id": stage.id} for stage in lineage],
+        "versions": versions(),
+        "files": describe_files(folder),
+    }
+    write_json(folder / MARK, mark)
+
+
+def _write_dense(context: Context, model: ChainModel, folder: Path) -> None:
+    checkpoint = Checkpoint(model.model)
+    with context.reporter.bar("export") as progress:
+        write_dense(checkpoint, folder, adapter=model.adapter, progress=progress)
+    view = DenseView(checkpoint)
+    # Every weight is rounded once: what remains is of the order of the dtype's step.
+    tolerance = max(TOLERANCE, 16 * torch.finfo(view.dtype()).eps)
+    network = load_network(model, "cpu", torch.float32)
+    record_logits(network, check_ids(view.architecture.vocab, context.common.seed), folder)
+    del network
+    error = check_reopens(folder, tolerance=tolerance)
+    (folder / RECORD).unlink()
+    context.reporter.say(f"export: opened in a fresh process, relative difference of logits {error:.1e}.")
+
+
+def _copy(what: str, model: ChainModel, lineage: Sequence[Stage], folder: Path) -> None:
+    """The files of the stage, and for an adapter on a small model that model, each compared with its recorded hash."""
+    last = lineage[-1]
+    if what == "trained":
+        small = next((stage for stage in lineage if stage.path == model.model), None)
+        if small is None:
+            raise UsageError(
+                "The adapter was trained on the original model, which is not the chain's to export.",
+                "Give --format dense for the two merged.",
+            )
+        _copy_stage(small, folder)
+        _copy_stage(last, folder / ADAPTER)
+    else:
+        _copy_stage(last, folder)
+
+
+def _copy_stage(stage: Stage, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, entry in stage.record["files"].items():
+        if name.partition("/")[0] in NOT_SHIPPED:
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(stage.path / name, target)
+        except FileNotFoundError as error:
+            raise CompressError(
+                f"{stage.path / name} is gone.", f"Make the stage again: compress {stage.verb} --redo."
+            ) from error
+        if hash_file(target) != entry["sha256"]:
+            raise CompressError(
+                f"{stage.path / name} has changed since the stage was made.",
+                f"Make the stage again: compress {stage.verb} --redo.",
+            )
+
+
+def _loads(what: str, form: str, folder: Path, *, uneven: bool) -> str:
+    """How the exported folder is opened; see ``Subject.loads``."""
+    if form == "native" and what in ("trained", "recovered"):
+        return "small" if what == "trained" else "peft"
+    if uneven:
+        return "uneven"
+    return "transformers" if quantization_method(Checkpoint(folder).config) is None else "compress"
+
+
+def _rows(context: Context, what: str) -> list[dict[str, Any]]:
+    """Of the last evaluation: the original, and the exported model where it was measured."""
+    measured = context.workspace.find("eval")
+    wanted = ("original", TITLES[what])
+    rows = [] if measured is None else measured.record["metrics"].get("rows", [])
+    found = [row for row in rows if row["name"] in wanted]
+    return found if any(row["name"] == TITLES[what] for row in found) else []
