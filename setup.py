@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -11,7 +14,19 @@ NATIVE = Path("compress", "kernels", "native")
 
 
 class BuildLibrary(build_ext):
-    """A library for ctypes, not a Python module: it has no PyInit function to export."""
+    """A library for ctypes, not a Python module: it has no PyInit function to export. Its files compile side by side."""
+
+    def build_extensions(self) -> None:
+        """With a compiler that takes one file a process and as many processes as there are cores."""
+        one_by_one = self.compiler.compile
+
+        def compile(sources: list[str], *args: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: one_by_one([source], *args, **options), sources)
+                return [file for files in made for file in files]
+
+        self.compiler.compile = compile
+        super().build_extensions()
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """None: what is exported is marked in the source."""
