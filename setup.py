@@ -14,7 +14,7 @@ NATIVE = Path("compress", "kernels", "native")
 
 
 class BuildLibrary(build_ext):
-    """A library for ctypes, not a Python module: it has no PyInit function to export. Its files compile side by side."""
+    """A library for ctypes, not a Python module: it has no PyInit function to export. Files compile side by side."""
 
     def build_extensions(self) -> None:
         """With a compiler that takes one file a process and as many processes as there are cores."""
