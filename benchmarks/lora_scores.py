@@ -8,8 +8,8 @@ tokens: with G estimated from the adapter's gradients, and with G the true gradi
 and the same moving average over steps. ``spearman``: rank correlation over the channels of a layer, mean over layers;
 ``shared``: of the half of the channels that one keeps, the share that the other keeps too (0.5 is chance). ``all
 steps`` is the true gradient's score averaged evenly over all steps: what it shares with the moving average of the same
-scores is the most that noise between steps leaves to agree on. Perplexity: the full model with the groups masked that either
-score ranks last, nothing repaired; test as in ``compress.benchmarks.pruning``.
+scores is the most that noise between steps leaves to agree on. Perplexity: the full model with the groups masked
+that either score ranks last, nothing repaired; test as in ``compress.benchmarks.pruning``.
 """
 
 from __future__ import annotations
