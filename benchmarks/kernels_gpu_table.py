@@ -24,7 +24,7 @@ from compress.kernels.triton import product
 from compress.kernels.triton.choice import FORMAT_VERSION, Choice, Slices, Tiles, with_splits
 
 CANDIDATES: tuple[tuple[dict[str, int], int], ...] = tuple(
-    ({"rows": rows, "chunks": chunks, "warps": warps, "stages": 3}, programs)
+    ({"rows": rows, "chunks": chunks, "warps": warps, "stages": 1}, programs)
     for rows, chunks, warps in ((32, 2, 2), (64, 2, 4), (128, 2, 4), (64, 4, 4), (128, 2, 8))
     for programs in (2, 4)
 )

@@ -137,7 +137,7 @@ def default_table() -> dict[str, Any]:
         for limit in sorted(set(limits.values())):
             own = [bits for bits in WIDTHS if limits[bits] == limit]
             for tile in TOKEN_TILES:
-                tiles = {"rows": 64, "chunks": 2, "tokens": tile, "warps": 4, "stages": 3}
+                tiles = {"rows": 64, "chunks": 2, "tokens": tile, "warps": 4, "stages": 1}
                 most = tile if tile < TOKEN_TILES[-1] else limit
                 rules.append(
                     {

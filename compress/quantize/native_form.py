@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from compress.kernels.gpu import on_gpu
 from compress.kernels.layout import tile, untile
 from compress.kernels.native_product import StoredFactors
 from compress.kernels.packed import TILE, Geometry, TiledMatrix
@@ -70,6 +71,10 @@ def rows_of_tiles(
     Returns:
         float32 [..., I].
     """
+    if on_gpu(tiled.codes, index):
+        from compress.kernels.triton import rows
+
+        return rows.picked_rows(tiled, index)
     tiles, place = torch.unique(index // TILE, return_inverse=True)
     sizes = replace(tiled.geometry, rows=TILE * len(tiles))
     codes, scale_codes = untile(sizes, tiled.codes[tiles].contiguous(), tiled.scale_codes[tiles].contiguous())

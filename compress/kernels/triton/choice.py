@@ -40,7 +40,7 @@ class Tiles:
         tokens: A power of two of at least 16.
         splits: Most shares that the terms of a sum are cut into.
         warps: Of a program.
-        stages: Of the software pipeline.
+        stages: Of the compiler's software pipeline; more than 1 has it copy the look-up table over and over.
         ranks: Rows of a factor, a power of two of at least 16.
     """
 
@@ -49,7 +49,7 @@ class Tiles:
     tokens: int = 16
     splits: int = 1
     warps: int = 4
-    stages: int = 3
+    stages: int = 1
     ranks: int = 16
 
 

@@ -10,27 +10,35 @@ import triton.language as tl
 
 
 @triton.jit
-def entries(codes, table, rows, tiles, chunks, chunk, CHUNKS: tl.constexpr, BITS: tl.constexpr):
-    """Table entries of rows [R] in CHUNKS chunks from ``chunk`` on, float32 [R, W, P]; column P w + p is at (w, p).
+def words_of(codes, rows, tiles, chunks, chunk, CHUNKS: tl.constexpr, BITS: tl.constexpr):
+    """Words of rows [R] in CHUNKS chunks from ``chunk`` on, int32 [R, W], and of 3 bits those of the high plane.
 
-    Rows and chunks that are not there give entry 0.
+    Rows and chunks that are not there give 0.
     """
-    P: tl.constexpr = 16 if BITS <= 3 else 32 // BITS
-    PER_CHUNK: tl.constexpr = 32 // P
+    PER_CHUNK: tl.constexpr = 2 if BITS <= 3 else BITS
     w = tl.arange(0, CHUNKS * PER_CHUNK)
-    p = tl.arange(0, P)[None, None, :]
-    vector = w % PER_CHUNK
     at = chunk + w // PER_CHUNK
     there = (rows < tiles * 16)[:, None] & (at < chunks)[None, :]
     base = ((rows // 16).to(tl.int64) * chunks * BITS * 16 + rows % 16)[:, None]
-    words = tl.load(codes + base + ((at * BITS + vector) * 16)[None, :], mask=there, other=0)
+    words = tl.load(codes + base + ((at * BITS + w % PER_CHUNK) * 16)[None, :], mask=there, other=0)
+    high = words
+    if BITS == 3:
+        high = tl.load(codes + base + ((at * 3 + 2) * 16)[None, :], mask=there, other=0)
+    return words, high
+
+
+@triton.jit
+def looked_up(words, high, table, CHUNKS: tl.constexpr, BITS: tl.constexpr):
+    """Table entries of words, float32 [R, W, P]; column P w + p is at (w, p)."""
+    P: tl.constexpr = 16 if BITS <= 3 else 32 // BITS
+    PER_CHUNK: tl.constexpr = 32 // P
+    p = tl.arange(0, P)[None, None, :]
     if BITS > 3:
         found = (words[:, :, None] >> (BITS * p)) & (2**BITS - 1)
     else:
         found = (words[:, :, None] >> (2 * (p // 8) + 4 * (p % 8))) & 3
         if BITS == 3:
-            high = tl.load(codes + base + ((at * 3 + 2) * 16)[None, :], mask=there, other=0)
-            octet = 2 * vector[None, :, None] + p // 8
+            octet = 2 * (tl.arange(0, CHUNKS * PER_CHUNK) % PER_CHUNK)[None, :, None] + p // 8
             found = found | (((high[:, :, None] >> (octet + 4 * (p % 8))) & 1) << 2)
     return tl.load(table + found)
 
@@ -56,51 +64,33 @@ def scale_code(scale_codes, row, block, there, blocks, SCALE_BITS: tl.constexpr)
 def scales_of(scale_codes, steps, offset, row, block, there, blocks, group_size, SCALE_BITS: tl.constexpr):
     """``offset + code * step`` of blocks at broadcastable rows and blocks, float32; offset where nothing is there."""
     code = scale_code(scale_codes, row, block, there, blocks, SCALE_BITS)
-    step = tl.load(steps + (row.to(tl.int64) * blocks + block) // group_size, mask=there, other=0.0)
+    step = tl.load(steps + (row * blocks + block) // group_size, mask=there, other=0.0)
     return code.to(tl.float32) * step + tl.load(offset)
 
 
 @triton.jit
-def weights(
-    codes, table, scale_codes, steps, offset, row, rows, tiles, chunks, chunk, blocks, block_size, group_size,
-    CHUNKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, BY_WORD: tl.constexpr,
+def scaled(
+    unit, scale_codes, steps, offset, row, rows, chunk, blocks, block_size, group_size, CHUNKS: tl.constexpr,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, BY_WORD: tl.constexpr,
 ):  # fmt: skip
-    """Weights of rows ``row`` [R] in CHUNKS chunks from ``chunk`` on, float32 [R, 32 CHUNKS].
+    """Table entries [R, W, P] of rows ``row`` [R] from ``chunk`` on times their scales, float32 [R, 32 CHUNKS].
 
     BY_WORD: the block size is a multiple of P, so that all codes of a word share a scale.
     """
     P: tl.constexpr = 16 if BITS <= 3 else 32 // BITS
-    unit = entries(codes, table, row, tiles, chunks, chunk, CHUNKS, BITS)
     w = tl.arange(0, CHUNKS * 32 // P)
     if BY_WORD:
         block = ((chunk * 32 + w * P) // block_size)[None, :]
         at = row[:, None]
-        scale = scales_of(
-            scale_codes,
-            steps,
-            offset,
-            at,
-            block,
-            (at < rows) & (block < blocks),
-            blocks,
-            group_size,
-            SCALE_BITS,
-        )[:, :, None]
+        there = (at < rows) & (block < blocks)
+        scale = scales_of(scale_codes, steps, offset, at, block, there, blocks, group_size, SCALE_BITS)[
+            :, :, None
+        ]
     else:
-        p = tl.arange(0, P)[None, None, :]
-        block = (chunk * 32 + w[None, :, None] * P + p) // block_size
+        block = (chunk * 32 + w[None, :, None] * P + tl.arange(0, P)[None, None, :]) // block_size
         at = row[:, None, None]
-        scale = scales_of(
-            scale_codes,
-            steps,
-            offset,
-            at,
-            block,
-            (at < rows) & (block < blocks),
-            blocks,
-            group_size,
-            SCALE_BITS,
-        )
+        there = (at < rows) & (block < blocks)
+        scale = scales_of(scale_codes, steps, offset, at, block, there, blocks, group_size, SCALE_BITS)
     return tl.reshape(unit * scale, (row.shape[0], CHUNKS * 32))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.errors import UsageError
 from compress.kernels.packed import CHUNK, TiledMatrix
 from compress.kernels.triton.choice import Slices
-from compress.kernels.triton.decode import rounded, weights
+from compress.kernels.triton.decode import looked_up, rounded, scaled, words_of
 from compress.kernels.triton.launch import TYPES, arguments, check_matrix, interpreted
 
 WORKSPACE = 64 << 20
@@ -34,9 +34,10 @@ def dequantize_kernel(
     """Rows from first_row and columns from first_column (a multiple of 32) on; grid (parts of rows, of columns)."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk = first_column // 32 + tl.program_id(1) * CHUNKS
-    weight = weights(
-        codes, table, scale_codes, steps, offset, row, rows, tiles, chunks, chunk, blocks, block_size, group_size,
-        CHUNKS, BITS, SCALE_BITS, BY_WORD,
+    words, high = words_of(codes, row, tiles, chunks, chunk, CHUNKS, BITS)
+    weight = scaled(
+        looked_up(words, high, table, CHUNKS, BITS), scale_codes, steps, offset, row, rows, chunk, blocks, block_size,
+        group_size, CHUNKS, BITS, SCALE_BITS, BY_WORD,
     )  # fmt: skip
     column = chunk * 32 + tl.arange(0, CHUNKS * 32)
     at = (row - first_row).to(tl.int64)[:, None] * (last_column - first_column) + (column - first_column)[

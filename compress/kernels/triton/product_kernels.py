@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compress.kernels.triton.decode import entries, rounded, scales_of, times, weights
+from compress.kernels.triton.decode import looked_up, rounded, scaled, scales_of, times, words_of
 
 
 @triton.jit
@@ -46,37 +46,48 @@ def _inner(
 
 
 @triton.jit
+def _inputs(x, token, tokens, place, places):
+    """Tokens' inputs at some places, [place, token]; 0 where nothing is there."""
+    there = (token < tokens)[None, :] & (place < places)[:, None]
+    return tl.load(x + token[None, :].to(tl.int64) * places + place[:, None], mask=there, other=0.0)
+
+
+@triton.jit
 def product_part(
     part, x, codes, scale_codes, steps, offset, table, y, tokens, rows, columns, tiles, chunks, blocks, block_size,
     group_size, first_step, last_step, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
     BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ONE_SCALE: tl.constexpr, BY_WORD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``part * ROWS`` and the next of ``x @ Q.T``, of the terms of some steps of 32 CHUNKS columns."""
+    """Columns ``part * ROWS`` and the next of ``x @ Q.T``, of the terms of some steps of 32 CHUNKS columns.
+
+    Codes and inputs of the next step are on their way while one step is computed.
+    """
+    DEPTH: tl.constexpr = CHUNKS * 32
     row = part * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    depth = tl.arange(0, DEPTH)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    words, high = words_of(codes, row, tiles, chunks, first_step * CHUNKS, CHUNKS, BITS)
+    inputs = _inputs(x, token, tokens, first_step * DEPTH + depth, columns)
     for step in range(first_step, last_step):
-        column = step * CHUNKS * 32 + tl.arange(0, CHUNKS * 32)
-        inputs = tl.load(
-            x + token[None, :].to(tl.int64) * columns + column[:, None],
-            mask=(token < tokens)[None, :] & (column < columns)[:, None],
-            other=0.0,
-        )
+        next_words, next_high = words_of(codes, row, tiles, chunks, (step + 1) * CHUNKS, CHUNKS, BITS)
+        next_inputs = _inputs(x, token, tokens, (step + 1) * DEPTH + depth, columns)
+        unit = looked_up(words, high, table, CHUNKS, BITS)
         if ONE_SCALE:
-            unit = entries(codes, table, row, tiles, chunks, step * CHUNKS, CHUNKS, BITS)
-            unit = rounded(tl.reshape(unit, (ROWS, CHUNKS * 32)), x.dtype.element_ty, INTERPRETED)
-            block = step * CHUNKS * 32 // block_size
+            unit = rounded(tl.reshape(unit, (ROWS, DEPTH)), x.dtype.element_ty, INTERPRETED)
+            block = step * DEPTH // block_size
             scale = scales_of(
                 scale_codes, steps, offset, row, block, row < rows, blocks, group_size, SCALE_BITS
             )
             sums += times(unit, inputs, tl.zeros((ROWS, TOKENS), tl.float32), INTERPRETED) * scale[:, None]
         else:
-            weight = weights(
-                codes, table, scale_codes, steps, offset, row, rows, tiles, chunks, step * CHUNKS, blocks, block_size,
-                group_size, CHUNKS, BITS, SCALE_BITS, BY_WORD,
+            weight = scaled(
+                unit, scale_codes, steps, offset, row, rows, step * CHUNKS, blocks, block_size, group_size, CHUNKS,
+                BITS, SCALE_BITS, BY_WORD,
             )  # fmt: skip
             sums = times(rounded(weight, x.dtype.element_ty, INTERPRETED), inputs, sums, INTERPRETED)
+        words, high, inputs = next_words, next_high, next_inputs
     _put(y, sums, token, tokens, row, rows, INTERPRETED)
 
 
@@ -143,20 +154,20 @@ def transposed_kernel(
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     if part < parts:
         sums = tl.zeros((CHUNKS * 32, TOKENS), tl.float32)
-        for step in range(first_step, last_step):
-            row = step * ROWS + tl.arange(0, ROWS)
-            inputs = tl.load(
-                grad + token[None, :].to(tl.int64) * rows + row[:, None],
-                mask=(token < tokens)[None, :] & (row < rows)[:, None],
-                other=0.0,
-            )
-            weight = weights(
-                codes, table, scale_codes, steps, offset, row, rows, tiles, chunks, part * CHUNKS, blocks, block_size,
-                group_size, CHUNKS, BITS, SCALE_BITS, BY_WORD,
+        row = first_step * ROWS + tl.arange(0, ROWS)
+        words, high = words_of(codes, row, tiles, chunks, part * CHUNKS, CHUNKS, BITS)
+        inputs = _inputs(grad, token, tokens, row, rows)
+        for _step in range(first_step, last_step):
+            next_words, next_high = words_of(codes, row + ROWS, tiles, chunks, part * CHUNKS, CHUNKS, BITS)
+            next_inputs = _inputs(grad, token, tokens, row + ROWS, rows)
+            weight = scaled(
+                looked_up(words, high, table, CHUNKS, BITS), scale_codes, steps, offset, row, rows, part * CHUNKS,
+                blocks, block_size, group_size, CHUNKS, BITS, SCALE_BITS, BY_WORD,
             )  # fmt: skip
-            sums = times(
-                tl.trans(rounded(weight, grad.dtype.element_ty, INTERPRETED)), inputs, sums, INTERPRETED
-            )
+            weight = tl.trans(rounded(weight, grad.dtype.element_ty, INTERPRETED))
+            sums = times(weight, inputs, sums, INTERPRETED)
+            words, high, inputs = next_words, next_high, next_inputs
+            row += ROWS
         column = part * CHUNKS * 32 + tl.arange(0, CHUNKS * 32)
         _put(y + split.to(tl.int64) * tokens * columns, sums, token, tokens, column, columns, INTERPRETED)
     else:

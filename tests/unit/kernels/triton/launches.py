@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress.kernels.packed import Geometry, TiledMatrix
-from compress.kernels.triton import blocks, dense, grouped, importance, layout, product
+from compress.kernels.triton import blocks, dense, grouped, importance, layout, product, rows
 from compress.kernels.triton.choice import Tiles
 
 
@@ -41,6 +41,7 @@ def products() -> None:
         few_tokens(bits)
         gradient(bits)
         dense.dequantize(matrix(bits), torch.bfloat16)
+        rows.picked_rows(matrix(bits), torch.zeros(3, dtype=torch.int64))
     few_tokens(4, torch.float32)
     few_tokens(4, torch.float16)
 

@@ -17,6 +17,7 @@ from .cases import DEVICE, assert_near, needs_kernels, placed
 if runs_on(DEVICE):
     from compress.kernels.triton.dense import dequantize, dequantize_into
     from compress.kernels.triton.product import product, product_transposed
+    from compress.kernels.triton.rows import picked_rows
 
 pytestmark = needs_kernels
 
@@ -110,6 +111,18 @@ def test_dequantize_is_the_definition_bit_for_bit(bits: int) -> None:
         part = torch.empty(rows - 5, columns - 64, device=DEVICE)
         dequantize_into(part, matrix, 5, 64)
         assert torch.equal(part.cpu(), case.weights[5:, 64:])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_rows_are_picked_bit_for_bit(bits: int) -> None:
+    case = random_case(37, 153, bits=bits, block_size=24, scale_bits=bits, group_size=7)
+    index = torch.tensor([[36, 0, 16], [5, 5, -1], [15, 37, 20]])
+    found = picked_rows(placed(case.matrix), index.to(DEVICE)).cpu()
+    known = (index >= 0) & (index < 37)
+    assert torch.equal(found[known], case.weights[index[known]])
+    assert bool(found[~known].isnan().all())
+    with pytest.raises(UsageError, match="got the row numbers as"):
+        picked_rows(placed(case.matrix), index.int().to(DEVICE))
 
 
 def test_constant_and_zero_blocks() -> None:
