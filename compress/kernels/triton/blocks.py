@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels.triton.launch import check
+from compress.kernels.triton.launch import check, on_its_device
 
 TABLES = 4
 """Tables that one call for the errors of a menu can take, each of a power of two of at most 256 entries."""
@@ -179,6 +179,7 @@ def _bits(table: Tensor) -> int:
     return max(1, (table.numel() - 1).bit_length())
 
 
+@on_its_device
 def block_maxima(weight_OI: Tensor, block_size: int) -> Tensor:
     """As :func:`compress.kernels.blocks.block_maxima`, on the device."""
     rows, columns = weight_OI.shape
@@ -234,6 +235,7 @@ def _quantize(
     )
 
 
+@on_its_device
 def packed_codes(weight_OI: Tensor, scales_ON: Tensor, block_size: int, table_K: Tensor, bits: int) -> Tensor:
     """As :func:`compress.kernels.blocks.packed_codes`, on the device."""
     packed = torch.empty(
@@ -243,6 +245,7 @@ def packed_codes(weight_OI: Tensor, scales_ON: Tensor, block_size: int, table_K:
     return packed
 
 
+@on_its_device
 def rounded_values(weight_OI: Tensor, scales_ON: Tensor, block_size: int, table_K: Tensor) -> Tensor:
     """As :func:`compress.kernels.blocks.rounded_values`, on the device."""
     values = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
@@ -250,6 +253,7 @@ def rounded_values(weight_OI: Tensor, scales_ON: Tensor, block_size: int, table_
     return values
 
 
+@on_its_device
 def menu_errors(
     weight_OI: Tensor,
     element_weights: Tensor | None,

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,21 @@ def choose(
     device: torch.device, geometry: Geometry, tokens: int, dtype: torch.dtype, *, transposed: bool = False
 ) -> Choice:
     """What the table of a device says of a product; see :func:`explain`."""
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    return _chosen(torch.device(device.type, index), geometry, tokens, dtype, transposed)
+
+
+@lru_cache(maxsize=4096)  # a layer asks at every call
+def _chosen(
+    device: torch.device, geometry: Geometry, tokens: int, dtype: torch.dtype, transposed: bool
+) -> Choice:
     return explain(device, geometry, tokens, dtype, transposed=transposed)[0]
+
+
+def forget_tables() -> None:
+    """Read the tables again when they are next asked for."""
+    table_of.cache_clear()
+    _chosen.cache_clear()
 
 
 def explain(

@@ -14,7 +14,7 @@ from compress.errors import UsageError
 from compress.kernels.packed import CHUNK, TiledMatrix
 from compress.kernels.triton.choice import Slices
 from compress.kernels.triton.decode import looked_up, rounded, scaled, words_of
-from compress.kernels.triton.launch import TYPES, arguments, check_matrix, interpreted
+from compress.kernels.triton.launch import TYPES, arguments, check_matrix, interpreted, on_its_device
 
 WORKSPACE = 64 << 20
 """Most bytes of the workspace."""
@@ -25,7 +25,7 @@ _ROWS, _CHUNKS = 32, 4
 """Rows and chunks that one program dequantizes."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "last_row"])
 def dequantize_kernel(
     out, codes, scale_codes, steps, offset, table, rows, columns, tiles, chunks, blocks, block_size, group_size,
     first_row, last_row, first_column, last_column, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr,
@@ -49,6 +49,7 @@ def dequantize_kernel(
     tl.store(out + at, rounded(weight, out.dtype.element_ty, INTERPRETED), mask=there)
 
 
+@on_its_device
 def dequantize_into(out: Tensor, matrix: TiledMatrix, row: int, column: int) -> None:
     """Write the weights from a row and a column (a multiple of 32) on: table entry times scale, rounded once.
 
@@ -75,6 +76,7 @@ def dequantize_into(out: Tensor, matrix: TiledMatrix, row: int, column: int) -> 
     )
 
 
+@on_its_device
 def dequantize(
     matrix: TiledMatrix, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
 ) -> Tensor:

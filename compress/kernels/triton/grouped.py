@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.errors import UsageError
 from compress.kernels.packed import TiledMatrix
 from compress.kernels.triton.choice import Tiles
-from compress.kernels.triton.launch import TYPES, arguments, check, check_matrix, interpreted
+from compress.kernels.triton.launch import TYPES, arguments, check, check_matrix, interpreted, on_its_device
 from compress.kernels.triton.product import REDUCED, StoredFactors, one_scale, ranks_at_once, shares
 from compress.kernels.triton.product_kernels import member, reduce_part
 
@@ -44,7 +44,17 @@ _MEMBER = (
 _REDUCED = ("partial", "inner", "factor", "y", "inner_sums", "width", "rank")
 
 
-@triton.jit(do_not_specialize=["tokens", "rank0", "rank1", "rank2"])
+_ANY = [
+    "tokens",
+    "share",
+    "end0",
+    "end1",
+    *(f"{name}{at}" for name in ("rank", "parts") for at in range(MOST)),
+]
+"""What changes with the number of tokens: a kernel compiled for some of them serves all."""
+
+
+@triton.jit(do_not_specialize=_ANY)
 def group_kernel(
     x, tokens, columns, chunks, blocks, block_size, share, end0, end1,
     codes0, scale_codes0, steps0, offset0, table0, factor0, y0, inner0, rows0, tiles0, group_size0, rank0, parts0,
@@ -75,7 +85,7 @@ def group_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "rank0", "rank1", "rank2"])
+@triton.jit(do_not_specialize=["tokens", "end0", "end1", "rank0", "rank1", "rank2"])
 def group_reduce_kernel(
     tokens, end0, end1,
     partial0, inner0, factor0, y0, inner_sums0, width0, rank0,
@@ -108,6 +118,7 @@ def groupable(matrices: Sequence[TiledMatrix]) -> bool:
     return 2 <= len(matrices) <= MOST and len(kinds) == 1
 
 
+@on_its_device
 def group_product(
     x: Tensor, matrices: Sequence[TiledMatrix], factors: Sequence[StoredFactors | None], tiles: Tiles
 ) -> list[tuple[Tensor, Tensor]]:

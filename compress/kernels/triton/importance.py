@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.triton.decode import times
-from compress.kernels.triton.launch import check, interpreted
+from compress.kernels.triton.launch import check, interpreted, on_its_device
 
 _ROWS, _COLUMNS, _RANKS = 64, 64, 16
 """What a program takes at a time."""
@@ -73,6 +73,7 @@ def importance_kernel(
         tl.store(partial + at, tl.sum(product, axis=1), mask=row < rows)
 
 
+@on_its_device
 def importance_sums(
     weight_OI: Tensor, left_OR: Tensor, right_RI: Tensor, *, over_columns: bool, square: bool
 ) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MOST_WORDS = 2**31
 """Elements of a tensor from which the kernels' 32-bit offsets would not do."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @cache
@@ -38,6 +43,23 @@ def interpreted() -> bool:
 def runs_on(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of a device."""
     return installed() and (interpreted() if device.type == "cpu" else device.type == "cuda")
+
+
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function that launches kernels with the CUDA device of its first tensor or matrix as the current one."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        for value in (*args, *kwargs.values()):
+            tensor = value.codes if isinstance(value, TiledMatrix) else value
+            if isinstance(tensor, Tensor):
+                if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+                    break
+                with torch.cuda.device(tensor.device):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
 
 
 def check(

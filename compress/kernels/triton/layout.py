@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.kernels.packed import TILE, Geometry, TiledMatrix, check_plain, plain_bytes
 from compress.kernels.triton.decode import scale_code
-from compress.kernels.triton.launch import check
+from compress.kernels.triton.launch import check, on_its_device
 
 _PROGRAM = 1024
 """Words, octets or bytes that a program makes."""
@@ -173,6 +173,7 @@ def _programs(count: int) -> tuple[int]:
     return (-(-count // _PROGRAM),)
 
 
+@on_its_device
 def tile(
     geometry: Geometry,
     *,
@@ -231,6 +232,7 @@ def tile(
     )
 
 
+@on_its_device
 def untile(geometry: Geometry, codes: Tensor, scale_codes: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`compress.kernels.packed.untile`, on the device.
 

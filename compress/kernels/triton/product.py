@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.kernels.packed import TiledMatrix
 from compress.kernels.triton.choice import Choice, Tiles, choose
 from compress.kernels.triton.dense import dequantize, product_by_slices, transposed_by_slices
-from compress.kernels.triton.launch import TYPES, arguments, check, check_matrix, interpreted
+from compress.kernels.triton.launch import TYPES, arguments, check, check_matrix, interpreted, on_its_device
 from compress.kernels.triton.product_kernels import product_kernel, reduce_kernel, transposed_kernel
 
 __all__ = ["dequantize", "product", "product_transposed"]
@@ -39,6 +39,7 @@ def _check(name: str, x: Tensor, width: int, matrix: TiledMatrix, factors: Store
         check("L2", factors[1], rank * g.columns, (x.dtype,), x.device)
 
 
+@on_its_device
 def product(
     x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, *, choice: Choice | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -64,6 +65,7 @@ def product(
     return product_by_slices(x.contiguous(), matrix, factors, chosen)
 
 
+@on_its_device
 def product_transposed(
     grad: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, *, choice: Choice | None = None
 ) -> Tensor:

@@ -119,7 +119,7 @@ def member(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "rank"])
+@triton.jit(do_not_specialize=["tokens", "rank", "parts", "share"])
 def product_kernel(
     x, codes, scale_codes, steps, offset, table, factor, y, inner, tokens, rows, columns, tiles, chunks, blocks,
     block_size, group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
@@ -137,7 +137,7 @@ def product_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "rank"])
+@triton.jit(do_not_specialize=["tokens", "rank", "parts", "share"])
 def transposed_kernel(
     grad, codes, scale_codes, steps, offset, table, factor, y, inner, tokens, rows, columns, tiles, chunks, blocks,
     block_size, group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.kernels.packed import CHUNK, TiledMatrix
 from compress.kernels.triton.decode import looked_up, scaled, words_of
-from compress.kernels.triton.launch import arguments, check, check_matrix
+from compress.kernels.triton.launch import arguments, check, check_matrix, on_its_device
 
 _ROWS, _CHUNKS = 16, 4
 """Rows and chunks that one program dequantizes."""
@@ -41,6 +41,7 @@ def rows_kernel(
     tl.store(out + at.to(tl.int64)[:, None] * columns + column[None, :], weight, mask=there)
 
 
+@on_its_device
 def picked_rows(matrix: TiledMatrix, index: Tensor) -> Tensor:
     """``dequantize(matrix)[index]`` bit for bit; a number that no row has gives NaN.
 

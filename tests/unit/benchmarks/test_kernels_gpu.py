@@ -116,6 +116,17 @@ def test_the_fastest_candidate_makes_the_table(monkeypatch: pytest.MonkeyPatch) 
     assert [rule["most_tokens"] for rule in tiles] == [16, 32, 128] * 2
 
 
+def test_a_candidate_that_does_not_run_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.benchmarks import kernels_gpu_table as module
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(module.product, "product", refused)
+    setting = cases.Setting(device=DEVICE, rotated=0)
+    assert module.seconds_of(setting, (64, 64), 4, 1, cases.Tiles(), False) == float("inf")
+
+
 def test_without_a_gpu_only_the_quick_form_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

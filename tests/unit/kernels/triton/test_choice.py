@@ -11,7 +11,16 @@ import torch
 from compress.errors import CompressError
 from compress.kernels.packed import Geometry
 from compress.kernels.triton import choice
-from compress.kernels.triton.choice import Slices, Tiles, choose, explain, read_table, slug, table_of
+from compress.kernels.triton.choice import (
+    Slices,
+    Tiles,
+    choose,
+    explain,
+    forget_tables,
+    read_table,
+    slug,
+    table_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -56,7 +65,7 @@ def test_a_table_of_the_device_goes_before_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "TABLES", tmp_path)
-    table_of.cache_clear()
+    forget_tables()
     either = {"bits": [4], "transposed": False, "most_tokens": None}
     write(tmp_path / "default.json", [{**either, "slices": {"nbytes": 1}}])
     write(tmp_path / "one-gpu-80gb.json", [{**either, "shape": [8, 8], "tiles": {"rows": 16}}])
@@ -70,7 +79,7 @@ def test_a_table_of_the_device_goes_before_the_default(
         with pytest.raises(CompressError, match="no rule for this product"):
             choose(torch.device("cuda", 0), geometry(8, 16), 5, torch.bfloat16)
     finally:
-        table_of.cache_clear()
+        forget_tables()
 
 
 def test_tables_that_cannot_be_read(tmp_path: Path) -> None:

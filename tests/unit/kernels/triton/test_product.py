@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.errors import UsageError
 from compress.kernels.triton.choice import Choice, Slices, Tiles
-from compress.kernels.triton.launch import TYPES, runs_on
+from compress.kernels.triton.launch import TYPES, on_its_device, runs_on
 from tests.unit.kernels.native import Case, random_case, random_input
 
 from .cases import DEVICE, assert_near, needs_kernels, placed
@@ -157,6 +160,24 @@ def test_results_do_not_change_from_call_to_call() -> None:
     assert torch.equal(
         product(x, matrix, factors, choice=tiles)[0], product(x, matrix, factors, choice=tiles)[0]
     )
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    def device(wanted: torch.device) -> AbstractContextManager[None]:
+        entered.append(wanted)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    matrix = random_case(1, 8).matrix
+    with FakeTensorMode():
+        for index in (0, 1):
+            x = torch.empty(2, device=torch.device("cuda", index))
+            assert on_its_device(lambda a, b: b)(3, x) is x
+    on_its_device(lambda a: a)(replace(matrix, codes=x))
+    assert entered == [torch.device("cuda", 1)] * 2
 
 
 def test_sizes_and_types_that_do_not_fit_are_refused() -> None:
