@@ -13,7 +13,10 @@ from huggingface_hub import try_to_load_from_cache
 from compress.data.sources import C4_DOCUMENTS, data_root, default_source, local_files
 from compress.data.text import SPLITS
 from compress.errors import UsageError
-from compress.kernels.library import LEVELS, VARIABLE, status
+from compress.kernels.gpu import standing
+from compress.kernels.library import LEVELS, TRITON, VARIABLE, status
+from compress.kernels.triton.choice import describe
+from compress.kernels.triton.launch import installed
 from compress.model.load import EMBEDDED, EMBEDDED_HUB, cache_folder, embedded_gguf, preferred_dtype
 from compress.pipelines.dispatch import default_effort
 from compress.pipelines.doctor import Finding
@@ -31,7 +34,7 @@ def checks() -> list[Finding]:
     return [
         *processor(machine),
         *gpus(machine.cuda),
-        *kernels(),
+        *kernels(machine.cuda),
         *model(),
         *texts(),
         *folders(),
@@ -93,8 +96,8 @@ def gpus(devices: tuple[CudaDevice, ...]) -> Iterator[Finding]:
     )
 
 
-def kernels() -> Iterator[Finding]:
-    """What quantized layers run on."""
+def kernels(devices: tuple[CudaDevice, ...] = ()) -> Iterator[Finding]:
+    """What quantized layers run on: on the CPU, and on each CUDA device."""
     try:
         found = status()
     except UsageError as error:
@@ -125,6 +128,19 @@ def kernels() -> Iterator[Finding]:
     )
     if found.path is not None:
         yield Finding(section="kernels", name="library", value=str(found.path))
+    for index, device in enumerate(devices):
+        serves, why = standing(index)
+        missing = not serves and not installed()
+        yield Finding(
+            section="kernels",
+            name=f"on cuda:{index}",
+            value=TRITON if serves else "torch",
+            why=describe(device.name) if serves else why,
+            state="problem" if missing else "ok",
+            remedy="Run: pip install 'compress-llm[cuda]'; quantized layers are slow there until then."
+            if missing
+            else "",
+        )
 
 
 def model() -> Iterator[Finding]:

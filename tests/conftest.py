@@ -17,6 +17,10 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402  (the hub reads HF_HUB_OFFLINE when it is imported)
 
+# Triton reads it when it is imported, which transformers does. Where there is a GPU the kernels run on it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.fresh import ForkServer  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: two threads on a busy machine wait for each other, up to 100x slower

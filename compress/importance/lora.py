@@ -16,7 +16,7 @@ from compress.importance import CRITERIA
 from compress.importance.base import Criterion, CriterionConfig, GroupScores, Needs
 from compress.importance.modules import WeightRows, lora_factors, weight_rows
 from compress.importance.reduce import Axis, axis_of, chunked_sums, group_scores, row_chunks
-from compress.kernels.calling import serves
+from compress.kernels.calling import serves_blocks
 from compress.kernels.importance import importance_sums
 from compress.model.architecture import LinearSpec
 
@@ -111,7 +111,7 @@ def lora_group_sums(
     )
 
     left, right = gradient_factors(a, b, grad_a, grad_b, first_order=first_order)
-    if weight.dtype == torch.float32 and serves(a, b) and weight.device.type == "cpu":
+    if weight.dtype == torch.float32 and a.device == weight.device and serves_blocks(a, b):
         left, right = torch.cat([left, scaling * b], dim=1), torch.cat([right, a])
         return _native_sums(weight, left, right, over, element, chunk_elements)
 
@@ -132,9 +132,9 @@ def _native_sums(
     element: Element,
     chunk_elements: int | None,
 ) -> torch.Tensor:
-    """The sums by the C library, in float64 from chunk to chunk."""
+    """The sums by the C library or by Triton, in float64 from chunk to chunk."""
     rows, columns = weight.shape
-    sums = torch.zeros(rows if over == "rows" else columns, dtype=torch.float64)
+    sums = torch.zeros(rows if over == "rows" else columns, dtype=torch.float64, device=left_OR.device)
     for chunk in row_chunks(weight, chunk_elements):
         found = importance_sums(
             weight.rows(chunk),

@@ -1,4 +1,4 @@
-"""Plain rounding of blocks by the C library: largest weights, packed codes, values, and the errors of a whole menu.
+"""Plain rounding of blocks, by the C library or on a GPU by Triton: packed codes, values, the errors of a whole menu.
 
 Codes, scales and values are those of the torch backend bit for bit, at every level and with any number of threads.
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.calling import call, contiguous
+from compress.kernels.gpu import on_gpu
 
 TABLES = 4
 """Tables that one call for the errors of a menu can take, of at most 256 entries each."""
@@ -25,6 +26,10 @@ def block_maxima(weight_OI: Tensor, block_size: int) -> Tensor:
         weight_OI: float32.
         block_size: Weights of a block.
     """
+    if on_gpu(weight_OI):
+        from compress.kernels.triton import blocks as triton_blocks
+
+        return triton_blocks.block_maxima(weight_OI, block_size)
     rows, columns = weight_OI.shape
     found = torch.empty(rows, -(-columns // block_size))
     call("ck_block_maxima", *contiguous(weight_OI), found, sizes=(rows, columns, block_size))
@@ -44,6 +49,10 @@ def packed_codes(weight_OI: Tensor, scales_ON: Tensor, block_size: int, table_K:
     Returns:
         uint8 1-D.
     """
+    if on_gpu(weight_OI):
+        from compress.kernels.triton import blocks as triton_blocks
+
+        return triton_blocks.packed_codes(weight_OI, scales_ON, block_size, table_K, bits)
     packed = torch.empty(scales_ON.numel() * block_size * bits // 8, dtype=torch.uint8)
     inputs = contiguous(weight_OI, scales_ON, table_K)
     call("ck_quantize", *inputs, packed, None, sizes=(*weight_OI.shape, block_size, len(table_K), bits))
@@ -52,6 +61,10 @@ def packed_codes(weight_OI: Tensor, scales_ON: Tensor, block_size: int, table_K:
 
 def rounded_values(weight_OI: Tensor, scales_ON: Tensor, block_size: int, table_K: Tensor) -> Tensor:
     """What those codes stand for, float32 [O, I]; arguments as :func:`packed_codes`."""
+    if on_gpu(weight_OI):
+        from compress.kernels.triton import blocks as triton_blocks
+
+        return triton_blocks.rounded_values(weight_OI, scales_ON, block_size, table_K)
     values = torch.empty(weight_OI.shape)
     inputs = contiguous(weight_OI, scales_ON, table_K)
     call("ck_quantize", *inputs, None, values, sizes=(*weight_OI.shape, block_size, len(table_K), 0))
@@ -79,6 +92,10 @@ def menu_errors(
     Returns:
         (scaling, table) -> sums of the squared errors and of the errors, rounded less exact, float64 [O] each.
     """
+    if on_gpu(weight_OI):
+        from compress.kernels.triton import blocks as triton_blocks
+
+        return triton_blocks.menu_errors(weight_OI, element_weights, block_size, scales_CON, tables, uses)
     rows, columns = weight_OI.shape
     entries = torch.zeros(TABLES, dtype=torch.int64)
     padded = torch.zeros(TABLES, 256)

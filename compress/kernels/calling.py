@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.kernels.gpu import on_gpu
 from compress.kernels.library import library
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the C library is there for tensors of these devices."""
     return library() is not None and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def serves_blocks(*tensors: Tensor) -> bool:
+    """Whether plain rounding and LoRA-guided importance of tensors run in the C library or in Triton's kernels."""
+    return serves(*tensors) or on_gpu(*tensors)
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from compress.errors import UsageError
-from compress.kernels import native_product, reference
+from compress.kernels import gpu, native_product, reference
 from compress.kernels.library import library
 from compress.kernels.packed import TiledMatrix
 from compress.kernels.reference import Factors, Grid, PackedMatrix
@@ -55,20 +56,33 @@ def backend(name: str = "torch") -> Backend:
     return BACKENDS[name]
 
 
+def products(tensor: torch.Tensor) -> ModuleType:
+    """The module whose ``product``, ``product_transposed`` and ``dequantize`` are for a tensor's device.
+
+    It is :mod:`compress.kernels.native_product` on a CPU and :mod:`compress.kernels.triton.product` on a GPU.
+    """
+    if tensor.device.type == "cpu" and not gpu.on_gpu(tensor):
+        return native_product
+    from compress.kernels.triton import product
+
+    return product
+
+
 def native_serves(x: torch.Tensor) -> bool:
-    """Whether products with ``x`` run in the C library: it is loaded, and has the device and type of ``x``.
+    """Whether products with ``x`` run on a tiled matrix: in the C library on a CPU, in Triton's kernels on a GPU.
 
     They take a :class:`~compress.kernels.packed.TiledMatrix` and factors as they are stored, so they are functions of
     their own and no :class:`Backend`.
     """
-    return native_product.serves(x) and library() is not None
+    return gpu.multiplies(x) or (native_product.serves(x) and library() is not None)
 
 
 def native_matmul(
     x: torch.Tensor, matrix: TiledMatrix, factors: native_product.StoredFactors | None
 ) -> torch.Tensor:
     """``x @ (Q + L1.T @ L2).T`` for x [..., I]; see :func:`compress.kernels.native_product.product`."""
-    y, _ = native_product.product(x.reshape(-1, x.shape[-1]), matrix, factors)
+    flat = x.reshape(-1, x.shape[-1])
+    y: torch.Tensor = products(x).product(flat, matrix, factors)[0]
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -77,5 +91,5 @@ def native_matmul_transposed(
 ) -> torch.Tensor:
     """``grad @ (Q + L1.T @ L2)`` for grad [..., O]."""
     flat = grad.reshape(-1, grad.shape[-1])
-    out = native_product.product_transposed(flat, matrix, factors)
+    out: torch.Tensor = products(grad).product_transposed(flat, matrix, factors)
     return out.view(*grad.shape[:-1], out.shape[1])

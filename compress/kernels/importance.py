@@ -1,7 +1,7 @@
-"""LoRA-guided importance by the C library: sums over rows or columns, with no temporary of the matrix's size.
+"""LoRA-guided importance by the C library, or on a GPU by Triton, with no temporary of the matrix's size.
 
-Sums are float32 within 256 columns or 64 rows and float64 beyond. Their order depends on the instruction-set level, not
-on the number of threads.
+In C, sums are float32 within 256 columns or 64 rows and float64 beyond. Their order depends on the instruction-set
+level, not on the number of threads.
 
 Shapes: O out, I in, R rank.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.calling import call, contiguous
+from compress.kernels.gpu import on_gpu
 
 
 def importance_sums(
@@ -28,6 +29,12 @@ def importance_sums(
         over_columns: Sum over each column, not over each row.
         square: Squares, not absolute values.
     """
+    if on_gpu(weight_OI):
+        from compress.kernels.triton import importance
+
+        return importance.importance_sums(
+            weight_OI, left_OR, right_RI, over_columns=over_columns, square=square
+        )
     rows, columns = weight_OI.shape
     sums = torch.empty(columns if over_columns else rows, dtype=torch.float64)
     sizes = (rows, columns, left_OR.shape[1] // 3, int(square), int(over_columns))

@@ -1,7 +1,8 @@
 """The C library: found beside this file, loaded on first use, its instruction-set level chosen.
 
 ``COMPRESS_KERNELS`` names a level for the whole process: ``torch`` (do without the library), ``scalar``, ``avx2``,
-``avx512`` or ``avx512_bf16``. Without it, the best that the processor has is taken.
+``avx512`` or ``avx512_bf16``. Without it, the best that the processor has is taken. ``triton`` leaves that as it is and
+concerns :mod:`compress.kernels.gpu`. A level concerns the CPU alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from compress.errors import UsageError
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 """Instruction-set levels by their number in the library, each a superset of the one before."""
 VARIABLE = "COMPRESS_KERNELS"
+TRITON = "triton"
 
 _ABI = 2
 _FILE = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
@@ -42,10 +44,17 @@ class KernelStatus:
     reason: str
 
 
-def _wanted() -> str | None:
+def wanted() -> str | None:
+    """What the environment asks for, None for nothing.
+
+    Raises:
+        UsageError: There is no such thing.
+    """
     name = os.environ.get(VARIABLE, "").strip().lower()
-    if name and name not in ("torch", *LEVELS):
-        raise UsageError(f"{VARIABLE} is {name!r}.", f"Choose torch, {', '.join(LEVELS)}, or unset it.")
+    if name and name not in ("torch", *LEVELS, TRITON):
+        raise UsageError(
+            f"{VARIABLE} is {name!r}.", f"Choose torch, {', '.join(LEVELS)}, {TRITON}, or unset it."
+        )
     return name or None
 
 
@@ -72,11 +81,11 @@ def library() -> ctypes.CDLL | None:
     Raises:
         UsageError: The environment asks for a level that there is no name for.
     """
-    wanted = _wanted()
+    asked = wanted()
     found, _ = _load()
-    if found is None or wanted == "torch":
+    if found is None or asked == "torch":
         return None
-    found.ck_set_level(-1 if wanted is None else LEVELS.index(wanted))
+    found.ck_set_level(LEVELS.index(asked) if asked in LEVELS else -1)
     return found
 
 
@@ -86,7 +95,7 @@ def status() -> KernelStatus:
     Raises:
         UsageError: The environment asks for a level that there is no name for.
     """
-    wanted = _wanted()
+    asked = wanted()
     found, problem = _load()
     if found is None:
         return KernelStatus(level="torch", path=None, available=("torch",), reason=problem)
@@ -94,12 +103,12 @@ def status() -> KernelStatus:
     if library() is None:
         return KernelStatus(level="torch", path=None, available=available, reason=f"{VARIABLE} asks for it")
     level = LEVELS[found.ck_level()]
-    if wanted is None:
+    if asked in (None, TRITON):
         reason = "the best this processor has"
-    elif level == wanted:
+    elif level == asked:
         reason = f"{VARIABLE} asks for it"
     else:
-        reason = f"{VARIABLE} asks for {wanted}, which this processor lacks"
+        reason = f"{VARIABLE} asks for {asked}, which this processor lacks"
     return KernelStatus(level=level, path=_FILE, available=available, reason=reason)
 
 

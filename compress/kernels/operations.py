@@ -1,4 +1,4 @@
-"""The C kernels as torch operations: ``torch.ops.compress.nf_linear``, ``nf_linear_transposed``, ``nf_dequantize``.
+"""Torch operations ``torch.ops.compress.nf_linear``, ``nf_linear_transposed``, ``nf_dequantize``, on CPU and GPU.
 
 A matrix is given as its tensors and six sizes (:meth:`compress.kernels.packed.Geometry.numbers`), so that torch sees
 every tensor. Q is frozen; the input and the factors have gradients. ``nf_linear`` also returns ``x @ L2.T``, which the
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels.native_product import StoredFactors, dequantize, product, product_transposed
+from compress.kernels.dispatch import products
+from compress.kernels.native_product import StoredFactors
 from compress.kernels.packed import TILE, Geometry, TiledMatrix, check
 
 _MATRIX = "Tensor codes, Tensor scale_codes, Tensor steps, Tensor offset, Tensor table, int[] sizes"
@@ -37,7 +38,7 @@ def linear(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None = None)
     """``x @ (Q + L1.T @ L2).T``, differentiable in ``x`` and the factors.
 
     Args:
-        x: [..., I], float32, bfloat16 or float16, on the CPU.
+        x: [..., I], float32, bfloat16 or float16.
         matrix: Q.
         factors: (L1 [r, O], L2 [r, I]) in the type of ``x``, or None.
 
@@ -53,12 +54,13 @@ def _matrix(tensors: tuple[Any, ...]) -> TiledMatrix:
     codes, scale_codes, steps, offset, table, sizes = tensors
     names = ("rows", "columns", "bits", "scale_bits", "block_size", "group_size")
     geometry = Geometry(**dict(zip(names, sizes, strict=True)))
-    g, floats = geometry, (torch.float32,)
-    check("codes", codes, g.tiles * g.chunks * g.bits * TILE, (torch.int32,))
-    check("scale_codes", scale_codes, g.tiles * g.blocks * 2 * g.scale_bits, (torch.uint8,))
-    check("steps", steps, -(-g.rows * g.blocks // g.group_size), floats)
-    check("offset", offset, 1, floats)
-    check("table", table, 2**g.bits, floats)
+    if codes.device.type == "cpu":  # Triton's functions look at the tensors themselves
+        g, floats = geometry, (torch.float32,)
+        check("codes", codes, g.tiles * g.chunks * g.bits * TILE, (torch.int32,))
+        check("scale_codes", scale_codes, g.tiles * g.blocks * 2 * g.scale_bits, (torch.uint8,))
+        check("steps", steps, -(-g.rows * g.blocks // g.group_size), floats)
+        check("offset", offset, 1, floats)
+        check("table", table, 2**g.bits, floats)
     return TiledMatrix(
         geometry=geometry, codes=codes, scale_codes=scale_codes, steps=steps, offset=offset, table=table
     )
@@ -69,7 +71,8 @@ def _factors(left: Tensor | None, right: Tensor | None) -> StoredFactors | None:
 
 
 def _linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return product(x, _matrix(rest[:6]), _factors(*rest[6:]))
+    found: tuple[Tensor, Tensor] = products(x).product(x, _matrix(rest[:6]), _factors(*rest[6:]))
+    return found
 
 
 def _linear_meta(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,8 @@ def _linear_meta(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _transposed(grad: Tensor, *rest: Any) -> Tensor:
-    return product_transposed(grad, _matrix(rest[:6]), _factors(*rest[6:]))
+    found: Tensor = products(grad).product_transposed(grad, _matrix(rest[:6]), _factors(*rest[6:]))
+    return found
 
 
 def _transposed_meta(grad: Tensor, *rest: Any) -> Tensor:
@@ -86,7 +90,8 @@ def _transposed_meta(grad: Tensor, *rest: Any) -> Tensor:
 
 
 def _dequantize(*rest: Any) -> Tensor:
-    return dequantize(_matrix(rest[:6]), *rest[6:])
+    found: Tensor = products(rest[0]).dequantize(_matrix(rest[:6]), *rest[6:])
+    return found
 
 
 def _dequantize_meta(*rest: Any) -> Tensor:
@@ -94,12 +99,14 @@ def _dequantize_meta(*rest: Any) -> Tensor:
     return torch.empty(stop - start, rest[5][1], dtype=dtype, device="meta")
 
 
-OPERATIONS.impl("nf_linear", _linear, "CPU")
-OPERATIONS.impl("nf_linear", _linear_meta, "Meta")
-OPERATIONS.impl("nf_linear_transposed", _transposed, "CPU")
-OPERATIONS.impl("nf_linear_transposed", _transposed_meta, "Meta")
-OPERATIONS.impl("nf_dequantize", _dequantize, "CPU")
-OPERATIONS.impl("nf_dequantize", _dequantize_meta, "Meta")
+for _name, _run, _meta in (
+    ("nf_linear", _linear, _linear_meta),
+    ("nf_linear_transposed", _transposed, _transposed_meta),
+    ("nf_dequantize", _dequantize, _dequantize_meta),
+):
+    for _device in ("CPU", "CUDA"):
+        OPERATIONS.impl(_name, _run, _device)
+    OPERATIONS.impl(_name, _meta, "Meta")
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -7,6 +7,7 @@ draws the layout. The plain tensors are those of a checkpoint (docs/artifacts.md
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -134,11 +135,27 @@ def check(name: str, tensor: Tensor, count: int, types: tuple[torch.dtype, ...])
         )
 
 
-def _plain_bytes(g: Geometry) -> tuple[int, int]:
+def plain_bytes(g: Geometry) -> tuple[int, int]:
     """Bytes of the codes and of the scale codes as a checkpoint stores them."""
     planes = {3: (2, 1)}.get(g.scale_bits, (g.scale_bits,))
     blocks = g.rows * g.blocks
     return blocks * g.block_size * g.bits // 8, sum(-(-blocks * width // 8) for width in planes)
+
+
+def check_plain(
+    refuse: Callable[[str, Tensor, int, tuple[torch.dtype, ...]], None], geometry: Geometry, **tensors: Tensor
+) -> None:
+    """Have :func:`check` or another such function look at every plain tensor of a matrix, by its name."""
+    g = geometry
+    code_bytes, scale_bytes = plain_bytes(g)
+    for name, count, types in (
+        ("codes", code_bytes, (torch.uint8,)),
+        ("scale_codes", scale_bytes, (torch.uint8,)),
+        ("scale_max", -(-g.rows * g.blocks // g.group_size), (torch.float32, torch.bfloat16, torch.float16)),
+        ("offset", 1, (torch.float32,)),
+        ("table", 2**g.bits, (torch.float32,)),
+    ):
+        refuse(name, tensors[name], count, types)
 
 
 def _arguments(geometry: Geometry) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:
@@ -175,16 +192,9 @@ def tile(
         UsageError: The C library is not in use, or a tensor is not what the sizes ask for.
     """
     g = geometry
-    groups = -(-g.rows * g.blocks // g.group_size)
-    code_bytes, scale_bytes = _plain_bytes(g)
-    for name, tensor, count, types in (
-        ("codes", codes, code_bytes, (torch.uint8,)),
-        ("scale_codes", scale_codes, scale_bytes, (torch.uint8,)),
-        ("scale_max", scale_max, groups, (torch.float32, torch.bfloat16, torch.float16)),
-        ("offset", offset, 1, (torch.float32,)),
-        ("table", table, 2**g.bits, (torch.float32,)),
-    ):
-        check(name, tensor, count, types)
+    check_plain(
+        check, g, codes=codes, scale_codes=scale_codes, scale_max=scale_max, offset=offset, table=table
+    )
     tiled = torch.empty(g.tiles, g.chunks, g.bits, TILE, dtype=torch.int32)
     scales = torch.empty(g.tiles, g.blocks, 2 * g.scale_bits, dtype=torch.uint8)
     plain, plain_scales = codes.contiguous(), scale_codes.contiguous()
@@ -213,7 +223,7 @@ def untile(geometry: Geometry, codes: Tensor, scale_codes: Tensor) -> tuple[Tens
     g = geometry
     check("codes", codes, g.tiles * g.chunks * g.bits * TILE, (torch.int32,))
     check("scale_codes", scale_codes, g.tiles * g.blocks * 2 * g.scale_bits, (torch.uint8,))
-    code_bytes, scale_bytes = _plain_bytes(g)
+    code_bytes, scale_bytes = plain_bytes(g)
     plain = torch.empty(code_bytes, dtype=torch.uint8)
     plain_scales = torch.zeros(scale_bytes, dtype=torch.uint8)
     tiled, scales = codes.contiguous(), scale_codes.contiguous()

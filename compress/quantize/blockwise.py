@@ -11,7 +11,7 @@ import torch
 
 from compress.errors import CompressError, UsageError
 from compress.kernels import blocks as native
-from compress.kernels.calling import serves
+from compress.kernels.calling import serves_blocks
 from compress.kernels.dispatch import backend
 from compress.kernels.reference import Grid, PackedMatrix
 from compress.quantize.codebook import fitted_grid
@@ -85,7 +85,7 @@ def _checked(weight: torch.Tensor) -> torch.Tensor:
 def _scaled(weight: torch.Tensor, config: QuantConfig) -> tuple[Scales, Grid]:
     """First-level scales and table of a matrix."""
     wide = _checked(weight).detach().float()
-    if serves(weight):
+    if serves_blocks(weight):
         ranges = native.block_maxima(wide, config.block_size).view(-1)
     else:
         ranges = row_blocks(wide, config.block_size).abs().amax(1)
@@ -221,7 +221,7 @@ def quantize_blockwise(weight: torch.Tensor, config: QuantConfig) -> QuantizedTe
     """
     scales, grid = _scaled(weight, config)
     shape, values = (weight.shape[0], weight.shape[1]), scales.values(config)
-    if serves(weight):
+    if serves_blocks(weight):
         by_row = values.view(shape[0], -1)
         packed = native.packed_codes(
             weight.detach().float(), by_row, config.block_size, grid.table, config.bits
@@ -266,7 +266,7 @@ def quantize_dequantize(weight: torch.Tensor, config: QuantConfig) -> torch.Tens
     scales, grid = _scaled(weight, config)
     rows, columns = weight.shape
     spread = scales.values(config)
-    if serves(weight):
+    if serves_blocks(weight):
         by_row = spread.view(rows, -1)
         return native.rounded_values(weight.detach().float(), by_row, config.block_size, grid.table)
     codes = backend("torch").quantize_blocks(row_blocks(weight, config.block_size), spread, grid)

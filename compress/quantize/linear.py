@@ -11,8 +11,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from compress.kernels.dispatch import backend, native_matmul, native_matmul_transposed, native_serves
+from compress.kernels.layout import untile
 from compress.kernels.native_product import StoredFactors
-from compress.kernels.packed import TiledMatrix, untile
+from compress.kernels.packed import TiledMatrix
 from compress.kernels.reference import Factors, PackedMatrix
 from compress.quantize.blockwise import QuantizedTensor
 from compress.quantize.checkpoint import MatrixRecord, lq_tensors, record_of
@@ -31,7 +32,7 @@ class LQLinear(nn.Linear):
     format meets a shape mismatch instead of numbers. Scales and factors are buffers that no cast of the
     module changes: under ``.to(torch.bfloat16)`` the dequantized values stay the same. The compute type is
     that of the input, or autocast's. Nothing dequantized is kept for the backward pass, which dequantizes
-    again. Once the C kernels have served, ``weight`` and the scale codes are held in their layout instead
+    again. Once the C or the Triton kernels have served, ``weight`` and the scale codes are held in their layout instead
     (int32, and three dimensions): a state dict, a move and :meth:`quantized` give the stored form back.
 
     Args:
@@ -93,7 +94,7 @@ class LQLinear(nn.Linear):
         )
 
     def quantized(self) -> QuantizedTensor:
-        """Q, sharing this layer's tensors but for codes that the C kernels have in their layout."""
+        """Q, sharing this layer's tensors but for codes that the kernels have in their layout."""
         return self._stored("weight", self.record.shape, self.record.config)
 
     def _factor(self, name: str, size: int) -> Factor:
@@ -121,7 +122,7 @@ class LQLinear(nn.Linear):
         return self.quantized().packed(), cast
 
     def tiled(self) -> TiledMatrix:
-        """Q in the layout of the C kernels, which from then on is all that is held of its codes."""
+        """Q in the layout of the kernels, which from then on is all that is held of its codes."""
         return self._native_form().matrix
 
     def stored_factors(self, dtype: torch.dtype) -> StoredFactors | None:

@@ -1,4 +1,4 @@
-"""A quantized matrix in the layout of the C kernels, and back."""
+"""A quantized matrix in the layout of the C and the Triton kernels, and back."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from compress.kernels.gpu import on_gpu
+from compress.kernels.layout import tile, untile
 from compress.kernels.native_product import StoredFactors
-from compress.kernels.packed import TILE, Geometry, TiledMatrix, tile, untile
+from compress.kernels.packed import TILE, Geometry, TiledMatrix
 from compress.quantize.blockwise import QuantizedTensor, picked_rows
 from compress.quantize.config import QuantConfig
 
 
 @dataclass(slots=True, kw_only=True)
 class NativeForm:
-    """What the C kernels compute on for one layer.
+    """What the kernels compute on for one layer.
 
     Attributes:
         versions: Addresses and versions of the stored tensors when it was made.
@@ -40,10 +42,10 @@ def geometry(shape: tuple[int, int], config: QuantConfig) -> Geometry:
 
 
 def tiled_form(quantized: QuantizedTensor) -> TiledMatrix:
-    """A stored matrix in the layout of the C kernels.
+    """A stored matrix in the layout of the kernels.
 
     Raises:
-        UsageError: The C library is not in use.
+        UsageError: No kernels run on its device.
     """
     return tile(
         geometry(quantized.shape, quantized.config),
@@ -69,6 +71,10 @@ def rows_of_tiles(
     Returns:
         float32 [..., I].
     """
+    if on_gpu(tiled.codes, index):
+        from compress.kernels.triton import rows
+
+        return rows.picked_rows(tiled, index)
     tiles, place = torch.unique(index // TILE, return_inverse=True)
     sizes = replace(tiled.geometry, rows=TILE * len(tiles))
     codes, scale_codes = untile(sizes, tiled.codes[tiles].contiguous(), tiled.scale_codes[tiles].contiguous())

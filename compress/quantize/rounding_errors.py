@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.errors import CompressError, UsageError
 from compress.kernels import blocks as native
-from compress.kernels.calling import serves
+from compress.kernels.calling import serves_blocks
 from compress.kernels.reference import round_to_grid
 from compress.quantize.block_model import BlockModel
 from compress.quantize.blockwise import compress_scales, quantize_dequantize, row_blocks
@@ -101,7 +101,7 @@ def rounding_errors(
                 (of_rows(shared), [(at, configs[at].bits) for at in found])
                 for shared, found in pairs[start : start + step]
             ]
-            if serves(weight):
+            if serves_blocks(weight):
                 _add_native_squares(picked[:, :columns], size, scalings, weighing, squares)
             else:
                 _add_squares(blocks, scalings, roots, squares)
@@ -129,7 +129,7 @@ def error_means(weight: Tensor, kinds: Sequence[tuple[int, int]]) -> list[tuple[
     found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for size in {size for _, size in kinds}:
         widths = sorted({bits for bits, other in kinds if other == size})
-        if serves(weight):
+        if serves_blocks(weight):
             shape = (len(wide), -1)
             absmax = native.block_maxima(wide, size).view(-1)
             scales = compress_scales(absmax, QuantConfig(bits=2, block_size=size))
@@ -157,7 +157,7 @@ def block_maxima(weight: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
     for size in sorted(set(sizes)):
         smaller = max((known for known in maxima if size % known == 0), default=None)
         if smaller is None:
-            if serves(weight):
+            if serves_blocks(weight):
                 maxima[size] = native.block_maxima(weight.detach().float(), size)
             else:
                 maxima[size] = row_blocks(weight, size).abs().amax(1).view(weight.shape[0], -1)
@@ -252,7 +252,7 @@ def _add_native_squares(
     weights_SI: Tensor | None,
     squares: Tensor,
 ) -> None:
-    """What :func:`_add_squares` does, by the C library, whose divisions are exact but for the last bit."""
+    """What :func:`_add_squares` does, by the C library or by Triton, whose divisions are exact but for the last bit."""
     tables = [normal_float_grid(bits, rows_SI.device).table for bits in TABLE_BITS]
     uses = [
         [TABLE_BITS.index(bits) for bits in sorted({bits for _, bits in widths})] for _, widths in scalings

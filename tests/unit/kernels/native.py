@@ -31,9 +31,10 @@ def random_case(
     block_size: int = 16,
     group_size: int = 16,
     zero_blocks: bool = False,
+    table_type: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
-    """Uniform codes and a random ascending table; with ``zero_blocks`` scales begin at 0, and many are 0."""
+    """Uniform codes and a random ascending table of values of a type; with ``zero_blocks`` many scales are 0."""
     generator = torch.Generator().manual_seed(seed)
     geometry = Geometry(
         rows=rows,
@@ -51,6 +52,7 @@ def random_case(
     scale_max = torch.rand(-(-count // group_size), generator=generator) + 0.1
     offset = torch.zeros(1) if zero_blocks else torch.rand(1, generator=generator)
     table = torch.rand(2**bits, generator=generator).mul(2).sub(1).sort().values
+    table = table.to(table_type).float()
     matrix = tile(
         geometry,
         codes=pack(codes.to(torch.uint8), bits),

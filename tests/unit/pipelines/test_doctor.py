@@ -155,6 +155,24 @@ def test_kernels_that_were_not_built_are_a_problem(monkeypatch: pytest.MonkeyPat
     assert "C compiler" in finding.remedy
 
 
+def test_kernels_on_a_gpu_say_how_products_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CudaDevice(name="A GPU", memory=8 * 10**9, free=8 * 10**9, capability="9.0", bfloat16=True)
+    monkeypatch.setattr(doctor_checks, "standing", lambda index: (True, "triton is installed"))
+    finding = found(doctor_checks.kernels((device,)), "on cuda:0")
+    assert (finding.value, finding.state) == ("triton", "ok")
+    assert "fused with the product up to 256 tokens, then dequantized slices of 32 MB" in finding.why
+    assert "measured on no GPU" in finding.why
+    monkeypatch.setattr(
+        doctor_checks, "standing", lambda index: (False, "compute capability 7.5 is below 8.0")
+    )
+    finding = found(doctor_checks.kernels((device,)), "on cuda:0")
+    assert (finding.value, finding.why) == ("torch", "compute capability 7.5 is below 8.0")
+    monkeypatch.setattr(doctor_checks, "installed", lambda: False)
+    finding = found(doctor_checks.kernels((device,)), "on cuda:0")
+    assert finding.state == "problem"
+    assert "compress-llm[cuda]" in finding.remedy
+
+
 def test_a_level_that_does_not_exist_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPRESS_KERNELS", "warp")
     (finding,) = doctor_checks.kernels()

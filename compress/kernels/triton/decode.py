@@ -1,0 +1,113 @@
+"""Device functions: codes, scales and products of the packed layout, version 1 (docs/kernels.md).
+
+Shapes: R rows, C chunks of 32 columns, W words of a row, P codes of a word.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def words_of(codes, rows, tiles, chunks, chunk, CHUNKS: tl.constexpr, BITS: tl.constexpr):
+    """Words of rows [R] in CHUNKS chunks from ``chunk`` on, int32 [R, W], and of 3 bits those of the high plane.
+
+    Rows and chunks that are not there give 0.
+    """
+    PER_CHUNK: tl.constexpr = 2 if BITS <= 3 else BITS
+    w = tl.arange(0, CHUNKS * PER_CHUNK)
+    at = chunk + w // PER_CHUNK
+    there = (rows < tiles * 16)[:, None] & (at < chunks)[None, :]
+    base = ((rows // 16).to(tl.int64) * chunks * BITS * 16 + rows % 16)[:, None]
+    words = tl.load(codes + base + ((at * BITS + w % PER_CHUNK) * 16)[None, :], mask=there, other=0)
+    high = words
+    if BITS == 3:
+        high = tl.load(codes + base + ((at * 3 + 2) * 16)[None, :], mask=there, other=0)
+    return words, high
+
+
+@triton.jit
+def looked_up(words, high, table, CHUNKS: tl.constexpr, BITS: tl.constexpr):
+    """Table entries of words, float32 [R, W, P]; column P w + p is at (w, p)."""
+    P: tl.constexpr = 16 if BITS <= 3 else 32 // BITS
+    PER_CHUNK: tl.constexpr = 32 // P
+    p = tl.arange(0, P)[None, None, :]
+    if BITS > 3:
+        found = (words[:, :, None] >> (BITS * p)) & (2**BITS - 1)
+    else:
+        found = (words[:, :, None] >> (2 * (p // 8) + 4 * (p % 8))) & 3
+        if BITS == 3:
+            octet = 2 * (tl.arange(0, CHUNKS * PER_CHUNK) % PER_CHUNK)[None, :, None] + p // 8
+            found = found | (((high[:, :, None] >> (octet + 4 * (p % 8))) & 1) << 2)
+    return tl.load(table + found)
+
+
+@triton.jit
+def scale_code(scale_codes, row, block, there, blocks, SCALE_BITS: tl.constexpr):
+    """Scale codes of blocks at broadcastable rows and blocks, int32; 0 where nothing is there."""
+    lane = row % 16
+    base = scale_codes + ((row // 16).to(tl.int64) * blocks + block) * (2 * SCALE_BITS)
+    if SCALE_BITS == 8:
+        code = tl.load(base + lane, mask=there, other=0).to(tl.int32)
+    elif SCALE_BITS == 4:
+        code = (tl.load(base + lane // 2, mask=there, other=0).to(tl.int32) >> (4 * (lane % 2))) & 15
+    else:
+        code = (tl.load(base + lane // 4, mask=there, other=0).to(tl.int32) >> (2 * (lane % 4))) & 3
+        if SCALE_BITS == 3:
+            high = tl.load(base + 4 + lane // 8, mask=there, other=0).to(tl.int32)
+            code = code | (((high >> (lane % 8)) & 1) << 2)
+    return code
+
+
+@triton.jit
+def scales_of(scale_codes, steps, offset, row, block, there, blocks, group_size, SCALE_BITS: tl.constexpr):
+    """``offset + code * step`` of blocks at broadcastable rows and blocks, float32; offset where nothing is there."""
+    code = scale_code(scale_codes, row, block, there, blocks, SCALE_BITS)
+    step = tl.load(steps + (row * blocks + block) // group_size, mask=there, other=0.0)
+    return code.to(tl.float32) * step + tl.load(offset)
+
+
+@triton.jit
+def scaled(
+    unit, scale_codes, steps, offset, row, rows, chunk, blocks, block_size, group_size, CHUNKS: tl.constexpr,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, BY_WORD: tl.constexpr,
+):  # fmt: skip
+    """Table entries [R, W, P] of rows ``row`` [R] from ``chunk`` on times their scales, float32 [R, 32 CHUNKS].
+
+    BY_WORD: the block size is a multiple of P, so that all codes of a word share a scale.
+    """
+    P: tl.constexpr = 16 if BITS <= 3 else 32 // BITS
+    w = tl.arange(0, CHUNKS * 32 // P)
+    if BY_WORD:
+        block = ((chunk * 32 + w * P) // block_size)[None, :]
+        at = row[:, None]
+        there = (at < rows) & (block < blocks)
+        scale = scales_of(scale_codes, steps, offset, at, block, there, blocks, group_size, SCALE_BITS)[
+            :, :, None
+        ]
+    else:
+        block = (chunk * 32 + w[None, :, None] * P + tl.arange(0, P)[None, None, :]) // block_size
+        at = row[:, None, None]
+        there = (at < rows) & (block < blocks)
+        scale = scales_of(scale_codes, steps, offset, at, block, there, blocks, group_size, SCALE_BITS)
+    return tl.reshape(unit * scale, (row.shape[0], CHUNKS * 32))
+
+
+@triton.jit
+def rounded(value, type: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Float32 values in another type, to nearest and ties to even; the interpreter's own cast to bfloat16 truncates."""
+    if INTERPRETED and type == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        value = tl.where(tl.abs(value) < float("inf"), nearest, bits).to(tl.float32, bitcast=True)
+    return value.to(type)
+
+
+@triton.jit
+def times(left, right, sums, INTERPRETED: tl.constexpr):
+    """``sums + left @ right`` in float32; the interpreter multiplies bfloat16 as if it were integers, so not there."""
+    if INTERPRETED:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, sums, input_precision="ieee")

@@ -1,0 +1,171 @@
+"""Products with a tiled matrix by Triton: fused decoding for few tokens, dequantized slices for many.
+
+Few tokens: a first kernel writes float32 sums of a share of the terms each, and those of the low-rank part's first
+half with them; a second adds the shares in order, multiplies by the second half, and rounds once. The order of every
+sum is fixed, so results do not change from call to call. Neither path waits for the device, and all memory comes from
+torch's allocator, so both can be captured in a CUDA graph.
+
+Shapes: O out, I in, T tokens, r rank, S shares of the terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.kernels.packed import TiledMatrix
+from compress.kernels.triton.choice import Choice, Tiles, choose
+from compress.kernels.triton.dense import dequantize, product_by_slices, transposed_by_slices
+from compress.kernels.triton.launch import TYPES, arguments, check, check_matrix, interpreted, on_its_device
+from compress.kernels.triton.product_kernels import product_kernel, reduce_kernel, transposed_kernel
+
+__all__ = ["dequantize", "product", "product_transposed"]
+
+StoredFactors = tuple[Tensor, Tensor]
+"""Low-rank factors in the type of the input: (L1 [r, O], L2 [r, I]), contiguous."""
+
+REDUCED = 128
+"""Columns of a program that adds shares."""
+
+
+def _check(name: str, x: Tensor, width: int, matrix: TiledMatrix, factors: StoredFactors | None) -> None:
+    check(name, x, x.shape[0] * width, TYPES, x.device)
+    check_matrix(matrix, x.device)
+    if factors is not None:
+        rank, g = factors[0].shape[0], matrix.geometry
+        check("L1", factors[0], rank * g.rows, (x.dtype,), x.device)
+        check("L2", factors[1], rank * g.columns, (x.dtype,), x.device)
+
+
+@on_its_device
+def product(
+    x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, *, choice: Choice | None = None
+) -> tuple[Tensor, Tensor]:
+    """``x @ (Q + L1.T @ L2).T`` and what its first half was.
+
+    Args:
+        x: [T, I], float32, bfloat16 or float16.
+        matrix: Q.
+        factors: In the type of ``x``, or None.
+        choice: How to compute it; None: what the table says of this device, width, shape and number of tokens.
+
+    Returns:
+        y [T, O] in the type of ``x``, and ``x @ L2.T`` in float32 [T, r] ([T, 0] without factors).
+
+    Raises:
+        UsageError: Sizes, types or devices do not fit.
+    """
+    g = matrix.geometry
+    _check("x", x, g.columns, matrix, factors)
+    chosen = choice or choose(x.device, g, x.shape[0], x.dtype)
+    if isinstance(chosen, Tiles):
+        return _by_tiles(x.contiguous(), matrix, factors, chosen, transposed=False)
+    return product_by_slices(x.contiguous(), matrix, factors, chosen)
+
+
+@on_its_device
+def product_transposed(
+    grad: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, *, choice: Choice | None = None
+) -> Tensor:
+    """``grad @ (Q + L1.T @ L2)``: the gradient of :func:`product` in its input.
+
+    Args:
+        grad: [T, O], float32, bfloat16 or float16.
+        matrix: Q.
+        factors: In the type of ``grad``, or None.
+        choice: As in :func:`product`.
+
+    Returns:
+        [T, I] in the type of ``grad``.
+
+    Raises:
+        UsageError: Sizes, types or devices do not fit.
+    """
+    g = matrix.geometry
+    _check("the gradient", grad, g.rows, matrix, factors)
+    chosen = choice or choose(grad.device, g, grad.shape[0], grad.dtype, transposed=True)
+    if isinstance(chosen, Tiles):
+        return _by_tiles(grad.contiguous(), matrix, factors, chosen, transposed=True)[0]
+    return transposed_by_slices(grad.contiguous(), matrix, factors, chosen)
+
+
+def shares(steps: int, splits: int) -> tuple[int, int]:
+    """Steps of a share, and the shares that are not empty, for at most ``splits`` shares of ``steps`` steps."""
+    share = -(-steps // max(1, min(splits, steps)))
+    return share, -(-steps // share)
+
+
+def ranks_at_once(rank: int) -> int:
+    """Terms of the low-rank part that the second kernel takes at a time."""
+    return max(16, min(64, 1 << (max(1, rank) - 1).bit_length()))
+
+
+def one_scale(block_size: int, tiles: Tiles) -> bool:
+    """Whether all columns of a step lie in one block, so that the scale can follow the dot product."""
+    return block_size % (32 * tiles.chunks) == 0
+
+
+def _by_tiles(
+    x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, tiles: Tiles, *, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    g, tokens = matrix.geometry, x.shape[0]
+    width = g.columns if transposed else g.rows
+    first, second = (None, None) if factors is None else (factors if transposed else factors[::-1])
+    rank = 0 if first is None else first.shape[0]
+    y = x.new_empty(tokens, width)
+    inner_sums = x.new_empty(tokens, rank, dtype=torch.float32)
+    if tokens == 0:
+        return y, inner_sums
+    depth, across = 32 * tiles.chunks, tiles.rows
+    steps, parts = -(-g.rows // across), -(-g.columns // depth)
+    if not transposed:
+        steps, parts = -(-g.chunks // tiles.chunks), steps
+    share, splits = shares(steps, tiles.splits)
+    direct = splits == 1 and rank == 0
+    partial = y if direct else x.new_empty(splits, tokens, width, dtype=torch.float32)
+    inner = x.new_empty(splits, tokens, rank, dtype=torch.float32)
+    given: dict[str, Any] = {
+        **arguments(matrix),
+        "y": partial,
+        "inner": inner,
+        "factor": x if first is None else first,
+    }
+    if not transposed:
+        given["ONE_SCALE"] = one_scale(g.block_size, tiles)
+    kernel = transposed_kernel if transposed else product_kernel
+    kernel[(parts + -(-rank // tiles.ranks), splits, -(-tokens // tiles.tokens))](
+        x,
+        tokens=tokens,
+        rank=rank,
+        parts=parts,
+        share=share,
+        ROWS=across,
+        CHUNKS=tiles.chunks,
+        TOKENS=tiles.tokens,
+        RANKS=tiles.ranks,
+        INTERPRETED=interpreted(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        enable_fp_fusion=False,
+        **given,
+    )
+    if not direct:
+        reduce_kernel[(-(-width // REDUCED), -(-tokens // tiles.tokens))](
+            partial,
+            inner,
+            x if second is None else second,
+            y,
+            inner_sums,
+            tokens,
+            width,
+            rank,
+            SPLITS=splits,
+            WIDTH=REDUCED,
+            TOKENS=tiles.tokens,
+            RANKS=ranks_at_once(rank),
+            INTERPRETED=interpreted(),
+            enable_fp_fusion=False,
+        )
+    return y, inner_sums
