@@ -54,7 +54,7 @@ from compress.pipelines.settings import (
     TrainSettings,
     resolve,
 )
-from compress.pipelines.train import parse_adapter_targets
+from compress.pipelines.training import parse_adapter_targets
 from compress.prune.shape import ShapePlan
 from compress.solvers.budget import parse_budget
 
@@ -211,7 +211,7 @@ def planned_chain(
     test = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
     stages += [
         (train_footprint(current, train, ground), train_work(current, train, ground)),
-        (recover_footprint(full, recovered), recover_work(full, recovered)),
+        (recover_footprint(full, recovered, ground), recover_work(full, recovered)),
         (eval_footprint(entries, ground, **test), eval_work(entries, ground, **test)),
     ]
     used |= {"train": asdict(train), "eval": asdict(evaluation)}

@@ -132,7 +132,9 @@ def test_what_was_read_ahead_goes_with_the_model(folders: Callable[[str], Path])
     unit = unit_of(model.get_submodule("model.layers.0"))
     assert unit is not None
     with torch.no_grad():
-        model.model(tokens(0, 1, 8), use_cache=False)  # the output matrix was read ahead, and nobody asks for it
+        model.model(
+            tokens(0, 1, 8), use_cache=False
+        )  # the output matrix was read ahead, and nobody asks for it
     feeder = weakref.ref(unit.feeder)
     gc.collect()
     gc.disable()
