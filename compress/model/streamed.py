@@ -157,5 +157,8 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers.get(name)
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+            if buffer is None:
+                continue
+            if buffer.is_meta and not buffer.numel():  # of a quantized embedding: tells a type, holds nothing
+                buffer = torch.empty_like(buffer, device=device)
+            module._buffers[name] = buffer.to(device)
