@@ -22,6 +22,7 @@ from compress.cli.options import (
     Device,
     Dtype,
     Effort,
+    MemoryLimit,
     Model,
 )
 from compress.cli.verb import app, meanings, verb
@@ -87,6 +88,7 @@ def plan(
     device: Device = "auto",
     dtype: Dtype = "auto",
     effort: Effort = None,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Sizes, memory, disk and time of a whole chain, before anything is touched; no weight is read."""
 

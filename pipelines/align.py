@@ -19,17 +19,19 @@ from compress.pipelines.measure import (
     check_length,
     known_perplexity,
     training_windows,
-    validation_perplexity,
     validation_windows,
 )
 from compress.pipelines.model_input import current, device_and_dtype
+from compress.pipelines.prove import record_and_score
 from compress.pipelines.prune_metrics import size_metrics
 from compress.pipelines.prune_repair import TEXT_SHARE
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import AlignSettings
 from compress.pipelines.small_files import carry, is_small
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.training import fit_config, training_metrics
+from compress.pipelines.ways import choose_way
+from compress.pipelines.ways_of_stages import align_count
 from compress.prune.weight_masks import load_masks
 
 DRAW = 1000
@@ -76,6 +78,17 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         "dtype": str(dtype).removeprefix("torch."),
     }
 
+    choose_way(
+        context,
+        "align",
+        model,
+        device,
+        dtype,
+        align_count(model, full if settings.loss != "text" else None, settings),
+        source=source,
+        streams=False,
+    )
+
     def work(folder: Path) -> Mapping[str, Any]:
         windows = training_windows(context, model.path, source, settings, offset=DRAW)
         validation = validation_windows(context, model.path, source)
@@ -101,10 +114,15 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         write_weights(network, model.checkpoint, folder)
         carry(model.path, folder)
         del network, distillation
-        aligned = load_model(folder, dtype="float32", device=device)
-        record_logits(aligned, check_ids(model.architecture.vocab, context.common.seed), folder)
-        after = validation_perplexity(context, aligned.to(dtype), validation, "the aligned model")
-        del aligned
+        after = record_and_score(
+            context,
+            folder,
+            model.architecture.vocab,
+            validation,
+            "the aligned model",
+            dtype=dtype,
+            device=device,
+        )
         reopened = check_reopens(folder)
         shutil.rmtree(folder / "training")
         return {

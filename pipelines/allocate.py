@@ -186,6 +186,19 @@ def ranks_for(matrix: Matrix, fixed: int | None) -> tuple[int, ...]:
     return (max(offered_ranks(matrix.shape, (fixed,))),)
 
 
+def parse_rank(text: str) -> int | None:
+    """``auto`` (None: the solver chooses) or a fixed rank.
+
+    Raises:
+        UsageError: Neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"--rank {text!r} is not understood.", "Give auto or a number such as 16.")
+    return int(text)
+
+
 def limit_in_bits(
     budget: Budget,
     model: ModelInput,

@@ -24,6 +24,7 @@ from compress.pipelines.model_input import original
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.stage import Context, Outcome, run_stage
 from compress.pipelines.text import read_text
+from compress.pipelines.ways_of_stages import refuse_evaluation
 from compress.pipelines.workspace import write_json
 
 
@@ -54,6 +55,9 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
         "held_out": training_source,
         "held_out_windows": WINDOWS[context.common.effort or "quick"],
     }
+
+    measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
+    refuse_evaluation(context.common, measured, settings, bench.device, bench.dtype)
 
     def work(folder: Path) -> Mapping[str, Any]:
         text = read_text(context, source, "test", full.path)

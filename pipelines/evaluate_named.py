@@ -27,6 +27,7 @@ from compress.pipelines.measure import check_length
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, EvalSettings
 from compress.pipelines.stage import host, show_plan, versions
+from compress.pipelines.ways_of_stages import refuse_evaluation
 from compress.pipelines.workspace import FORMAT_VERSION, stage_id, write_json
 
 
@@ -78,6 +79,8 @@ def evaluate_named(
     reference = reference_of(reporter, settings, entries)
     for entry in (*entries, reference):
         check_length(entry.model, settings.sequence, whose=f"{entry.name}'s")
+    measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
+    refuse_evaluation(common, measured, settings, bench.device, bench.dtype)
     config, inputs = configuration(bench, source), identities(bench, entries, reference)
     if common.dry_run:
         show_plan(reporter, "eval", config)

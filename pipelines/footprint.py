@@ -9,7 +9,7 @@ sum of a phase's terms. ``packed`` stands for the bytes of codes, scales and fac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from compress.evaluate.perplexity import CHUNK_ELEMENTS
@@ -29,9 +29,11 @@ from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
 from compress.pipelines.hessian_walk import BATCH, GRADIENT_BATCH, TABLE_TOKENS
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.settings import AlignSettings, PruneSettings, QuantizeSettings, TrainSettings
-from compress.pipelines.train import parse_adapter_targets
+from compress.pipelines.training import parse_adapter_targets
 from compress.quantize.fisher_collect import layer_rounds
 
+ROOM = 256 << 20
+"""Bytes of hidden states that stay in memory where models are streamed."""
 SHARD_BYTES = 2 << 30
 """A file being written lies twice on disk until it is closed, at most this much of it."""
 Terms = Mapping[str, float]
@@ -76,19 +78,35 @@ class Ground:
         itemsize: e.
         length: Tokens of a calibration or validation window.
         windows: Validation windows.
+        streamed: Models that are run, not trained, are read layer by layer (`PlannedModel.streamed`).
+        ahead: Streamed, the next layer is read meanwhile.
     """
 
     itemsize: int
     length: int
     windows: int
+    streamed: bool = False
+    ahead: bool = True
 
 
-def loading(model: PlannedModel, itemsize: int, name: str = "load") -> Phase:
+def held(model: PlannedModel, ground: Ground, itemsize: int | None = None) -> dict[str, float]:
+    """Weights of a model that runs: ``packed + e (P - packed weights)``, or what a streamed one has of them."""
+    size = ground.itemsize if itemsize is None else itemsize
+    if ground.streamed:
+        return model.streamed(size, ahead=ground.ahead)
+    return {"weights": model.loaded(size)}
+
+
+def loading(model: PlannedModel, ground: Ground, itemsize: int | None = None, *, name: str = "load") -> Phase:
     """Weights as they come to be: ``packed + e (P - packed weights)``, and beside them the mapped file.
 
     The file's pages count until it is closed: s P where numbers change their width on the way, else nothing, since
-    then they are the weights.
+    then they are the weights. What is streamed is never mapped.
     """
+    itemsize = ground.itemsize if itemsize is None else itemsize
+    if ground.streamed:
+        terms = held(model, ground, itemsize)
+        return Phase(name=name, device=terms, staging=sum(terms.values()))
     weights = model.loaded(itemsize)
     stored = model.weight_bytes
     pages = 0.0 if abs(stored - weights) < 0.01 * stored else stored
@@ -106,7 +124,7 @@ def scoring(model: PlannedModel, ground: Ground, *, length: int, windows: int, a
     return Phase(
         name="perplexity",
         device={
-            "weights": model.loaded(ground.itemsize),
+            **held(model, ground),
             "adapters": 4.0 * adapter,
             "logits": logits,
             "one layer": _one_layer(arch, tokens, ground.itemsize) + _unpacked(model),
@@ -114,11 +132,11 @@ def scoring(model: PlannedModel, ground: Ground, *, length: int, windows: int, a
     )
 
 
-def reopening(model: PlannedModel, adapter: int = 0) -> tuple[Phase, ...]:
+def reopening(model: PlannedModel, ground: Ground, adapter: int = 0) -> tuple[Phase, ...]:
     """The check of what was written: float32 here, ``packed + 4 (P - packed weights)``, then in a fresh process."""
-    weights = model.loaded(4)
+    weights = sum(held(model, ground, 4).values())
     return (
-        loading(model, 4, "record logits"),
+        loading(model, ground, 4, name="record logits"),
         Phase(name="reopen", beside=weights + 4 * adapter),
     )
 
@@ -130,11 +148,13 @@ def prune_footprint(
 
     Scoring with ``obs``: ``T (8 H + 2 e (Q + KV) + 3 e C)`` activations a layer for the gradients of two windows at
     once; ``8 L H^2`` curvature at the outputs (``8 L 1024 H`` for hidden sizes above 1024); hidden states of all
-    calibration windows twice, ``2 N H e``; ``8 (Q^2 + C^2) + 40 max(Q, C)^2`` second moments of a layer's inputs and
+    calibration windows, ``N H e``; ``8 (Q^2 + C^2) + 40 max(Q, C)^2`` second moments of a layer's inputs and
     their inverses, ``24 min(H, 1024) max(Q, C)`` roots times weights. ``gradients`` hold ``e W``. Training while it
     scores is that of ``train``.
     Refit: ``4 L H (Q + C)`` new weights, while shapes are tried ``e L H (Q + C)`` more in the model, and
-    ``8 (2 C K + 3 K^2 + 3 H C)`` of one system with K kept columns.
+    ``8 (H C + 1.5 C K + 2 K^2 + 2 H K)`` of one system with K kept columns.
+    Streamed, backward keeps the inputs of the layers and the activations of one of them, hidden states beyond
+    `ROOM` go to disk, and so do the new weights.
     Repair: as ``train``, with the full model (e P) and four float32 chunks of logits when it distils.
     Disk: the result and the uncut copy it is trained from, the moments ``4 L (Q^2 + C^2)`` before, 24 bytes for each
     adapter parameter while training states are replaced.
@@ -142,11 +162,11 @@ def prune_footprint(
     arch, e = full.arch, ground.itemsize
     count = max(1, settings.calibration_tokens // ground.length)
     tokens = min(BATCH, count) * ground.length
-    weights = full.loaded(e)
-    hidden = 2.0 * e * count * ground.length * arch.hidden
+    hidden = _hidden(arch, count, ground)
     needs = CRITERIA.get(settings.criterion).needs
     trains = needs == "adapters" or settings.repair == "lora"
-    phases = [loading(full, e)]
+    whole = replace(ground, streamed=False)
+    phases = [loading(full, whole if trains or needs == "gradients" else ground)]
     if trains:
         phases.append(_training("score and mask", full, settings, e, head=False))
     elif needs == "moments":
@@ -155,17 +175,19 @@ def prune_footprint(
         kept = tokens * sum(
             activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)
         )
-        terms = {"weights": weights, "gradients": float(e * full.linears), "activations": float(kept)}
+        terms = {"gradients": float(e * full.linears), "activations": float(kept), **held(full, whole)}
         phases.append(Phase(name="score", device=terms | {"loss": _loss(arch, tokens)}))
     else:
-        terms = {"weights": weights, "one layer": _one_layer(arch, tokens, e)}
+        terms = {**held(full, ground), "one layer": _one_layer(arch, tokens, e)}
         phases.append(Phase(name="score", device=terms))
-    stored = moments = 0.0
+    stored = moments = written = 0.0
     if settings.repair == "refit" and not trains:
         changed, system = _refitted(arch, small.arch)
         kept_on_disk = fits(arch, OUTPUTS)
         moments = _moments(arch) if kept_on_disk else 0.0
-        network = {} if kept_on_disk else {"weights": weights, "hidden states": hidden}
+        network = {} if kept_on_disk else {**held(full, ground), "hidden states": hidden}
+        if ground.streamed:
+            written, changed = 4.0 * changed, _widest_output(arch)
         solved = {"refitted weights": 4.0 * changed, "least squares": system}
         phases.append(Phase(name="refit", device=network, host=solved))
         if settings.trials > 1:
@@ -178,13 +200,14 @@ def prune_footprint(
         extra: dict[str, float] = {}
         if settings.repair_loss != "text":
             chunk = 16.0 * min(HEAD_CHUNK, settings.micro_batch * settings.sequence) * arch.vocab
-            extra = {"teacher": weights, "teacher's logits": chunk}
+            extra = {"teacher": full.loaded(e), "teacher's logits": chunk}
         phases.append(Phase(name=repair.name, device={**repair.device, **extra}))
         stored = 24.0 * adapter_parameters(small.arch, settings.repair_rank, head=False)
     phases.append(scoring(full, ground, length=ground.length, windows=ground.windows))
-    phases += reopening(small)
+    phases += reopening(small, ground)
     size, shard = small.file_bytes, min(SHARD_BYTES, small.file_bytes)
-    cut, trained = moments + size + shard, stored + (2 * size + shard if settings.repair_steps else 2 * size)
+    cut = moments + written + _spilled(arch, count, ground) + size + shard
+    trained = stored + (2 * size + shard if settings.repair_steps else 2 * size)
     return Footprint(
         verb="prune",
         phases=tuple(phases),
@@ -212,11 +235,11 @@ def align_footprint(
     if e < 4:
         backward["rounded weights"] = float(e * small.linears)
     phases = (
-        loading(small, 4),
+        loading(small, ground, 4),
         Phase(name="backward", device=backward),
         Phase(name="update", device={**held, "update": 4.0 * trained}),
         scoring(small, ground, length=ground.length, windows=ground.windows),
-        *reopening(small),
+        *reopening(small, ground),
     )
     size = small.file_bytes
     return Footprint(verb="align", phases=phases, disk_peak=24.0 * trained + size, disk_kept=size)
@@ -228,12 +251,12 @@ def quantize_footprint(
     """``quantize``: the model once for sensitivities, once for error tables, once to be rounded layer by layer.
 
     Objective ``hessian``: activations of two windows as in ``prune`` for the sensitivities. Then hidden states of at
-    most 8,192 calibration tokens for the tables and of all for the rounding, ``2 N H e``; of a layer's distinct
+    most 8,192 calibration tokens for the tables and of all for the rounding, ``N H e``; of a layer's distinct
     inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and ``24 max(out in)`` of one
     matrix at work; while rounding ``12 max(w^2) + 32 max(out in)`` and the layer unpacked, ``4 W / L``.
     ``fisher``: the model, one window's activations, ``4`` bytes for every weight of as many layers as 4 GiB take.
     ``frobenius``: one matrix, ``24 max(out in)``; no model.
-    The end: the quantized model in float32, beside it (e P) its input where its perplexity is not known.
+    The end: the input where its perplexity is not known, then the quantized model in float32.
     Disk: packed layers, the result and its last shard; ``fisher`` 4 W.
 
     Args:
@@ -243,23 +266,23 @@ def quantize_footprint(
         ground: Of all stages.
         known: Whether the stage before has measured the input's perplexity.
     """
-    arch, e = model.arch, ground.itemsize
+    arch = model.arch
     widths = _input_widths(arch)
     largest = max(prod(arch.at(i).linear_shape(s)) for i in range(arch.layers) for s in arch.linears_at(i))
     one = {"one matrix": 24.0 * largest}
     phases: list[Phase] = []
-    fisher = 0.0
+    beside = 0.0
     if settings.objective == "hessian":
         count = max(1, settings.calibration_tokens // ground.length)
         short = max(1, min(settings.calibration_tokens, TABLE_TOKENS) // ground.length)
         squares = [width * width for width in widths]
         statistics = {"input statistics": 16.0 * sum(squares) + 40.0 * max(squares)}
-        weights = {"weights": model.loaded(e)}
+        weights = held(model, ground)
         phases += [
-            loading(model, e),
+            loading(model, ground),
             Phase(
                 name="sensitivities",
-                device={**weights, **_gradients(arch, GRADIENT_BATCH * ground.length, e)},
+                device={**weights, **_gradients(arch, GRADIENT_BATCH * ground.length, ground)},
             ),
             Phase(
                 name="error tables",
@@ -276,14 +299,15 @@ def quantize_footprint(
             ),
         ]
     elif settings.objective == "fisher":
-        fisher = 4.0 * model.linears
+        beside = 4.0 * model.linears
         rounds = [
             sum(4 * prod(arch.at(i).linear_shape(s)) for i in part for s in arch.linears_at(i))
             for part in layer_rounds(arch, FISHER_LIMIT)
         ]
-        terms = {"weights": model.loaded(e), **_gradients(arch, ground.length, e)}
+        whole = replace(ground, streamed=False)
+        terms = {**held(model, whole), **_gradients(arch, ground.length, whole)}
         phases += [
-            loading(model, e),
+            loading(model, whole),
             Phase(name="Fisher information", device={**terms, "Fisher information": float(max(rounds))}),
             Phase(name="round", host={**one, "Fisher information": 8.0 * model.linears / arch.layers}),
         ]
@@ -291,15 +315,13 @@ def quantize_footprint(
         phases.append(Phase(name="round", host=one))
     if not known:
         before = scoring(model, ground, length=ground.length, windows=ground.windows)
-        phases.append(
-            Phase(
-                name="perplexity of its input", device={**before.device, "quantized model": small.loaded(4)}
-            )
-        )
+        phases.append(Phase(name="perplexity of its input", device=before.device))
     phases.append(scoring(small, ground, length=ground.length, windows=ground.windows))
-    phases += reopening(small)
+    phases += reopening(small, ground)
     size = small.file_bytes
-    peak = small.packed_bytes + size + min(SHARD_BYTES, size) + fisher
+    if settings.objective == "hessian":
+        beside = _spilled(arch, max(1, settings.calibration_tokens // ground.length), ground)
+    peak = small.packed_bytes + size + min(SHARD_BYTES, size) + beside
     return Footprint(verb="quantize", phases=tuple(phases), disk_peak=peak, disk_kept=size)
 
 
@@ -311,38 +333,48 @@ def train_footprint(model: PlannedModel, settings: TrainSettings, ground: Ground
     """
     head = "lm_head" in parse_adapter_targets(settings.adapter_targets)
     adapter = adapter_parameters(model.arch, settings.rank, head=head)
+    whole, last = replace(ground, streamed=False), loading(model, ground, 4)
     phases = (
-        loading(model, ground.itemsize),
+        loading(model, whole),
         _training("train", model, settings, ground.itemsize, head=head),
         Phase(
             name="record logits",
-            device={"weights": model.loaded(4), "adapters": 4.0 * adapter},
-            pages=loading(model, 4).pages,
+            device={**last.device, "adapters": 4.0 * adapter},
+            staging=last.staging,
+            pages=last.pages,
         ),
     )
     return Footprint(verb="train", phases=phases, disk_peak=28.0 * adapter, disk_kept=4.0 * adapter)
 
 
-def recover_footprint(full: PlannedModel, adapter: int) -> Footprint:
+def recover_footprint(full: PlannedModel, adapter: int, ground: Ground, *, merged: bool = False) -> Footprint:
     """``recover``: factors of one module at a time; then the full model in float32 with its adapter, ``4 (P + A)``.
 
-    Once here and once in a fresh process. It computes on the host whatever device there is. Disk: 4 A.
+    Once here and once in a fresh process. It computes on the host whatever device there is. Disk: 4 A; ``merged``
+    the model too, of which one matrix is in memory, in its own type, in float32 and as a product.
     """
-    here = loading(full, 4, "record logits")
-    held = {"weights": here.device["weights"], "adapters": 4.0 * adapter}
-    phases = (Phase(name=here.name, host=held, pages=here.pages), reopening(full, adapter)[1])
-    return Footprint(verb="recover", phases=phases, disk_peak=4.0 * adapter, disk_kept=4.0 * adapter)
+    here = loading(full, ground, 4, name="record logits")
+    terms = {**here.device, "adapters": 4.0 * adapter}
+    phases = [Phase(name=here.name, host=terms, pages=here.pages), reopening(full, ground, adapter)[1]]
+    size = peak = 4.0 * adapter
+    if merged:
+        largest = max(prod(full.input.checkpoint.shape(name)) for name in full.input.checkpoint.names)
+        phases.append(Phase(name="merge", host={"one matrix": 12.0 * largest}))
+        size += full.file_bytes
+        peak = size + min(SHARD_BYTES, full.file_bytes)
+    return Footprint(verb="recover", phases=tuple(phases), disk_peak=peak, disk_kept=size)
 
 
 def eval_footprint(
     entries: list[tuple[PlannedModel, int]], ground: Ground, *, length: int, windows: int
 ) -> Footprint:
-    """``eval``: one model after the other, each as `scoring` with its adapter. Disk: nothing to speak of."""
+    """``eval``: one model after the other, whole, each as `scoring` with its adapter. Disk: nothing to speak of."""
     phases = []
+    ground = replace(ground, streamed=False)
     for model, adapter in entries:
         found = scoring(model, ground, length=length, windows=windows, adapter=adapter)
         name = f"{model.name} + adapter" if adapter else model.name
-        phases += [loading(model, ground.itemsize, f"load {name}"), Phase(name=name, device=found.device)]
+        phases += [loading(model, ground, name=f"load {name}"), Phase(name=name, device=found.device)]
     return Footprint(verb="eval", phases=tuple(phases), disk_peak=0.0, disk_kept=0.0)
 
 
@@ -380,13 +412,13 @@ def _training(
 def _curvature(full: PlannedModel, ground: Ground, tokens: int, hidden: float) -> list[Phase]:
     arch, e = full.arch, ground.itemsize
     rows = min(arch.hidden, SKETCH_ROWS)
-    sums = {"weights": full.loaded(e), "output curvature": 8.0 * arch.layers * rows * arch.hidden}
+    sums = {**held(full, ground), "output curvature": 8.0 * arch.layers * rows * arch.hidden}
     widest = max(arch.heads * arch.head_dim, arch.channels)
     moments = 8.0 * ((arch.heads * arch.head_dim) ** 2 + arch.channels**2)
     inverse = 40.0 * widest**2 + 24.0 * rows * widest
     passed = max(1, tokens // ground.length // 2) * ground.length
     return [
-        Phase(name="output gradients", device={**sums, **_gradients(arch, passed, e)}),
+        Phase(name="output gradients", device={**sums, **_gradients(arch, passed, ground)}),
         Phase(
             name="score",
             device={
@@ -399,13 +431,35 @@ def _curvature(full: PlannedModel, ground: Ground, tokens: int, hidden: float) -
     ]
 
 
-def _gradients(arch: Architecture, tokens: int, e: int) -> dict[str, float]:
-    kept = sum(frozen_activation_bytes(arch.at(i), itemsize=e) for i in range(arch.layers))
+def _gradients(arch: Architecture, tokens: int, ground: Ground) -> dict[str, float]:
+    layers = [frozen_activation_bytes(arch.at(i), itemsize=ground.itemsize) for i in range(arch.layers)]
+    kept = sum(layers)
+    if ground.streamed:
+        kept = max(layers) + arch.layers * ground.itemsize * arch.hidden
     return {"activations": float(tokens * kept), "loss": _loss(arch, tokens)}
 
 
 def _hidden(arch: Architecture, windows: int, ground: Ground) -> float:
-    return 2.0 * ground.itemsize * windows * ground.length * arch.hidden
+    """In memory; of a batch there are two, before and behind a layer."""
+    every = float(ground.itemsize * windows * ground.length * arch.hidden)
+    batch = float(ground.itemsize * min(BATCH, windows) * ground.length * arch.hidden)
+    return batch + (min(every, ROOM) if ground.streamed else every)
+
+
+def _spilled(arch: Architecture, windows: int, ground: Ground) -> float:
+    """On disk."""
+    every = float(ground.itemsize * windows * ground.length * arch.hidden)
+    return max(0.0, every - ROOM) if ground.streamed else 0.0
+
+
+def _widest_output(arch: Architecture) -> int:
+    """Weights of the largest matrix that can be refitted."""
+    return max(
+        prod(arch.at(i).linear_shape(spec))
+        for i in range(arch.layers)
+        for spec in arch.linears_at(i)
+        if spec.role in OUTPUTS
+    )
 
 
 def _loss(arch: Architecture, tokens: int) -> float:
@@ -438,7 +492,8 @@ def _refitted(arch: Architecture, small: Architecture) -> tuple[int, float]:
             (rows, columns), kept = arch.linear_shape(spec), small.at(layer).linear_shape(spec)[1]
             if kept < columns:
                 changed += rows * columns
-                system = max(system, 8.0 * (2 * columns * kept + 3 * kept * kept + 3 * rows * columns))
+                inputs = 1.5 * columns * kept + 2 * kept * kept
+                system = max(system, 8.0 * (rows * columns + inputs + 2 * rows * kept))
     return changed, system
 
 

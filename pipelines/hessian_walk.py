@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
-from compress.model.load import load_model
+from compress.model.resident import resident
 from compress.pipelines.allocate import SHARED_INPUT, VOCABULARY
 from compress.pipelines.measure import calibration_windows, summed_loss
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.vocabulary import vocabulary_moments
+from compress.pipelines.way import WHOLE, Way
 from compress.quantize.hessian import InputStatistics, input_statistics
 from compress.quantize.sensitivity import output_sensitivities
 from compress.quantize.vocabulary import MatrixMoments
@@ -46,6 +46,7 @@ class HessianWalk:
         dtype: In which precision.
         moments: Of the embedding and the output matrix, by module name; none where they are not chosen for.
         most: At most so many tokens; None: all of them.
+        way: How the model is opened.
     """
 
     def __init__(
@@ -59,21 +60,28 @@ class HessianWalk:
         *,
         moments: Mapping[str, MatrixMoments] = NO_MOMENTS,
         most: int | None = None,
+        way: Way = WHOLE,
     ) -> None:
         self._arch = model.architecture
         self._moments = moments
-        self._network = load_model(model.path, dtype=dtype, device=device)
+        self._network = way.open(model.path, dtype=dtype, device=device)
         windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
         self.protocol = dict(windows.protocol)
         ids = windows.ids if most is None else windows.ids[: max(1, most // windows.ids.shape[1])]
         self._ids, self._batch = ids, min(BATCH, len(ids))
+        self._begun: LayerWalk | None = None
         self.tokens = len(ids) // self._batch * self._batch * ids.shape[1]
 
-    @cached_property
+    def _begin(self) -> LayerWalk:
+        """In front of the first layer, behind the embedding as it now is."""
+        if self._begun is None:
+            with torch.no_grad():
+                self._begun = LayerWalk(self._network, self._arch, self._ids, batch=self._batch)
+        return self._begun
+
+    @property
     def _walk(self) -> LayerWalk:
-        """In front of the first layer, behind the embedding as it then is."""
-        with torch.no_grad():
-            return LayerWalk(self._network, self._arch, self._ids, batch=self._batch)
+        return self._begin()
 
     @torch.no_grad()
     def statistics(self, layer: int, *, advance: bool = False) -> dict[str, InputStatistics]:
@@ -89,7 +97,7 @@ class HessianWalk:
         wanted = dict.fromkeys(first.values())
         with gathered_grams(self._walk.layers[layer], wanted, only=not advance) as grams:
             (self._walk.advance if advance else self._walk.look)(layer)
-        found = {name: input_statistics(grams[spec] / self.tokens) for name, spec in first.items()}
+        found = {name: input_statistics(grams.pop(spec).div_(self.tokens)) for name, spec in first.items()}
         return {
             self._arch.module_name(layer, spec): found[SHARED_INPUT.get(spec.role, spec.name)]
             for spec in self._arch.linears_at(layer)
@@ -101,18 +109,27 @@ class HessianWalk:
         if layer == VOCABULARY:
             known = (weights or {}).get(self._arch.embedding_module)
             if known is not None:
-                self._network.get_parameter(self._arch.embedding).copy_(known)
+                with resident(self._network.get_submodule(self._arch.embedding_module)):
+                    self._network.get_parameter(self._arch.embedding).copy_(known)
+                    self._begin()
             return
-        for spec in self._arch.linears_at(layer):
-            name = self._arch.module_name(layer, spec)
-            if weights is not None and name in weights:
-                parameter = self._network.get_parameter(f"{name}.weight")
-                parameter.copy_(weights[name].t() if spec.transposed else weights[name])
-        self._walk.advance(layer)
+        with resident(self._walk.layers[layer]):
+            for spec in self._arch.linears_at(layer):
+                name = self._arch.module_name(layer, spec)
+                if weights is not None and name in weights:
+                    parameter = self._network.get_parameter(f"{name}.weight")
+                    parameter.copy_(weights[name].t() if spec.transposed else weights[name])
+            self._walk.advance(layer)
 
 
 def sensitivities(
-    context: Context, model: ModelInput, settings: QuantizeSettings, source: str, device: str, dtype: Any
+    context: Context,
+    model: ModelInput,
+    settings: QuantizeSettings,
+    source: str,
+    device: str,
+    dtype: Any,
+    way: Way = WHOLE,
 ) -> tuple[dict[str, Tensor], dict[str, MatrixMoments]]:
     """What a unit of squared output error costs, in nats per token: half the mean squared gradient there, float32 [O].
 
@@ -123,11 +140,12 @@ def sensitivities(
         source: Text source; its training split is read.
         device: Where the model runs.
         dtype: In which precision.
+        way: How the model is opened.
 
     Returns:
         By module name; and, where embeddings are chosen for, the moments of the embedding and the output matrix.
     """
-    network = load_model(model.path, dtype=dtype, device=device)
+    network = way.open(model.path, dtype=dtype, device=device)
     windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
     count = max(1, min(round(GRADIENT_SHARE * len(windows)), GRADIENT_TOKENS // windows.ids.shape[1]))
     batches = windows.ids[:count].to(device).split(GRADIENT_BATCH)

@@ -21,11 +21,12 @@ from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
 from compress.model.checkpoint import Checkpoint
 from compress.model.config import build_config
-from compress.model.load import load_model, load_tokenizer
+from compress.model.load import load_tokenizer
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import LoopSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.text import read_text
+from compress.pipelines.way import WHOLE, Way
 
 WINDOWS = {"quick": 8, "standard": 32, "paper": 64}
 LENGTH = 512
@@ -113,7 +114,12 @@ def validation_perplexity(
 
 
 def known_perplexity(
-    context: Context, model: ModelInput, windows: Windows, dtype: torch.dtype, device: str
+    context: Context,
+    model: ModelInput,
+    windows: Windows,
+    dtype: torch.dtype,
+    device: str,
+    way: Way = WHOLE,
 ) -> dict[str, Any]:
     """Perplexity of a stage's input: what the stage that made it measured, when on the same protocol."""
     for stage in context.workspace.stages:
@@ -121,7 +127,7 @@ def known_perplexity(
         if stage.id == model.id and after.get("protocol") == expected_protocol(windows, dtype, device):
             return {key: after[key] for key in ("perplexity", "standard_error", "protocol", "protocol_line")}
     return validation_perplexity(
-        context, load_model(model.path, dtype=dtype, device=device), windows, "its input"
+        context, way.open(model.path, dtype=dtype, device=device), windows, "its input"
     )
 
 

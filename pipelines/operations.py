@@ -26,7 +26,7 @@ from compress.pipelines.settings import (
     QuantizeSettings,
     TrainSettings,
 )
-from compress.pipelines.train import parse_adapter_targets
+from compress.pipelines.training import parse_adapter_targets
 
 OBS_SHARE = ObsConfig().gradient_share
 """Share of the calibration tokens that ``obs`` sends through the backward pass."""

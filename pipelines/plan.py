@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +54,9 @@ from compress.pipelines.settings import (
     TrainSettings,
     resolve,
 )
-from compress.pipelines.train import parse_adapter_targets
+from compress.pipelines.training import parse_adapter_targets
+from compress.pipelines.way import WHOLE, Way
+from compress.pipelines.ways import best_fit, limit_of
 from compress.prune.shape import ShapePlan
 from compress.solvers.budget import parse_budget
 
@@ -112,6 +114,10 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
     speed: Speed | None = None
     if not settings.no_time and not elsewhere:
         speed = measure_speed(common.run, device, dtype)
+    limit = limit_of(common)
+    limited: list[dict[str, Any] | None] = [None] * len(chain.stages)
+    if limit is not None:
+        limited = [*_limited(model, settings, effort, dtype, limit, machine.device_free)]
     limits = Limits(device=machine.device_free, host=machine.host_free, disk=machine.disk_free)
     full = chain.models[0]
     sizes = [each.to_dict(full) for each in chain.models]
@@ -129,7 +135,11 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
         "settings": chain.settings,
         "sizes": sizes,
         "rounding": chain.rounding,
-        "stages": [verdict(footprint, work, limits, speed) for footprint, work in chain.stages],
+        "memory_limit": limit,
+        "stages": [
+            verdict(footprint, work, limits, speed) | {"limited": found}
+            for (footprint, work), found in zip(chain.stages, limited, strict=True)
+        ],
         "machine": asdict(machine),
         "speed": None if speed is None else asdict(speed),
         "rows": loram_rows(full.arch, full.parameters, settings, machine.device_total),
@@ -145,6 +155,7 @@ def planned_chain(
     dtype: torch.dtype,
     *,
     exact: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    way: Way = WHOLE,
 ) -> Chain:
     """The chain that the options ask for, stage by stage.
 
@@ -154,13 +165,20 @@ def planned_chain(
         effort: Fills in what is not.
         dtype: In which models compute.
         exact: By verb, options of a stage that ``plan`` does not have; a stage that is named here is planned.
+        way: How stages open models that they run.
 
     Raises:
         UsageError, CompressError: As the stages would.
     """
     config = build_config(plain_config(model.checkpoint.config))
     positions = int(getattr(config, "max_position_embeddings", None) or LENGTH)
-    ground = Ground(itemsize=dtype.itemsize, length=min(LENGTH, positions), windows=WINDOWS[effort])
+    ground = Ground(
+        itemsize=dtype.itemsize,
+        length=min(LENGTH, positions),
+        windows=WINDOWS[effort],
+        streamed=way.streamed,
+        ahead=way.ahead,
+    )
     asked = {part: _given(settings, part) for part in (PRUNE, QUANTIZE)}
     everything = not any(asked.values()) and not exact
     tokens = {"calibration_tokens": settings.calibration_tokens}
@@ -211,7 +229,7 @@ def planned_chain(
     test = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
     stages += [
         (train_footprint(current, train, ground), train_work(current, train, ground)),
-        (recover_footprint(full, recovered), recover_work(full, recovered)),
+        (recover_footprint(full, recovered, ground), recover_work(full, recovered)),
         (eval_footprint(entries, ground, **test), eval_work(entries, ground, **test)),
     ]
     used |= {"train": asdict(train), "eval": asdict(evaluation)}
@@ -222,6 +240,39 @@ def planned_chain(
         stages=tuple(stages),
         settings=used,
     )
+
+
+def _limited(
+    model: ModelInput,
+    settings: PlanSettings,
+    effort: str,
+    dtype: torch.dtype,
+    limit: int,
+    device_free: int | None,
+) -> Iterator[dict[str, Any]]:
+    """What each stage makes of ``--memory-limit``, as JSON values: the way it opens models, or what to change."""
+    ways = (WHOLE, Way(streamed=True), Way(streamed=True, ahead=False))
+    chains = {
+        (way.streamed, way.ahead): planned_chain(model, settings, effort, dtype, way=way) for way in ways
+    }
+    ground = Ground(itemsize=dtype.itemsize, length=LENGTH, windows=WINDOWS[effort])
+    for at, (footprint, _) in enumerate(chains[True, True].stages):
+        found = best_fit(
+            lambda here, at=at: chains[here.streamed, here.ahead].stages[at][0],
+            ground,
+            footprint.verb,
+            limit=limit,
+            device_free=None if footprint.verb == "recover" else device_free,
+            streams=footprint.verb not in ("align", "eval"),
+        )
+        yield {
+            "way": "layer by layer" if found.way.streamed else "whole",
+            "ahead": found.way.streamed and found.way.ahead,
+            "needs": found.needs,
+            "fits": found.fits,
+            "phase": found.phase,
+            "change": found.change,
+        }
 
 
 def _given(settings: PlanSettings, names: tuple[str, ...]) -> dict[str, Any]:

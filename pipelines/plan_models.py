@@ -19,10 +19,10 @@ from compress.pipelines.allocate import (
     factor_format,
     limit_in_bits,
     matrices_of,
+    parse_rank,
     ranks_for,
 )
 from compress.pipelines.model_input import ModelInput
-from compress.pipelines.quantize import parse_rank
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.vocabulary import eight_bit_choices, vocabulary_matrices
 from compress.prune.shape import ShapePlan
@@ -105,6 +105,40 @@ class PlannedModel:
     def loaded(self, itemsize: int) -> float:
         """Bytes of the model loaded in a dtype of ``itemsize`` bytes: codes as they are, all else in that dtype."""
         return self.packed_bytes + itemsize * self.dense_parameters
+
+    def streamed(self, itemsize: int, *, ahead: bool) -> dict[str, float]:
+        """Bytes by term of the model run layer by layer in a dtype of ``itemsize`` bytes.
+
+        What is always there; the largest part that is there while it runs, a layer or a matrix of the vocabulary,
+        with one matrix on its way to that dtype; and, ``ahead``, the stored bytes of the largest part to come.
+        """
+        checkpoint, arch = self.input.checkpoint, self.arch
+        prefixes = [arch.layer_prefix.format(layer=layer) for layer in range(arch.layers)]
+        parts: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+        always = 0.0
+        codes = set() if self.packed is None else {matrix.tensor for matrix in matrices_of(self.input)}
+        start = prefixes[0].partition("0")[0]
+        for name in checkpoint.names:
+            if name in codes:
+                continue
+            if name.startswith(start):
+                parts[f"{start}{name.removeprefix(start).partition('.')[0]}."].append(name)
+            elif name not in self.vocabulary:
+                always += itemsize * math.prod(checkpoint.shape(name))
+            elif self.packed is None or self.packed.vocabulary_bits is None:
+                parts[name] = [name]
+        packed = 0.0
+        if self.packed is not None:
+            packed = self.packed.linear_bits / 8 / arch.layers
+            always += (self.packed.vocabulary_bits or 0.0) / 8
+        wide, stored, matrix = 0.0, 0.0, 0.0
+        for part, names in parts.items():
+            own = packed if part in prefixes else 0.0
+            wide = max(wide, own + sum(itemsize * math.prod(checkpoint.shape(name)) for name in names))
+            stored = max(stored, own + sum(checkpoint.nbytes(name) for name in names))
+            matrix = max([matrix, *(checkpoint.nbytes(name) for name in names)])
+        terms = {"weights that stay": always, "one part's weights": wide + matrix}
+        return terms | {"read ahead": stored} if ahead else terms
 
     @property
     def bits_per_weight(self) -> float:

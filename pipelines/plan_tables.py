@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.pipelines.plan_loram import show_loram
@@ -67,6 +67,8 @@ def show(reporter: Reporter, settings: PlanSettings, result: Mapping[str, Any]) 
             for stage in stages
         ],
     )
+    if result["memory_limit"] is not None:
+        show_limited(reporter, result["memory_limit"], stages)
     machine = result["machine"]
     has = [
         f"{label} {human_bytes(machine[key])}"
@@ -93,6 +95,31 @@ def show(reporter: Reporter, settings: PlanSettings, result: Mapping[str, Any]) 
             )
     if settings.loram:
         show_loram(reporter, settings, result["rows"])
+
+
+def show_limited(reporter: Reporter, limit: int, stages: Sequence[Mapping[str, Any]]) -> None:
+    """Print how each stage keeps to ``--memory-limit``, or that it will be refused."""
+    reporter.table(
+        f"under a memory limit of {human_bytes(limit)}",
+        ("stage", "models are opened", "counted peak", "fits"),
+        [
+            (
+                stage["verb"],
+                stage["limited"]["way"],
+                human_bytes(stage["limited"]["needs"]),
+                "yes" if stage["limited"]["fits"] else "no",
+            )
+            for stage in stages
+        ],
+    )
+    for stage in stages:
+        found = stage["limited"]
+        if not found["fits"]:
+            say(
+                reporter,
+                f"{stage['verb']} will be refused: {human_bytes(found['needs'])} in the phase {found['phase']!r}. "
+                f"Change: {found['change']}.",
+            )
 
 
 def show_rounding(reporter: Reporter, rounding: Mapping[str, Any]) -> None:

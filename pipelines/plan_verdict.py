@@ -68,17 +68,24 @@ def device_bytes(phase: Phase) -> float:
 
 
 def host_peak(
-    footprint: Footprint, *, separate: bool
+    footprint: Footprint, *, separate: bool, returned: bool = False
 ) -> tuple[float, Phase, dict[str, float], tuple[float, Phase]]:
     """Peak of the host's memory with its phase and terms, and that of this process alone, mapped files included.
 
     Beside a device of its own a phase holds its host terms and models on their way. Where the host computes, a process
     keeps what it has freed: its peak is what the largest phase holds for good, and `RETAINED` times the temporaries
-    of the phase that has most. A second process holds what it holds, and its own libraries.
+    of the phase that has most. With ``returned`` the C library gives back what is freed, as it is told to where memory
+    is short (`compress.pipelines.way`). A second process holds what it holds, and its own libraries.
     """
     if separate:
         kept = 0.0
         own = {id(phase): PROCESS + phase.staging + sum(phase.host.values()) for phase in footprint.phases}
+    elif returned:
+        kept = 0.0
+        own = {
+            id(phase): PROCESS + sum(phase.device.values()) + sum(phase.host.values())
+            for phase in footprint.phases
+        }
     else:
         kept = RETAINED * max(sum(_parts(phase, temporary=True).values()) for phase in footprint.phases)
         own = {
@@ -148,17 +155,19 @@ def verdict(footprint: Footprint, work: Work, limits: Limits, speed: Speed | Non
     }
 
 
-def change(limiting: dict[str, Any], verb: str) -> str:
-    """What to change where ``limiting`` is too small."""
+def change(limiting: dict[str, Any], verb: str, *, streamed: bool = False) -> str:
+    """What to change where ``limiting`` is too small; ``streamed``: although models are read layer by layer."""
     if limiting["resource"] == "disk":
         return "another --run folder, on a larger disk"
     known = CHANGES.get(str(limiting["phase"]))
     if known is not None and not (verb == "quantize" and limiting["phase"] == "score"):
         return known
-    if verb == "quantize" and limiting["phase"] == "round":
+    if verb == "quantize" and limiting["phase"] == "round" and len(limiting["terms"]) > 2:
         return "--objective frobenius, which loads no model"
     if verb == "eval" and limiting["terms"].get("logits", 0) > limiting["needs"] / 2:
         return "a shorter --sequence"
+    if streamed:
+        return "a larger machine, or a smaller model: no more than one layer is in memory here"
     return "a larger machine, or a smaller model: here a model is loaded whole"
 
 

@@ -14,20 +14,22 @@ from compress.importance import CRITERIA
 from compress.importance.base import criterion_config
 from compress.importance.gram_store import GramStore
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
-from compress.model.load import load_model
 from compress.pipelines.measure import check_length, validation_perplexity, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
+from compress.pipelines.prove import record_and_score
 from compress.pipelines.prune_find import find_structure
 from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
 from compress.pipelines.prune_masks import MASKED, thin
 from compress.pipelines.prune_metrics import size_metrics, structure_metrics
 from compress.pipelines.prune_place import Place
 from compress.pipelines.prune_repair import bias_additions, refit_deltas, train_repair
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reopen import check_reopens
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.small_files import write_base
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.ways import choose_way
+from compress.pipelines.ways_of_stages import prune_count
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 from compress.prune.counts import kept_linear_parameters
 from compress.prune.shape import met_or_missed
@@ -58,7 +60,16 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     multiple = settings.multiple or default_multiple(model.architecture.channels)
     goal = goal_of(model, settings, targets, multiple)
     device, dtype = device_and_dtype(context.common)
-    place = Place(context=context, source=context.common.data or default_source(), device=device, dtype=dtype)
+    source = context.common.data or default_source()
+    place = Place(
+        context=context,
+        source=source,
+        device=device,
+        dtype=dtype,
+        way=choose_way(
+            context, "prune", model, device, dtype, prune_count(model, goal, settings), source=source
+        ),
+    )
     config = settings_dict(settings) | {
         "multiple": multiple,
         "data": place.source,
@@ -73,11 +84,17 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         measured = prune_in_rounds(place, goal, folder)
         write_base(context, model, folder)
         before = validation_perplexity(context, place.load(model.path), validation, "the model")
-        pruned = load_model(folder, dtype="float32", device=device)
-        record_logits(pruned, check_ids(model.architecture.vocab, context.common.seed), folder)
-        after = validation_perplexity(context, pruned.to(dtype), validation, "the pruned model")
-        del pruned
-        reopened = check_reopens(folder)
+        after = record_and_score(
+            context,
+            folder,
+            model.architecture.vocab,
+            validation,
+            "the pruned model",
+            dtype=dtype,
+            device=device,
+            way=place.way,
+        )
+        reopened = check_reopens(folder, way=place.way)
         for scratch in folder.glob("round-*"):
             shutil.rmtree(scratch)
         small = Checkpoint(folder)

@@ -60,7 +60,6 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) 
         store: Where the moments of the inputs that the refit needs are left when scoring gathers them.
     """
     settings, model = goal.settings, goal.model
-    network = place.load(model.path)
     options: dict[str, Any] = {"seed": place.context.common.seed, **parse_options(settings.criterion_options)}
     criterion = create_criterion(settings.criterion, model.architecture, **options)
     if (
@@ -69,6 +68,8 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) 
         and fits(model.architecture, OUTPUTS)
     ):
         criterion.store = store
+    whole = criterion.needs in ("adapters", "gradients") or settings.repair == "lora"
+    network = (place.load_whole if whole else place.load)(model.path)
     windows: Windows | None = None
     if criterion.needs != "adapters":
         windows = _calibrate(place, goal, network, criterion)

@@ -15,17 +15,19 @@ from compress.importance.input_norms import input_norms
 from compress.model.architecture import LinearSpec
 from compress.model.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, require_dense
 from compress.model.layout import ATTENTION_ROLES
-from compress.model.load import load_model
 from compress.model.uneven_config import refuse_uneven
 from compress.pipelines.measure import calibration_windows, validation_perplexity, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
+from compress.pipelines.prove import record_and_score
 from compress.pipelines.prune_goal import DEFAULT_RATIO, parse_targets
 from compress.pipelines.prune_metrics import size_metrics, structure_metrics
 from compress.pipelines.prune_place import BATCH
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.small_files import write_base
 from compress.pipelines.stage import Context, Outcome, run_stage
+from compress.pipelines.ways import choose_way
+from compress.pipelines.ways_of_stages import thin_count
 from compress.prune.local import pruned_layers
 from compress.prune.sparsify import Pattern, keep_pattern, keep_share, parse_pattern, weight_scores
 from compress.prune.weight_masks import FILE_NAME as MASKS
@@ -72,10 +74,12 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
     else:
         config |= {"ratio": settings.ratio or DEFAULT_RATIO, "ratio_of": settings.ratio_of}
 
+    way = choose_way(context, "prune", model, device, dtype, thin_count(model, settings), source=source)
+
     def work(folder: Path) -> Mapping[str, Any]:
         arch = model.architecture
         validation = validation_windows(context, model.path, source)
-        network = load_model(model.path, dtype=dtype, device=device)
+        network = way.open(model.path, dtype=dtype, device=device)
         norms: dict[str, Tensor] = {}
         protocol: dict[str, Any] = {}
         if settings.criterion == "wanda":
@@ -89,10 +93,9 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
         write_base(context, model, folder)
         before = validation_perplexity(context, network, validation, "the model")
         del network
-        thinned = load_model(folder, dtype="float32", device=device)
-        record_logits(thinned, check_ids(arch.vocab, context.common.seed), folder)
-        after = validation_perplexity(context, thinned.to(dtype), validation, "the thinned model")
-        del thinned
+        after = record_and_score(
+            context, folder, arch.vocab, validation, "the thinned model", dtype=dtype, device=device, way=way
+        )
         total = arch.decoder_linear_parameters()
         return {
             "before": size_metrics(model.checkpoint) | before,
@@ -103,7 +106,7 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
             f"in {len(masks.packed)} of {len(_linears(model))} matrices.",
             "criterion": settings.criterion,
             "skipped_steps": 0,
-            "reopened_relative_error": check_reopens(folder),
+            "reopened_relative_error": check_reopens(folder, way=way),
             **structure_metrics(model, whole),
             **protocol,
         }

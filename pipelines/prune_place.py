@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from compress.model.load import load_model
 from compress.pipelines.stage import Context
+from compress.pipelines.way import WHOLE, Way
 
 BATCH = 4
 """Windows per forward pass of the calibration."""
@@ -24,13 +25,19 @@ class Place:
         source: Text source.
         device: Torch device.
         dtype: Compute dtype.
+        way: How models that are run are opened.
     """
 
     context: Context
     source: str
     device: str
     dtype: Any
+    way: Way = WHOLE
 
     def load(self, path: Path) -> PreTrainedModel:
-        """A model on this device."""
+        """A model on this device, to be run."""
+        return self.way.open(path, dtype=self.dtype, device=self.device)
+
+    def load_whole(self, path: Path) -> PreTrainedModel:
+        """A model on this device, to be trained or to teach."""
         return load_model(path, dtype=self.dtype, device=self.device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import MutableMapping
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -9,12 +12,15 @@ from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
+from compress.model.tensor_folder import TensorFolder
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_place import BATCH, Place
 from compress.progress import Progress
 from compress.prune.compensate import compensate, gather_moments, refit_from_store
 from compress.structure import StructureMap
+
+REFITTED = "refitted"
 
 
 def refitted(
@@ -26,7 +32,7 @@ def refitted(
     tokens: int,
     network: PreTrainedModel | None = None,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> MutableMapping[str, Tensor]:
     """New weights of o and down for ``structure``, float32 [out, in] at full size, by module.
 
     The moments of the inputs are gathered on ``tokens`` tokens when they are not in ``store`` yet; a model too wide
@@ -41,16 +47,29 @@ def refitted(
         network: ``model`` when it is loaded already, without masks.
         progress: Called after every layer.
     """
+    into = _folder(place, store)
     arch, keeps = model.architecture, fits(model.architecture, OUTPUTS)
     if not keeps or not store.complete(arch):
         windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
         loaded, batch = network or place.load(model.path), min(BATCH, len(windows))
         if not keeps:
-            return compensate(loaded, arch, structure, windows.ids, batch=batch, progress=progress)
+            return compensate(loaded, arch, structure, windows.ids, batch=batch, into=into, progress=progress)
         gather_moments(loaded, arch, windows.ids, store, batch=batch, progress=progress)
     return refit_from_store(
-        lambda name: stored_weight(model.checkpoint, arch, name), arch, structure, store, progress=progress
+        lambda name: stored_weight(model.checkpoint, arch, name),
+        arch,
+        structure,
+        store,
+        into=into,
+        progress=progress,
     )
+
+
+def _folder(place: Place, store: GramStore) -> TensorFolder | None:
+    """Where new weights go that memory has no room for together, beside the moments; emptied first."""
+    folder = store.folder.parent / REFITTED
+    shutil.rmtree(folder, ignore_errors=True)
+    return TensorFolder(folder) if place.way.streamed else None
 
 
 def stored_weight(checkpoint: Checkpoint, arch: Architecture, name: str) -> Tensor:

@@ -96,7 +96,7 @@ def train_repair(
     )
     windows = training_windows(place.context, cut, place.source, training, offset=offset)
     adapted = attach_lora(
-        place.load(cut),
+        place.load_whole(cut),
         checkpoint_architecture(checkpoint),
         rank=training.rank,
         alpha=training.alpha,
@@ -107,7 +107,7 @@ def train_repair(
     distillation = None
     if share < 1:
         distillation = Distillation(
-            teacher=place.load(full), text_share=share, feature_weight=settings.repair_features
+            teacher=place.load_whole(full), text_share=share, feature_weight=settings.repair_features
         )
     with place.context.reporter.bar("repair") as progress:
         result = fit(

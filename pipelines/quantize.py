@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.data.sources import default_source
-from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
-from compress.model.load import load_model
 from compress.pipelines.allocate import (
     Allocation,
     Choice,
@@ -21,14 +19,16 @@ from compress.pipelines.allocate import (
     check_solver,
     limit_in_bits,
     matrices_of,
+    parse_rank,
 )
 from compress.pipelines.error_tables import build_tables, exact_tables
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import TABLE_TOKENS, HessianWalk, sensitivities
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
-from compress.pipelines.measure import known_perplexity, validation_perplexity, validation_windows
+from compress.pipelines.measure import known_perplexity, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.prove import record_and_score
+from compress.pipelines.reopen import check_reopens
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.small_files import carry
@@ -40,6 +40,9 @@ from compress.pipelines.vocabulary import (
     save_moments,
     vocabulary_matrices,
 )
+from compress.pipelines.way import WHOLE, Way
+from compress.pipelines.ways import choose_way
+from compress.pipelines.ways_of_stages import quantize_count
 from compress.pipelines.workspace import read_json, write_json
 from compress.quantize.config import QuantConfig
 from compress.quantize.vocabulary import MatrixMoments
@@ -80,16 +83,22 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         "dtype": str(dtype).removeprefix("torch."),
     }
 
+    way = choose_way(
+        context, "quantize", model, device, dtype, quantize_count(context, model, settings), source=source
+    )
+
     def work(folder: Path) -> Mapping[str, Any]:
         validation = validation_windows(context, model.path, source)
 
         def walk(most: int | None = None) -> HessianWalk | None:
             if settings.objective != "hessian":
                 return None
-            return HessianWalk(context, model, settings, source, device, dtype, moments=moments, most=most)
+            return HessianWalk(
+                context, model, settings, source, device, dtype, moments=moments, most=most, way=way
+            )
 
         minds, moments = known_sensitivities(
-            context, model, settings, source, device, dtype, folder / "tables"
+            context, model, settings, source, device, dtype, folder / "tables", way
         )
         fisher = None
         if settings.objective == "fisher":
@@ -119,12 +128,18 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         )
         write_checkpoint(model, allocation, folder / "layers", folder)
         carry(model.path, folder)
-        network = load_model(folder, dtype="float32", device=device)
-        record_logits(network, check_ids(model.architecture.vocab, context.common.seed), folder)
-        before = known_perplexity(context, model, validation, dtype, device)
-        after = validation_perplexity(context, network.to(dtype), validation, "the quantized model")
-        del network
-        reopened = check_reopens(folder, needs_compress=True)
+        before = known_perplexity(context, model, validation, dtype, device, way)
+        after = record_and_score(
+            context,
+            folder,
+            model.architecture.vocab,
+            validation,
+            "the quantized model",
+            dtype=dtype,
+            device=device,
+            way=way,
+        )
+        reopened = check_reopens(folder, needs_compress=True, way=way)
         for work_folder in ("layers", "tables", *(["fisher"] if fisher is not None else [])):
             shutil.rmtree(folder / work_folder)
         small = Checkpoint(folder)
@@ -168,6 +183,7 @@ def known_sensitivities(
     device: str,
     dtype: Any,
     folder: Path,
+    way: Way = WHOLE,
 ) -> tuple[dict[str, Tensor], dict[str, MatrixMoments]]:
     """What the loss minds, by module, kept in ``folder``; nothing for other objectives than ``hessian``.
 
@@ -178,7 +194,7 @@ def known_sensitivities(
     folder.mkdir(exist_ok=True)
     path = folder / SENSITIVITIES
     if not path.is_file():
-        found, moments = sensitivities(context, model, settings, source, device, dtype)
+        found, moments = sensitivities(context, model, settings, source, device, dtype, way)
         if moments:
             save_moments(moments, folder / MOMENTS)
         temporary = path.with_suffix(".tmp")
@@ -197,19 +213,6 @@ def record_allocation(allocation: Allocation, folder: Path) -> None:
     layers.mkdir(exist_ok=True)
     for path in (known, folder / known.name):
         write_json(path, content)
-
-
-def parse_rank(text: str) -> int | None:
-    """``auto`` (None: the solver chooses) or a fixed rank.
-
-    Raises:
-        UsageError: Neither.
-    """
-    if text == "auto":
-        return None
-    if not text.isascii() or not text.isdigit():
-        raise UsageError(f"--rank {text!r} is not understood.", "Give auto or a number such as 16.")
-    return int(text)
 
 
 def show(context: Context, metrics: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from compress.adapters.merge import merge_adapter
@@ -15,7 +16,6 @@ from compress.errors import CompressError, UsageError
 from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint, require_dense
-from compress.model.load import load_model
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, open_model, original
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
@@ -24,6 +24,8 @@ from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
 from compress.pipelines.small_files import check_base, is_small
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.train import train
+from compress.pipelines.ways import choose_way
+from compress.pipelines.ways_of_stages import recover_count
 from compress.pipelines.workspace import digest
 from compress.structure import FILE_NAME, StructureMap, full_layer, structure_map
 
@@ -56,6 +58,15 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     small = start.checkpoint if stage is None else Checkpoint(stage.path)
     name = base_name(context) if settings.onto is None else HUB_NAME.get(settings.onto, settings.onto)
 
+    way = choose_way(
+        context,
+        "recover",
+        full,
+        "cpu",
+        torch.float32,
+        recover_count(full, adapter, merged=settings.merge),
+    )
+
     def work(folder: Path) -> Mapping[str, Any]:
         with context.reporter.bar("recover") as progress:
             recovered = recover_adapter(
@@ -69,10 +80,10 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 compress_rank=settings.compress_rank,
                 progress=progress,
             )
-        network = PeftModel.from_pretrained(load_model(full.path, dtype="float32"), folder).eval()
+        network = PeftModel.from_pretrained(way.open(full.path, dtype="float32"), folder).eval()
         record_logits(network, check_ids(full.architecture.vocab, context.common.seed), folder)
         del network
-        metrics: dict[str, Any] = {"reopened_relative_error": check_reopens(folder, base=full.path)}
+        metrics: dict[str, Any] = {"reopened_relative_error": check_reopens(folder, base=full.path, way=way)}
         if settings.merge:
             shutil.rmtree(folder / "merged", ignore_errors=True)
             with context.reporter.bar("merge") as progress:

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from compress.errors import CompressError
 from compress.model.checkpoint import read_config
 from compress.model.uneven import is_uneven
+from compress.pipelines.way import WHOLE, Way
 
 STOCK = "AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32, local_files_only=True).eval()"
 OURS = "compress.load_model({base!r}, dtype=torch.float32)"
+STREAMED = "stream_model({base!r}, dtype=torch.float32, ahead={ahead})"
 
 RECORD = "logits.safetensors"
 TOLERANCE = 1e-4
@@ -58,7 +60,12 @@ def check_ids(vocab: int, seed: int) -> torch.Tensor:
 
 
 def check_reopens(
-    folder: Path, *, base: Path | None = None, needs_compress: bool = False, tolerance: float = TOLERANCE
+    folder: Path,
+    *,
+    base: Path | None = None,
+    needs_compress: bool = False,
+    tolerance: float = TOLERANCE,
+    way: Way = WHOLE,
 ) -> float:
     """Load ``folder`` in a fresh Python process and compare with its recorded logits.
 
@@ -69,6 +76,8 @@ def check_reopens(
             else must open with stock libraries alone, but for models whose layers differ in size: those open
             with `compress.load_model`.
         tolerance: Largest relative error that is taken.
+        way: How to open it. Layer by layer it takes our own reader, in a process of its own, and every tensor's name
+            and shape must be what stock libraries build from the config.
 
     Returns:
         Largest absolute difference over the largest absolute recorded logit.
@@ -77,9 +86,12 @@ def check_reopens(
         CompressError: It does not open, or gives other logits.
     """
     uneven = is_uneven(read_config(base or folder))
+    imports, loader = "import compress" if needs_compress or uneven else "", OURS if uneven else STOCK
+    if way.streamed:
+        imports, loader = "import compress\nfrom compress.model.streamed import stream_model", STREAMED
     script = SCRIPT.format(
-        imports="import compress" if needs_compress or uneven else "",
-        loader=(OURS if uneven else STOCK).format(base=str(base or folder)),
+        imports=imports,
+        loader=loader.format(base=str(base or folder), ahead=way.ahead),
         adapter=(
             f"from peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {str(folder)!r}).eval()"
             if base is not None

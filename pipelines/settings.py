@@ -30,6 +30,7 @@ class Common:
     effort: str | None = None
     redo: bool = False
     dry_run: bool = False
+    memory_limit: str | None = None
 
     def __post_init__(self) -> None:
         if self.effort is not None:

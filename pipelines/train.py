@@ -30,7 +30,9 @@ from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.small_files import is_small, public_name
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.training import fit_config, training_metrics
+from compress.pipelines.training import fit_config, parse_adapter_targets, training_metrics
+from compress.pipelines.ways import choose_way
+from compress.pipelines.ways_of_stages import train_count
 from compress.prune.weight_masks import FILE_NAME as MASKS
 from compress.prune.weight_masks import load_masks
 from compress.structure import FILE_NAME as STRUCTURE
@@ -75,6 +77,8 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         "dtype": str(dtype).removeprefix("torch."),
     }
 
+    way = choose_way(context, "train", model, device, dtype, train_count(model, settings), source=source)
+
     def work(folder: Path) -> Mapping[str, Any]:
         windows = training_windows(context, model.path, source, settings)
         validation = validation_windows(context, model.path, source, length=settings.sequence)
@@ -98,7 +102,7 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
             masks.save(folder / MASKS)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         del adapted, network
-        reopened = load_adapter(load_model(model.path, dtype="float32", device=device), folder)
+        reopened = load_adapter(way.open(model.path, dtype="float32", device=device), folder)
         record_logits(reopened, check_ids(model.architecture.vocab, context.common.seed), folder)
         shutil.rmtree(folder / "training")
         return training_metrics(result) | {
@@ -141,11 +145,6 @@ def attach(
     if settings.method == "pissa":
         return attach_pissa(network, model.architecture, **shared)
     return attach_lora(network, model.architecture, dropout=settings.dropout, seed=seed, **shared), None
-
-
-def parse_adapter_targets(text: str) -> tuple[str, ...]:
-    """``"all,lm_head"`` as a tuple; the model's own names are checked when adapters are attached."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def is_quantized(model: ModelInput) -> bool:

@@ -41,3 +41,8 @@ def training_metrics(result: FitResult) -> dict[str, Any]:
         "train_seconds": round(result.seconds, 2),
         "steps": result.steps,
     }
+
+
+def parse_adapter_targets(text: str) -> tuple[str, ...]:
+    """``"all,lm_head"`` as a tuple; the model's own names are checked when adapters are attached."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compress.adapters.loss import TokenLoss
 from compress.errors import CompressError
 from compress.model.config import build_config, meta_model
+from compress.model.resident import resident
 from compress.model.uneven import plain_config
 from compress.pipelines.allocate import VOCABULARY, Choice, Matrix
 from compress.pipelines.model_input import ModelInput
@@ -98,7 +99,9 @@ def vocabulary_moments(
     sums = HeadMoments()
     with torch.no_grad():
         for done, ids_BS in enumerate(batches, start=1):
-            sums.add(loss.hidden(ids_BS).flatten(0, -2), loss.head, softcap=loss.softcap)
+            hidden_TD = loss.hidden(ids_BS).flatten(0, -2)
+            with resident(loss.head):  # once for all of its chunks
+                sums.add(hidden_TD, loss.head, softcap=loss.softcap)
             if progress is not None:
                 progress(done, len(batches), "logits")
     head, expected_V = sums.moments()

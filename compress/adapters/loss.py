@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from compress.model.resident import resident
 from compress.quantize.embedding import LQTiedHead
 from compress.quantize.linear import LQLinear
 
@@ -93,8 +94,9 @@ def summed_cross_entropy(
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         bias = getattr(head, "bias", None)
-        bias_V = None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):  # backward runs outside autocast, so forward does too
+        # backward runs outside autocast, so forward does too
+        with resident(head), torch.autocast(device, enabled=False):
+            bias_V = None if bias is None else bias.to(dtype)
             total: Tensor = _FrozenHeadLoss.apply(
                 hidden_ND.to(dtype), _frozen_weight(head, dtype), bias_V, target_N, softcap, chunk
             )

@@ -64,6 +64,14 @@ Effort = Annotated[
         rich_help_panel=COMMON,
     ),
 ]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory of the host that a stage may take, such as 4GiB: models are read layer by layer where they "
+        "do not fit, and what does not fit even so is refused. Default: what is free, nothing refused.",
+        rich_help_panel=COMMON,
+    ),
+]
 Redo = Annotated[
     bool,
     typer.Option("--redo", help="Replace this stage and drop the stages after it.", rich_help_panel=COMMON),
@@ -114,6 +122,7 @@ EVERYWHERE = Shared(
         "seed": (Seed, 0),
         "threads": (Threads, None),
         "effort": (Effort, None),
+        "memory_limit": (MemoryLimit, None),
         "redo": (Redo, False),
         "dry_run": (DryRun, False),
         "json_": (Json, False),

@@ -63,6 +63,11 @@ def decoder_linear(model: nn.Module, arch: Architecture, layer: int, spec: Linea
     return plain_model(model).get_submodule(arch.module_name(layer, spec))
 
 
+def decoder_layer(model: nn.Module, arch: Architecture, layer: int) -> nn.Module:
+    """The module of a decoder layer."""
+    return plain_model(model).get_submodule(arch.layer_prefix.format(layer=layer).rstrip("."))
+
+
 def plain_model(model: nn.Module) -> nn.Module:
     """The model inside a PEFT wrapper, or the model itself."""
     wrapped: Any = model

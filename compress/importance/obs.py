@@ -24,6 +24,7 @@ from compress.importance.surgeon import (
 )
 from compress.model.architecture import Architecture
 from compress.model.layerwise import LayerWalk, gathered_grams
+from compress.model.resident import resident
 from compress.progress import Progress
 
 # Shapes: N windows, S tokens, K rows of a root, C columns.
@@ -119,19 +120,23 @@ def rank_groups(
     layers, rises = [], []
     for index, layer in enumerate(walk.layers):
         outputs = [spec for spec in arch.linears_at(index) if spec.role in OUTPUTS]
-        with gathered_grams(layer, dict.fromkeys(outputs)) as grams:
-            walk.advance(index)
-        if store is not None:
-            store.put(index, grams)
         scores, rise = _untouched(arch)
         if ranked is not None:
             scores = ranked.layers[index]
-        for spec in outputs:
-            if not (arch.prunable_heads if spec.role == "o" else arch.prunable_channels):
-                continue
-            module = decoder_linear(model, arch, index, spec)
-            rows = merged_rows(module, spec, arch.module_name(index, spec)).rows(slice(None))
-            weight_KC = gradients.root(index, spec) @ rows.double()
+        with resident(layer):
+            with gathered_grams(layer, dict.fromkeys(outputs)) as grams:
+                walk.advance(index)
+            weights = {
+                spec: merged_rows(
+                    decoder_linear(model, arch, index, spec), spec, arch.module_name(index, spec)
+                ).rows(slice(None))
+                for spec in outputs
+                if (arch.prunable_heads if spec.role == "o" else arch.prunable_channels)
+            }
+        if store is not None:
+            store.put(index, grams)
+        for spec in list(weights):
+            weight_KC = gradients.root(index, spec) @ weights.pop(spec).double()
             inverse_CC = damped_inverse(grams.pop(spec) / tokens, config.damping)
             if spec.role == "o":
                 scores, rise = _heads(weight_KC, inverse_CC, arch, scores, rise, greedy=ranked is None)

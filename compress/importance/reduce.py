@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from compress.importance.base import GroupScores, LayerScores
-from compress.importance.modules import WeightRows, decoder_linear
+from compress.importance.modules import WeightRows, decoder_layer, decoder_linear
 from compress.model.architecture import Architecture, LinearSpec
+from compress.model.resident import resident
 from compress.structure import ATTENTION_ROLES, ROW_ROLES
 
 Axis = Literal["rows", "columns"]
@@ -117,8 +118,12 @@ def group_scores(
         kv_groups = torch.zeros(here.kv_heads, dtype=torch.float64)
         channels = torch.zeros(here.channels, dtype=torch.float64)
         query_heads = torch.zeros(here.heads, dtype=torch.float64)
-        for spec in arch.linears_at(layer):
-            found = sums_of(decoder_linear(model, arch, layer, spec), spec, arch.module_name(layer, spec))
+        with resident(decoder_layer(model, arch, layer)):
+            every = {
+                spec: sums_of(decoder_linear(model, arch, layer, spec), spec, arch.module_name(layer, spec))
+                for spec in arch.linears_at(layer)
+            }
+        for spec, found in every.items():
             if found is None:
                 continue
             sums = found.cpu().double()

@@ -111,6 +111,11 @@ class Checkpoint:
         return self._entry(name).read()
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, each once."""
+        return tuple(dict.fromkeys(entry.file for entry in self._entries.values()))
+
+    @property
     def parameters(self) -> int:
         """Stored elements of all tensors; for a quantized checkpoint these are packed codes, not weights."""
         return sum(entry.nbytes // entry.dtype.itemsize for entry in self._entries.values())

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, LinearSpec
+from compress.model.resident import resident, unit_of
+from compress.model.states import HiddenStates
 
 _STRIPE = 384
 """Rows of a Gram matrix that are computed at once, from the diagonal on."""
@@ -19,6 +21,8 @@ _STRIPE = 384
 
 class LayerWalk:
     """The hidden states of calibration windows in front of one decoder layer after the other.
+
+    Of a streamed model one layer at a time is in memory, and hidden states beyond its room are in a file.
 
     Args:
         model: A causal language model; it is run, never changed.
@@ -40,21 +44,29 @@ class LayerWalk:
         device = next(model.parameters()).device
         paths = [arch.layer_prefix.format(layer=i).rstrip(".") for i in range(arch.layers)]
         self.layers = [model.get_submodule(path) for path in paths]
-        self._calls, self._hidden = _first_inputs(model, paths, ids_NS[:count].to(device).split(batch))
+        embedding = model.get_submodule(arch.embedding_module)
+        with resident(embedding):  # once for all batches
+            self._calls, first = _first_inputs(model, paths, ids_NS[:count].to(device).split(batch))
+        unit = unit_of(self.layers[0])
+        self._hidden = HiddenStates(first, None if unit is None else unit.feeder.room)
 
     def look(self, index: int) -> None:
         """Run layer ``index`` on the present states and forget what it gives; for the hooks' sake.
 
         Of each run only as much is done as the hooks of :func:`gathered_grams` ask for.
         """
-        for states in self._hidden:
-            with suppress(_EnoughSeen):
-                run_layer(self.layers[index], states, self._calls[index])
+        layer = self.layers[index]
+        with resident(layer):
+            for states in self._hidden:
+                with suppress(_EnoughSeen):
+                    run_layer(layer, states, self._calls[index])
 
     def advance(self, index: int) -> None:
         """Replace the states by what layer ``index`` makes of them."""
         layer, call = self.layers[index], self._calls[index]
-        self._hidden = [run_layer(layer, states, call) for states in self._hidden]
+        with resident(layer):
+            for at in range(len(self._hidden)):
+                self._hidden[at] = run_layer(layer, self._hidden[at], call)
 
 
 @contextmanager
@@ -99,7 +111,7 @@ def gathered_grams(
             handle.remove()
         for spec, gram in grams.items():
             if columns[spec] is None:
-                gram.copy_(gram.triu() + gram.triu(1).T)
+                _mirror_upper(gram)
 
 
 def _add_upper_gram(x_TC: Tensor, gram_CC: Tensor) -> None:
@@ -107,6 +119,15 @@ def _add_upper_gram(x_TC: Tensor, gram_CC: Tensor) -> None:
     for start in range(0, x_TC.shape[1], _STRIPE):
         stop = start + _STRIPE
         gram_CC[start:stop, start:] += x_TC[:, start:stop].T @ x_TC[:, start:]
+
+
+def _mirror_upper(gram_CC: Tensor) -> None:
+    """Copy the upper triangle onto the lower one, a stripe at a time: without a second matrix."""
+    for start in range(0, len(gram_CC), _STRIPE):
+        stop = start + _STRIPE
+        square = gram_CC[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        gram_CC[stop:, start:stop] = gram_CC[start:stop, stop:].T
 
 
 @dataclass(slots=True)

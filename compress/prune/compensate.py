@@ -10,8 +10,9 @@ Shapes: N windows, S tokens, T tokens of a batch, O output rows, C input columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS
 from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams, gathered_sums
+from compress.model.resident import Unit, enclosing_unit, resident
 from compress.progress import Progress
 from compress.structure import LayerStructure, StructureMap, kept_columns
 
@@ -41,13 +43,14 @@ def refit(weight_OC: Tensor, gram_CK: Tensor, kept_K: Tensor, damping: float) ->
         V, float64.
     """
     weight, gram = weight_OC.double(), gram_CK.double()
-    inner_KK = gram[kept_K]
-    ridge = damping * inner_KK.diagonal().mean()
-    start_OK = weight[:, kept_K]
+    system = gram[kept_K]
+    ridge = damping * system.diagonal().mean()
+    right_OK = weight[:, kept_K]
     if not ridge > 0:  # the kept inputs are all zero
-        return start_OK
-    system = inner_KK + ridge * torch.eye(len(kept_K), dtype=torch.float64, device=gram.device)
-    right_OK = weight @ gram + ridge * start_OK
+        return right_OK
+    right_OK.mul_(ridge).add_(weight @ gram)
+    del weight, gram  # the factorization needs room
+    system.diagonal().add_(ridge)
     return torch.cholesky_solve(right_OK.T, torch.linalg.cholesky(system)).T
 
 
@@ -81,12 +84,13 @@ def mean_biases(
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(walk.layers):
         removed = _columns(arch, _device(layer), structure.layers[index], removed=True)
-        with gathered_sums(layer, tuple(removed)) as sums:
-            walk.advance(index)
-        for spec, columns in removed.items():
-            mean_C = sums[spec].total / sums[spec].tokens
-            weight_OC = _weight(layer, spec)[:, columns].double()
-            found[arch.module_name(index, spec)] = (weight_OC @ mean_C[columns]).float().cpu()
+        with resident(layer):
+            with gathered_sums(layer, tuple(removed)) as sums:
+                walk.advance(index)
+            for spec, columns in removed.items():
+                mean_C = sums[spec].total / sums[spec].tokens
+                weight_OC = _weight(layer, spec)[:, columns].double()
+                found[arch.module_name(index, spec)] = (weight_OC @ mean_C[columns]).float().cpu()
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found
@@ -94,18 +98,34 @@ def mean_biases(
 
 @contextmanager
 def swapped(model: nn.Module, arch: Architecture, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other ``weights`` (module name -> [out, in]) for a while; then with its own again."""
+    """The model with other ``weights`` (module name -> [out, in]) for a while; then with its own again.
+
+    A streamed model reads them from the mapping when it runs a layer.
+    """
     transposed = {arch.module_name(i, s) for i in range(arch.layers) for s in arch.linears if s.transposed}
     own: dict[nn.Parameter, Tensor] = {}
+    streamed: list[tuple[Unit, nn.Module]] = []
+
+    def stored(name: str) -> Tensor:
+        return weights[name].t() if name in transposed else weights[name]
+
     try:
-        for name, weight in weights.items():
-            parameter = model.get_submodule(name).get_parameter("weight")
+        for name in weights:
+            module = model.get_submodule(name)
+            parameter = module.get_parameter("weight")
+            unit = enclosing_unit(model, name)
+            if unit is not None:
+                streamed.append((unit, module))
+                unit.replace(module, "weight", partial(stored, name))
+                continue
             own[parameter] = parameter.data
-            parameter.data = (weight.t() if name in transposed else weight).to(parameter)
+            parameter.data = stored(name).to(parameter)
         yield
     finally:
         for parameter, data in own.items():
             parameter.data = data
+        for unit, module in streamed:
+            unit.replace(module, "weight", None)
 
 
 def _columns(
@@ -175,8 +195,9 @@ def refit_from_store(
     store: GramStore,
     *,
     damping: float = DAMPING,
+    into: MutableMapping[str, Tensor] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> MutableMapping[str, Tensor]:
     """What :func:`compensate` gives, from second moments that were gathered before; no model is run.
 
     Args:
@@ -185,13 +206,14 @@ def refit_from_store(
         structure: What is kept.
         store: Moments of the inputs of o and down, of every layer.
         damping: See :func:`refit`.
+        into: As for :func:`compensate`.
         progress: Called after every layer.
 
     Raises:
         UsageError: The damping is not above zero.
     """
     _check_damping(damping)
-    found: dict[str, Tensor] = {}
+    found: MutableMapping[str, Tensor] = {} if into is None else into
     for index, kept in enumerate(structure.layers):
         for spec, columns in _columns(arch, torch.device("cpu"), kept, removed=False).items():
             if len(columns):
@@ -224,8 +246,9 @@ def compensate(
     *,
     batch: int = 4,
     damping: float = DAMPING,
+    into: MutableMapping[str, Tensor] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> MutableMapping[str, Tensor]:
     """New weights of o and down for the pruned model.
 
     Args:
@@ -235,6 +258,7 @@ def compensate(
         ids_NS: Calibration tokens, int64 [N, S]; some 16 per kept column or more.
         batch: Windows per forward pass; an incomplete last batch is left out.
         damping: See :func:`refit`.
+        into: Where the weights go, an empty mapping; None: a dictionary. All of them together may not fit into memory.
         progress: Called after every layer.
 
     Returns:
@@ -247,17 +271,19 @@ def compensate(
     """
     _check_damping(damping)
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
-    found: dict[str, Tensor] = {}
+    found: MutableMapping[str, Tensor] = {} if into is None else into
     for index, layer in enumerate(walk.layers):
         kept = _columns(arch, _device(layer), structure.layers[index], removed=False)
         lost = [spec for spec, columns in kept.items() if len(columns) == 0]
         for spec in lost:  # the branch is gone: there is nothing to refit
             kept.pop(spec)
-        with gathered_grams(layer, kept) as grams:
-            walk.advance(index)
+        with resident(layer):
+            with gathered_grams(layer, kept) as grams:
+                walk.advance(index)
+            weights = {spec: _weight(layer, spec).detach() for spec in kept}
         for spec, columns in kept.items():
             found[arch.module_name(index, spec)] = _refitted(
-                _weight(layer, spec), grams[spec], columns, damping
+                weights.pop(spec), grams.pop(spec), columns, damping
             )
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")

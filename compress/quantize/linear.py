@@ -168,6 +168,11 @@ class LQLinear(nn.Linear):
             if self.weight.dtype != torch.uint8:
                 self.weight.data, self._buffers["weight_scale_codes"] = self._plain()
 
+    def forget_layout(self) -> None:
+        """Drop what was made of the stored tensors: they have been replaced by others."""
+        with _CONVERTING:
+            self._native = None
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.dtype != torch.uint8:

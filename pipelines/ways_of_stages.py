@@ -1,0 +1,169 @@
+"""What each stage holds, from the inputs and settings with which it is about to begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from compress.adapters.adapter_file import AdapterFile
+from compress.errors import CompressError
+from compress.evaluate.machine import this_machine
+from compress.model.architecture import Architecture
+from compress.model.checkpoint import Checkpoint, checkpoint_architecture
+from compress.pipelines.footprint import (
+    Footprint,
+    Ground,
+    align_footprint,
+    eval_footprint,
+    prune_footprint,
+    quantize_footprint,
+    recover_footprint,
+    train_footprint,
+)
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.plan_models import pruned, quantized
+from compress.pipelines.prune_goal import Goal
+from compress.pipelines.settings import (
+    AlignSettings,
+    Common,
+    EvalSettings,
+    PruneSettings,
+    QuantizeSettings,
+    TrainSettings,
+)
+from compress.pipelines.stage import Context
+from compress.pipelines.ways import Count, best_fit, counted, limit_of, refuse
+
+
+def prune_count(model: ModelInput, goal: Goal, settings: PruneSettings) -> Count:
+    """Of ``prune``; shapes that scores decide are counted as the uniform one, or as nothing removed."""
+    full = counted(model)
+    try:
+        small = pruned(full, goal.foreseen())
+    except CompressError:
+        small = full
+
+    def count(ground: Ground) -> Footprint:
+        return prune_footprint(full, small, settings, ground)
+
+    return count
+
+
+def thin_count(model: ModelInput, settings: PruneSettings) -> Count:
+    """Of ``prune`` that sets single weights to zero: scores, no repair, one matrix at a time."""
+    full, plain = counted(model), replace(settings, repair="none", repair_steps=0, trials=1)
+
+    def count(ground: Ground) -> Footprint:
+        return prune_footprint(full, full, plain, ground)
+
+    return count
+
+
+def quantize_count(context: Context, model: ModelInput, settings: QuantizeSettings) -> Count:
+    """Of ``quantize``."""
+    full = counted(model)
+    small = quantized(full, settings)
+    known = any(
+        stage.id == model.id and "after" in stage.record["metrics"] for stage in context.workspace.stages
+    )
+
+    def count(ground: Ground) -> Footprint:
+        return quantize_footprint(full, small, settings, ground, known=known)
+
+    return count
+
+
+def train_count(model: ModelInput, settings: TrainSettings) -> Count:
+    """Of ``train``, which holds the model whole whatever the way; what proves the result does not."""
+    base = counted(model)
+
+    def count(ground: Ground) -> Footprint:
+        return train_footprint(base, settings, ground)
+
+    return count
+
+
+def align_count(model: ModelInput, full: Path | None, settings: AlignSettings) -> Count:
+    """Of ``align``, which trains all weights, beside the teacher in the folder ``full`` where there is one."""
+    small = teacher = counted(model)
+    if full is not None:
+        teacher = counted(_opened(full))
+
+    def count(ground: Ground) -> Footprint:
+        return align_footprint(small, teacher, settings, ground)
+
+    return count
+
+
+def eval_count(entries: Sequence[tuple[Path, Path | None]], settings: EvalSettings) -> Count:
+    """Of ``eval``, which holds one model after the other whole: folders of models, each with that of its adapter.
+
+    A model of a kind that is not understood here is left out.
+    """
+    models = []
+    for folder, adapter in entries:
+        try:
+            model = counted(_opened(folder))
+        except CompressError:
+            continue
+        models.append((model, 0 if adapter is None else _parameters(adapter, model.arch)))
+
+    def count(ground: Ground) -> Footprint:
+        return eval_footprint(models, ground, length=settings.sequence, windows=settings.windows)
+
+    return count
+
+
+def refuse_evaluation(
+    common: Common,
+    entries: Sequence[tuple[Path, Path | None]],
+    settings: EvalSettings,
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse an evaluation that ``--memory-limit`` has no room for.
+
+    Raises:
+        UsageError: The limit is no memory size.
+        CompressError: A model does not fit into it whole; memory and speed are measured of nothing less.
+    """
+    limit = limit_of(common)
+    if limit is None:
+        return
+    ground = Ground(itemsize=dtype.itemsize, length=settings.sequence, windows=settings.windows)
+    machine = this_machine(common.run, device)
+    count = eval_count(entries, settings)
+    found = best_fit(count, ground, "eval", limit=limit, device_free=machine.device_free, streams=False)
+    refuse(common, "eval", found)
+
+
+def _opened(folder: Path) -> ModelInput:
+    checkpoint = Checkpoint(folder)
+    architecture = checkpoint_architecture(checkpoint)
+    return ModelInput(name=folder.name, path=folder, id="", checkpoint=checkpoint, architecture=architecture)
+
+
+def _parameters(adapter: Path, arch: Architecture) -> int:
+    """Of an adapter once its rows and columns are those of ``arch``."""
+    shapes = {
+        arch.module_name(layer, spec): arch.at(layer).linear_shape(spec)
+        for layer in range(arch.layers)
+        for spec in arch.linears_at(layer)
+    }
+    with AdapterFile(adapter) as file:
+        return sum(
+            file.scaling(module).rank * sum(shapes[module]) for module in file.modules if module in shapes
+        )
+
+
+def recover_count(full: ModelInput, adapter: Path, *, merged: bool) -> Count:
+    """Of ``recover``: the full model with an adapter as large as the small one's rows and columns become."""
+    model, parameters = counted(full), _parameters(adapter, full.architecture)
+
+    def count(ground: Ground) -> Footprint:
+        return recover_footprint(model, parameters, ground, merged=merged)
+
+    return count
