@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
 from compress.pipelines.measure import (
+    MEASURES,
     check_length,
     known_perplexity,
+    measured_once,
     training_windows,
     validation_perplexity,
     validation_windows,
@@ -79,7 +81,10 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
     def work(folder: Path) -> Mapping[str, Any]:
         windows = training_windows(context, model.path, source, settings, offset=DRAW)
         validation = validation_windows(context, model.path, source)
-        before = known_perplexity(context, model, validation, dtype, device)
+        before = measured_once(
+            folder / MEASURES / "before.json",
+            lambda: known_perplexity(context, model, validation, dtype, device),
+        )
         network = load_model(model.path, dtype="float32", device=device)
         trainable = release_weights(network)
         hooks = [] if masks is None else [MaskedWeights(network, masks, transposed=transposed)]
@@ -103,10 +108,12 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         del network, distillation
         aligned = load_model(folder, dtype="float32", device=device)
         record_logits(aligned, check_ids(model.architecture.vocab, context.common.seed), folder)
-        after = validation_perplexity(context, aligned.to(dtype), validation, "the aligned model")
+        after = measured_once(
+            folder / MEASURES / "after.json",
+            partial(validation_perplexity, context, aligned.to(dtype), validation, "the aligned model"),
+        )
         del aligned
         reopened = check_reopens(folder)
-        shutil.rmtree(folder / "training")
         return {
             **training_metrics(result),
             "before": size_metrics(model.checkpoint) | before,
@@ -118,7 +125,9 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         }
 
     inputs = {"model": model.id} | ({} if settings.loss == "text" else {"teacher": str(known["fingerprint"])})
-    outcome = run_stage(context, "align", config=config, inputs=inputs, work=work)
+    outcome = run_stage(
+        context, "align", config=config, inputs=inputs, work=work, scratch=("training", MEASURES)
+    )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ def files_below(folder: Path) -> dict[str, Path]:
     }
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """``bytes`` and ``sha256`` of every file below a stage folder, by relative path."""
+def describe_files(folder: Path, *, scratch: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """``bytes`` and ``sha256`` of every file below a stage folder, by relative path.
+
+    Args:
+        folder: Of the stage.
+        scratch: Patterns of sub-folders that are no part of the artifact.
+    """
+    skipped = {path.name for pattern in scratch for path in folder.glob(pattern)}
     return {
         name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         for name, path in files_below(folder).items()
+        if "/" not in name or name.partition("/")[0] not in skipped
     }

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
+from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
 from compress.pipelines.measure import calibration_windows
@@ -25,6 +26,7 @@ def refitted(
     *,
     tokens: int,
     network: PreTrainedModel | None = None,
+    kept: Kept = NOTHING_KEPT,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """New weights of o and down for ``structure``, float32 [out, in] at full size, by module.
@@ -39,6 +41,7 @@ def refitted(
         store: Where the moments are.
         tokens: Calibration tokens.
         network: ``model`` when it is loaded already, without masks.
+        kept: Has what an interrupted run for the same structure has refitted.
         progress: Called after every layer.
     """
     arch, keeps = model.architecture, fits(model.architecture, OUTPUTS)
@@ -49,7 +52,12 @@ def refitted(
             return compensate(loaded, arch, structure, windows.ids, batch=batch, progress=progress)
         gather_moments(loaded, arch, windows.ids, store, batch=batch, progress=progress)
     return refit_from_store(
-        lambda name: stored_weight(model.checkpoint, arch, name), arch, structure, store, progress=progress
+        lambda name: stored_weight(model.checkpoint, arch, name),
+        arch,
+        structure,
+        store,
+        kept=kept,
+        progress=progress,
     )
 
 

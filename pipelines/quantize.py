@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.data.sources import default_source
+from compress.durable import replacing
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
@@ -26,7 +28,12 @@ from compress.pipelines.error_tables import build_tables, exact_tables
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import TABLE_TOKENS, HessianWalk, sensitivities
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
-from compress.pipelines.measure import known_perplexity, validation_perplexity, validation_windows
+from compress.pipelines.measure import (
+    known_perplexity,
+    measured_once,
+    validation_perplexity,
+    validation_windows,
+)
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_bytes, human_count
@@ -121,12 +128,16 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         carry(model.path, folder)
         network = load_model(folder, dtype="float32", device=device)
         record_logits(network, check_ids(model.architecture.vocab, context.common.seed), folder)
-        before = known_perplexity(context, model, validation, dtype, device)
-        after = validation_perplexity(context, network.to(dtype), validation, "the quantized model")
+        before = measured_once(
+            folder / "tables" / "before.json",
+            lambda: known_perplexity(context, model, validation, dtype, device),
+        )
+        after = measured_once(
+            folder / "layers" / "after.json",
+            partial(validation_perplexity, context, network.to(dtype), validation, "the quantized model"),
+        )
         del network
         reopened = check_reopens(folder, needs_compress=True)
-        for work_folder in ("layers", "tables", *(["fisher"] if fisher is not None else [])):
-            shutil.rmtree(folder / work_folder)
         small = Checkpoint(folder)
         numel = sum(matrix.numel for matrix in matrices)
         dense = sum(model.checkpoint.nbytes(matrix.tensor) for matrix in matrices)
@@ -154,7 +165,14 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "reopened_relative_error": reopened,
         }
 
-    outcome = run_stage(context, "quantize", config=config, inputs={"model": model.id}, work=work)
+    outcome = run_stage(
+        context,
+        "quantize",
+        config=config,
+        inputs={"model": model.id},
+        work=work,
+        scratch=("layers", "tables", "fisher"),
+    )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
@@ -181,9 +199,8 @@ def known_sensitivities(
         found, moments = sensitivities(context, model, settings, source, device, dtype)
         if moments:
             save_moments(moments, folder / MOMENTS)
-        temporary = path.with_suffix(".tmp")
-        save_file(found, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(found, temporary)
     known: dict[str, Tensor] = load_file(path)
     return known, load_moments(folder / MOMENTS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,6 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         del adapted, network
         reopened = load_adapter(load_model(model.path, dtype="float32", device=device), folder)
         record_logits(reopened, check_ids(model.architecture.vocab, context.common.seed), folder)
-        shutil.rmtree(folder / "training")
         return training_metrics(result) | {
             "method": settings.method,
             "base": name,
@@ -109,7 +107,9 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
             "validation_protocol": dict(validation.protocol),
         }
 
-    outcome = run_stage(context, "train", config=config, inputs={"model": model.id}, work=work)
+    outcome = run_stage(
+        context, "train", config=config, inputs={"model": model.id}, work=work, scratch=("training",)
+    )
     if outcome.fresh and outcome.stage is not None:
         metrics = outcome.stage.record["metrics"]
         context.reporter.table(
