@@ -124,9 +124,14 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
             "reopened_relative_error": reopened,
         }
 
+    def disk() -> float:
+        from compress.pipelines.disk import align_disk
+
+        return align_disk(model, model, settings, dtype, context.common.effort or "quick")
+
     inputs = {"model": model.id} | ({} if settings.loss == "text" else {"teacher": str(known["fingerprint"])})
     outcome = run_stage(
-        context, "align", config=config, inputs=inputs, work=work, scratch=("training", MEASURES)
+        context, "align", config=config, inputs=inputs, work=work, scratch=("training", MEASURES), disk=disk
     )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])

@@ -103,8 +103,21 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             **measured,
         }
 
+    def disk() -> float:
+        from compress.pipelines.disk import (
+            prune_disk,
+        )  # it needs what the plan needs, and that needs this module
+
+        return prune_disk(goal, dtype, context.common.effort or "quick")
+
     outcome = run_stage(
-        context, "prune", config=config, inputs={"model": model.id}, work=work, scratch=("round-*", MEASURES)
+        context,
+        "prune",
+        config=config,
+        inputs={"model": model.id},
+        work=work,
+        scratch=("round-*", MEASURES),
+        disk=disk,
     )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])

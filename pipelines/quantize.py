@@ -165,6 +165,11 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "reopened_relative_error": reopened,
         }
 
+    def disk() -> float:
+        from compress.pipelines.disk import quantize_disk
+
+        return quantize_disk(model, settings, dtype, context.common.effort or "quick")
+
     outcome = run_stage(
         context,
         "quantize",
@@ -172,6 +177,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         inputs={"model": model.id},
         work=work,
         scratch=("layers", "tables", "fisher"),
+        disk=disk,
     )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])

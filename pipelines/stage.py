@@ -58,6 +58,7 @@ def run_stage(
     inputs: Mapping[str, str],
     work: Callable[[Path], Mapping[str, Any]],
     scratch: Sequence[str] = (),
+    disk: Callable[[], float] | None = None,
 ) -> Outcome:
     """Make the stage ``verb``, unless it is there already.
 
@@ -70,9 +71,11 @@ def run_stage(
             is interrupted go into sub-folders, which it finds again on the next run of the same request.
         scratch: Patterns of sub-folders that are no part of the artifact. They go once the stage's record is on disk,
             so that nothing is done again if the process is killed before that.
+        disk: Bytes that the stage holds on disk at its peak; not asked where there is nothing to do.
 
     Raises:
         UsageError: The stage exists with other settings and ``--redo`` was not given.
+        CompressError: The disk has not got that room.
     """
     workspace, reporter = context.workspace, context.reporter
     wanted = stage_id(verb, config, inputs)
@@ -95,7 +98,15 @@ def run_stage(
     record = workspace.finished(partial)
     if record is None:
         record = _work(
-            context, verb, partial, wanted, config=config, inputs=inputs, work=work, scratch=scratch
+            context,
+            verb,
+            partial,
+            wanted,
+            config=config,
+            inputs=inputs,
+            work=work,
+            scratch=scratch,
+            disk=disk,
         )
     else:
         reporter.say(f"{verb}: an interrupted run had done all the work in {partial.name}.")
@@ -119,6 +130,7 @@ def _work(
     inputs: Mapping[str, str],
     work: Callable[[Path], Mapping[str, Any]],
     scratch: Sequence[str],
+    disk: Callable[[], float] | None,
 ) -> dict[str, Any]:
     """Do the work of a stage and measure it; returns what its ``stage.json`` says."""
     workspace, reporter = context.workspace, context.reporter
@@ -131,6 +143,10 @@ def _work(
     from compress.evaluate.memory_timeline import MemoryTimeline
 
     try:
+        if disk is not None:
+            from compress.pipelines.disk import require_space
+
+            require_space(workspace.root, verb, disk(), partial)
         with PeakMemory() as peak, MemoryTimeline() as timeline:
             metrics = work(partial)
     except BaseException:

@@ -107,8 +107,19 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
             "validation_protocol": dict(validation.protocol),
         }
 
+    def disk() -> float:
+        from compress.pipelines.disk import train_disk
+
+        return train_disk(model, settings, dtype, context.common.effort or "quick")
+
     outcome = run_stage(
-        context, "train", config=config, inputs={"model": model.id}, work=work, scratch=("training",)
+        context,
+        "train",
+        config=config,
+        inputs={"model": model.id},
+        work=work,
+        scratch=("training",),
+        disk=disk,
     )
     if outcome.fresh and outcome.stage is not None:
         metrics = outcome.stage.record["metrics"]

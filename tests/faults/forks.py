@@ -231,6 +231,7 @@ def _serve() -> None:
     from compress.__main__ import app  # noqa: F401
     from compress.pipelines import align, evaluate, prune, quantize, recover, train  # noqa: F401
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are born deaf to it
     log = [""]
     _count_work(log)
     replies = os.fdopen(os.dup(1), "w")
