@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import reprlib
 from collections.abc import Iterable
 
 
@@ -62,6 +63,13 @@ def system_failure(error: OSError) -> CompressError | None:
         "" if name is None else f": {os.fsdecode(name)!r}" if isinstance(name, bytes | str) else f": {name!r}"
     )
     return CompressError(f"{cause}{place}.", remedy)
+
+
+def shown(value: object) -> str:
+    """``repr`` of a value that a stranger may have written, cut where it is long or deeply nested."""
+    cutting = reprlib.Repr()
+    cutting.maxstring = cutting.maxother = cutting.maxlong = 80
+    return cutting.repr(value)
 
 
 def nearest(given: str, names: Iterable[str]) -> str | None:

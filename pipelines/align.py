@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
 from compress.pipelines.measure import (
+    MEASURES,
     check_length,
     known_perplexity,
+    measured_once,
     training_windows,
     validation_windows,
 )
@@ -92,7 +93,10 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
     def work(folder: Path) -> Mapping[str, Any]:
         windows = training_windows(context, model.path, source, settings, offset=DRAW)
         validation = validation_windows(context, model.path, source)
-        before = known_perplexity(context, model, validation, dtype, device)
+        before = measured_once(
+            folder / MEASURES / "before.json",
+            lambda: known_perplexity(context, model, validation, dtype, device),
+        )
         network = load_model(model.path, dtype="float32", device=device)
         trainable = release_weights(network)
         hooks = [] if masks is None else [MaskedWeights(network, masks, transposed=transposed)]
@@ -122,9 +126,9 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
             "the aligned model",
             dtype=dtype,
             device=device,
+            into=folder / MEASURES / "after.json",
         )
         reopened = check_reopens(folder)
-        shutil.rmtree(folder / "training")
         return {
             **training_metrics(result),
             "before": size_metrics(model.checkpoint) | before,
@@ -135,8 +139,15 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
             "reopened_relative_error": reopened,
         }
 
+    def disk() -> float:
+        from compress.pipelines.disk import align_disk
+
+        return align_disk(model, model, settings, dtype, context.common.effort or "quick")
+
     inputs = {"model": model.id} | ({} if settings.loss == "text" else {"teacher": str(known["fingerprint"])})
-    outcome = run_stage(context, "align", config=config, inputs=inputs, work=work)
+    outcome = run_stage(
+        context, "align", config=config, inputs=inputs, work=work, scratch=("training", MEASURES), disk=disk
+    )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome

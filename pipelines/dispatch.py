@@ -29,9 +29,17 @@ from compress.pipelines.settings import (
 )
 from compress.pipelines.stage import Context, Outcome
 from compress.pipelines.workspace import Workspace
+from compress.stopping import Stop
 
 
-def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+def run_verb(
+    verb: str,
+    common: Common,
+    given: Mapping[str, Any],
+    *,
+    quiet: bool = False,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
     """Run one verb and return its result as JSON values.
 
     Args:
@@ -39,16 +47,18 @@ def run_verb(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool
         common: Options that mean the same to every verb.
         given: The verb's own options; None means not given. ``init`` takes ``meanings`` too: what ``--help`` says.
         quiet: Print nothing.
+        stop: Whether to end after the layer or step at work.
 
     Returns:
         The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. Verbs that
         make no stage have results of their own; ``ok`` is false in one that means failure.
 
     Raises:
+        Stopped: ``stop`` said so.
         CompressError: Whatever the verb or the operating system refuses, with cause and remedy.
     """
     try:
-        return _run(verb, common, given, quiet=quiet)
+        return _run(verb, common, given, Reporter(quiet=quiet, stop=stop))
     except (OSError, SafetensorError) as error:
         refused = system_failure(error if isinstance(error, OSError) else _os_error(error))
         if refused is None:
@@ -62,8 +72,7 @@ def _os_error(error: SafetensorError) -> OSError:
     return OSError(int(number[1]) if number else 0, str(error))
 
 
-def _run(verb: str, common: Common, given: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
-    reporter = Reporter(quiet=quiet)
+def _run(verb: str, common: Common, given: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
     if verb == "doctor":
         from compress.pipelines.doctor import doctor
 

@@ -15,11 +15,11 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.config import build_config, meta_shapes, quantization_method
 from compress.model.load import EMBEDDED, resolve
 from compress.pipelines.integrity import describe_files
-from compress.pipelines.model_input import HUB_NAME, ModelInput, open_model
+from compress.pipelines.model_input import HUB_NAME, ModelInput, check_stage, open_model
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.stage import Context
 from compress.pipelines.verify_model import weights_of
-from compress.pipelines.workspace import Workspace, digest
+from compress.pipelines.workspace import MEASUREMENTS, Workspace, digest
 from compress.quantize.checkpoint import QUANT_METHOD
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,6 +43,8 @@ def chain_entries(context: Context, full: ModelInput) -> list[Entry]:
     entries = [Entry(name="original", model=full.path, adapter=None, parameters=parameters, id=full.id)]
     names = {"prune": "pruned", "align": "aligned", "quantize": "quantized"}
     for stage in workspace.stages:
+        if stage.verb not in MEASUREMENTS:
+            check_stage(context, stage)
         metrics = stage.record["metrics"]
         last = entries[-1]
         if stage.verb in names:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,15 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
         finished = folder / "rows"
         finished.mkdir(exist_ok=True)
         metrics = measure_all(bench, entries, reference, read, held_out, finished)
-        shutil.rmtree(finished)
         return metrics | {"held_out_protocol": dict(held_out.protocol)}
 
     outcome = run_stage(
-        context, "eval", config=config, inputs=identities(bench, entries, reference), work=work
+        context,
+        "eval",
+        config=config,
+        inputs=identities(bench, entries, reference),
+        work=work,
+        scratch=("rows",),
     )
     if outcome.stage is not None:
         show(context.reporter, outcome.stage.record["metrics"])

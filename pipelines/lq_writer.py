@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compress.durable import replacing
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
 from compress.pipelines.allocate import VOCABULARY, Allocation, Choice, layer_name, read_matrix
@@ -145,9 +146,8 @@ def _decompose_layer(
                 "counted": counted,
             }
         )
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"matrices": json.dumps(records)})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"matrices": json.dumps(records)})
 
 
 def _decomposed(

@@ -6,7 +6,7 @@ Stages look at validation text only; the test text is read by ``compress eval`` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,12 @@ from compress.pipelines.settings import LoopSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.text import read_text
 from compress.pipelines.way import WHOLE, Way
+from compress.pipelines.workspace import read_json, write_json
 
 WINDOWS = {"quick": 8, "standard": 32, "paper": 64}
 LENGTH = 512
+MEASURES = "measured"
+"""Sub-folder of unfinished work with what was measured already."""
 CALIBRATION_SEED = 1_000_003
 
 
@@ -97,6 +100,14 @@ def check_length(model: Path, length: int, *, whose: str = "the model's") -> Non
             f"Windows of {length} tokens are longer than {whose} {positions(model)} positions.",
             f"Give --sequence {positions(model)} or less.",
         )
+
+
+def measured_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """JSON values that ``measure`` returns, kept in ``path`` for a run that goes on after an interruption."""
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, measure())
+    return read_json(path)
 
 
 def validation_perplexity(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from compress.errors import CompressError, UsageError, choose
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import EMBEDDED, preferred_dtype, resolve
+from compress.pipelines.integrity import require_unchanged
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
+from compress.pipelines.workspace import Stage
 
 HUB_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """The public name of an embedded model, for adapters that must name their base."""
@@ -58,12 +61,17 @@ def original(context: Context) -> ModelInput:
 
 
 def current(context: Context, verb: str) -> ModelInput:
-    """The model that ``verb`` works on: the last model stage before it, else the original."""
+    """The model that ``verb`` works on: the last model stage before it, else the original.
+
+    Raises:
+        CompressError: Its files are not those that the stage before recorded.
+    """
     start = original(context)
     stage = context.workspace.model_before(verb)
     if stage is None:
         return start
     checkpoint = Checkpoint(stage.path)
+    check_stage(context, stage)
     return ModelInput(
         name=stage.path.name,
         path=stage.path,
@@ -71,6 +79,16 @@ def current(context: Context, verb: str) -> ModelInput:
         checkpoint=checkpoint,
         architecture=checkpoint_architecture(checkpoint),
     )
+
+
+def check_stage(context: Context, stage: Stage, *, only: Sequence[str] = ()) -> None:
+    """Refuse a finished stage that another is about to build on when its files are not what it recorded.
+
+    Raises:
+        CompressError: See `compress.pipelines.integrity.require_unchanged`.
+    """
+    with context.reporter.bar(f"check {stage.path.name}") as progress:
+        require_unchanged(stage.path, stage.record, only=only, progress=progress)
 
 
 def open_model(context: Context, name: str) -> ModelInput:

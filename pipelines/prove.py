@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress.data.windows import Windows
-from compress.pipelines.measure import validation_perplexity
+from compress.pipelines.measure import measured_once, validation_perplexity
 from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.stage import Context
 from compress.pipelines.way import WHOLE, Way
@@ -24,6 +25,7 @@ def record_and_score(
     dtype: torch.dtype,
     device: str,
     way: Way = WHOLE,
+    into: Path | None = None,
 ) -> dict[str, Any]:
     """Record the logits of the model in ``folder``, in float32, and measure its perplexity in ``dtype``.
 
@@ -36,6 +38,7 @@ def record_and_score(
         dtype: In which it is scored. It is opened again for that: a cast would round its rotary frequencies too.
         device: Where it runs.
         way: How it is opened.
+        into: File that keeps the result for a run that goes on after an interruption.
 
     Returns:
         The perplexity as JSON values with its protocol.
@@ -45,4 +48,5 @@ def record_and_score(
     if dtype != torch.float32:
         del network
         network = way.open(folder, dtype=dtype, device=device)
-    return validation_perplexity(context, network, validation, label)
+    measure = partial(validation_perplexity, context, network, validation, label)
+    return measure() if into is None else measured_once(into, measure)

@@ -13,8 +13,15 @@ from compress.errors import UsageError, choose
 from compress.importance import CRITERIA
 from compress.importance.base import criterion_config
 from compress.importance.gram_store import GramStore
+from compress.kept import Kept
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
-from compress.pipelines.measure import check_length, validation_perplexity, validation_windows
+from compress.pipelines.measure import (
+    MEASURES,
+    check_length,
+    measured_once,
+    validation_perplexity,
+    validation_windows,
+)
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prove import record_and_score
 from compress.pipelines.prune_find import find_structure
@@ -83,7 +90,10 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         validation = validation_windows(context, model.path, place.source)
         measured = prune_in_rounds(place, goal, folder)
         write_base(context, model, folder)
-        before = validation_perplexity(context, place.load(model.path), validation, "the model")
+        before = measured_once(
+            folder / MEASURES / "before.json",
+            lambda: validation_perplexity(context, place.load(model.path), validation, "the model"),
+        )
         after = record_and_score(
             context,
             folder,
@@ -93,10 +103,9 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             dtype=dtype,
             device=device,
             way=place.way,
+            into=folder / MEASURES / "after.json",
         )
         reopened = check_reopens(folder, way=place.way)
-        for scratch in folder.glob("round-*"):
-            shutil.rmtree(scratch)
         small = Checkpoint(folder)
         return {
             "before": size_metrics(model.checkpoint) | before,
@@ -108,7 +117,22 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             **measured,
         }
 
-    outcome = run_stage(context, "prune", config=config, inputs={"model": model.id}, work=work)
+    def disk() -> float:
+        from compress.pipelines.disk import (
+            prune_disk,
+        )  # it needs what the plan needs, and that needs this module
+
+        return prune_disk(goal, dtype, context.common.effort or "quick")
+
+    outcome = run_stage(
+        context,
+        "prune",
+        config=config,
+        inputs={"model": model.id},
+        work=work,
+        scratch=("round-*", MEASURES),
+        disk=disk,
+    )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
@@ -211,7 +235,8 @@ def _prune_once(
         found = find_structure(place, goal, here / "scoring", store)
         deltas, biases = found.deltas, None
         if settings.repair == "refit":
-            deltas = refit_deltas(place, model, found.structure, store, settings.calibration_tokens)
+            kept = Kept(here / "refit")
+            deltas = refit_deltas(place, model, found.structure, store, settings.calibration_tokens, kept)
         elif settings.repair == "bias":
             biases = bias_additions(place, model, found.structure, settings.calibration_tokens)
         with context.reporter.bar("cut") as progress:
@@ -231,8 +256,9 @@ def _prune_once(
             "certificate": found.plan.certificate,
             **found.measured,
         }
-        shutil.rmtree(store.folder, ignore_errors=True)
         write_json(here / MEASURED, {"format_version": FORMAT_VERSION, **metrics})
+        for scratch in (store.folder, here / "refit", here / "scoring"):
+            shutil.rmtree(scratch, ignore_errors=True)
     measured = read_json(here / MEASURED)
     measured.pop("format_version")
     context.reporter.say(f"prune: {measured['reason']}")

@@ -18,6 +18,7 @@ from compress.importance.collect import collect
 from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
 from compress.importance.obs import ObsConfig, ObsCriterion, rank_groups
+from compress.kept import NOTHING_KEPT, Kept
 from compress.model.int8 import to_int8
 from compress.pipelines.measure import calibration_windows, summed_loss, training_windows
 from compress.pipelines.prune_goal import Goal, parse_options
@@ -58,6 +59,8 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) 
         goal: What to aim at.
         state_dir: Where training is resumed from.
         store: Where the moments of the inputs that the refit needs are left when scoring gathers them.
+
+    What was scored and tried lies in ``state_dir`` too, for a run that goes on after an interruption.
     """
     settings, model = goal.settings, goal.model
     options: dict[str, Any] = {"seed": place.context.common.seed, **parse_options(settings.criterion_options)}
@@ -70,14 +73,24 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) 
         criterion.store = store
     whole = criterion.needs in ("adapters", "gradients") or settings.repair == "lora"
     network = (place.load_whole if whole else place.load)(model.path)
+    kept = Kept(state_dir)
+    if isinstance(criterion, ObsCriterion):
+        criterion.kept = kept
     windows: Windows | None = None
+    if criterion.needs not in ("adapters", "weights"):
+        windows = calibration_windows(
+            place.context, model.path, place.source, tokens=settings.calibration_tokens
+        )
     if criterion.needs != "adapters":
-        windows = _calibrate(place, goal, network, criterion)
+        if not kept.has("criterion"):
+            _calibrate(place, goal, network, criterion, windows)
+            kept.put("criterion", criterion.state_dict())
+        criterion.load_state_dict(kept.get("criterion"))
     if criterion.needs == "adapters" or settings.repair == "lora":
         return _train(place, goal, network, criterion, state_dir)
     scores = criterion.scores()
-    plan = goal.choose(scores, lambda known: _measured(place, goal, known))
-    plan, trials = try_shapes(place, goal, network, scores, plan, store)
+    plan = goal.choose(scores, lambda known: _measured(place, goal, known, Kept(state_dir / "costs")))
+    plan, trials = try_shapes(place, goal, network, scores, plan, store, kept)
     layers = select(model.architecture, scores, plan.shapes)
     measured: dict[str, Any] = {"skipped_steps": criterion.skipped_steps, "scoring_tokens": 0}
     if trials:
@@ -92,14 +105,13 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) 
     )
 
 
-def _calibrate(place: Place, goal: Goal, network: nn.Module, criterion: Criterion) -> Windows | None:
-    """Let a criterion that needs no adapters see the model; the text it read, None when weights are enough."""
-    if criterion.needs == "weights":
+def _calibrate(
+    place: Place, goal: Goal, network: nn.Module, criterion: Criterion, windows: Windows | None
+) -> None:
+    """Let a criterion that needs no adapters see the model, on text where weights are not enough."""
+    if windows is None:
         criterion.observe(network)
-        return None
-    windows = calibration_windows(
-        place.context, goal.model.path, place.source, tokens=goal.settings.calibration_tokens
-    )
+        return
     with place.context.reporter.bar(f"score ({goal.settings.criterion})") as progress:
         collect(
             criterion,
@@ -110,10 +122,9 @@ def _calibrate(place: Place, goal: Goal, network: nn.Module, criterion: Criterio
             batch=min(BATCH, len(windows)),
             progress=progress,
         )
-    return windows
 
 
-def _measured(place: Place, goal: Goal, scores: GroupScores) -> GroupScores:
+def _measured(place: Place, goal: Goal, scores: GroupScores, kept: Kept = NOTHING_KEPT) -> GroupScores:
     """``scores`` with what the groups cost in the order that they rank them."""
     windows = calibration_windows(
         place.context, goal.model.path, place.source, tokens=goal.settings.calibration_tokens
@@ -128,6 +139,7 @@ def _measured(place: Place, goal: Goal, scores: GroupScores) -> GroupScores:
             loss=summed_loss(network),
             batch=min(BATCH, len(windows)),
             ranked=scores,
+            kept=kept,
             progress=progress,
         )
 

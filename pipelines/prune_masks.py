@@ -111,7 +111,12 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
             **protocol,
         }
 
-    outcome = run_stage(context, "prune", config=config, inputs={"model": model.id}, work=work)
+    def disk() -> float:
+        from compress.pipelines.disk import thin_disk
+
+        return thin_disk(model)
+
+    outcome = run_stage(context, "prune", config=config, inputs={"model": model.id}, work=work, disk=disk)
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome

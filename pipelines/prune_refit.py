@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
+from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
 from compress.model.tensor_folder import TensorFolder
@@ -31,6 +32,7 @@ def refitted(
     *,
     tokens: int,
     network: PreTrainedModel | None = None,
+    kept: Kept = NOTHING_KEPT,
     progress: Progress | None = None,
 ) -> MutableMapping[str, Tensor]:
     """New weights of o and down for ``structure``, float32 [out, in] at full size, by module.
@@ -45,6 +47,7 @@ def refitted(
         store: Where the moments are.
         tokens: Calibration tokens.
         network: ``model`` when it is loaded already, without masks.
+        kept: Has what an interrupted run for the same structure has refitted.
         progress: Called after every layer.
     """
     into = _folder(place, store)
@@ -61,6 +64,7 @@ def refitted(
         structure,
         store,
         into=into,
+        kept=kept,
         progress=progress,
     )
 

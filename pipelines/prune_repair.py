@@ -13,6 +13,7 @@ from compress.adapters.attach import attach_lora, save_adapter
 from compress.adapters.merge import merge_adapter
 from compress.adapters.train import Distillation, fit
 from compress.importance.gram_store import GramStore
+from compress.kept import Kept
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.measure import calibration_windows, training_windows
 from compress.pipelines.model_input import ModelInput
@@ -29,11 +30,11 @@ TEXT_SHARE = {"distill": 0.0, "both": 0.5, "text": 1.0}
 
 
 def refit_deltas(
-    place: Place, model: ModelInput, structure: StructureMap, store: GramStore, tokens: int
+    place: Place, model: ModelInput, structure: StructureMap, store: GramStore, tokens: int, kept: Kept
 ) -> Deltas:
     """What refitting o and down to the model's own activations adds to their weights, by module."""
     with place.context.reporter.bar("refit o and down") as progress:
-        weights = refitted(place, model, structure, store, tokens=tokens, progress=progress)
+        weights = refitted(place, model, structure, store, tokens=tokens, kept=kept, progress=progress)
 
     def delta(name: str) -> Tensor | None:
         return (

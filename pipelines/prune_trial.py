@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.evaluate.perplexity import mean_loss
 from compress.importance.base import GroupScores
 from compress.importance.gram_store import GramStore
+from compress.kept import Kept
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.prune_place import BATCH, Place
@@ -19,7 +23,7 @@ from compress.prune.mask import GroupMasks
 from compress.prune.select import select
 from compress.prune.shape import ShapePlan
 from compress.prune.trials import next_trial
-from compress.structure import structure_map
+from compress.structure import LayerStructure, structure_map
 
 TRIAL_TOKENS, TRIAL_SHARE = 4096, 0.25
 """Tokens they are scored on: a share of the calibration tokens, at least so many."""
@@ -34,6 +38,7 @@ def try_shapes(
     scores: GroupScores,
     plan: ShapePlan,
     store: GramStore,
+    kept: Kept,
 ) -> tuple[ShapePlan, list[dict[str, Any]]]:
     """The best of ``--trials`` candidates of a uniform plan, by their loss on training text.
 
@@ -46,6 +51,7 @@ def try_shapes(
         scores: Scores of its groups.
         plan: With candidates, best first.
         store: Where the moments of the inputs are, for the refit.
+        kept: Has the losses that an interrupted run has found.
 
     Returns:
         The plan with the best shape, and what every trial measured; the same plan and nothing for one candidate.
@@ -59,29 +65,32 @@ def try_shapes(
     windows = calibration_windows(
         place.context, goal.model.path, place.source, tokens=tokens, draw=TRIAL_DRAW
     )
+    batch = min(BATCH, len(windows))
+
+    def loss_of(layers: Sequence[LayerStructure]) -> float:
+        weights: dict[str, Tensor] = {}
+        if goal.settings.repair == "refit":
+            structure = structure_map(arch, layers, base_fingerprint="")
+            weights = refitted(
+                place,
+                goal.model,
+                structure,
+                store,
+                tokens=goal.settings.calibration_tokens,
+                network=network,
+            )
+        with swapped(network, arch, weights), GroupMasks(network, arch, layers):
+            return mean_loss(network, windows, batch_size=batch)
+
     found: list[dict[str, Any]] = []
     losses: dict[int, float] = {}
     with place.context.reporter.bar("try shapes") as progress:
-        whole = mean_loss(network, windows, batch_size=min(BATCH, len(windows)))
+        whole = kept.number("whole", lambda: mean_loss(network, windows, batch_size=batch))
         for done in range(1, trials + 1):
             at = next_trial(candidates, {known: loss - whole for known, loss in losses.items()})
             candidate = candidates[at]
             layers = select(arch, scores, [candidate.layer] * arch.layers)
-            structure = structure_map(arch, layers, base_fingerprint="")
-            weights = (
-                refitted(
-                    place,
-                    goal.model,
-                    structure,
-                    store,
-                    tokens=goal.settings.calibration_tokens,
-                    network=network,
-                )
-                if goal.settings.repair == "refit"
-                else {}
-            )
-            with swapped(network, arch, weights), GroupMasks(network, arch, layers):
-                losses[at] = mean_loss(network, windows, batch_size=min(BATCH, len(windows)))
+            losses[at] = kept.number(f"trial-{at:04d}", partial(loss_of, layers))
             shape = {
                 "kv_heads": candidate.kv_heads,
                 "queries": candidate.queries,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.data.sources import default_source
+from compress.durable import replacing
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.pipelines.allocate import (
     Allocation,
@@ -25,7 +26,7 @@ from compress.pipelines.error_tables import build_tables, exact_tables
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import TABLE_TOKENS, HessianWalk, sensitivities
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
-from compress.pipelines.measure import known_perplexity, validation_windows
+from compress.pipelines.measure import known_perplexity, measured_once, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prove import record_and_score
 from compress.pipelines.reopen import check_reopens
@@ -128,7 +129,10 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         )
         write_checkpoint(model, allocation, folder / "layers", folder)
         carry(model.path, folder)
-        before = known_perplexity(context, model, validation, dtype, device, way)
+        before = measured_once(
+            folder / "tables" / "before.json",
+            lambda: known_perplexity(context, model, validation, dtype, device, way),
+        )
         after = record_and_score(
             context,
             folder,
@@ -138,10 +142,9 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             dtype=dtype,
             device=device,
             way=way,
+            into=folder / "layers" / "after.json",
         )
         reopened = check_reopens(folder, needs_compress=True, way=way)
-        for work_folder in ("layers", "tables", *(["fisher"] if fisher is not None else [])):
-            shutil.rmtree(folder / work_folder)
         small = Checkpoint(folder)
         numel = sum(matrix.numel for matrix in matrices)
         dense = sum(model.checkpoint.nbytes(matrix.tensor) for matrix in matrices)
@@ -169,7 +172,20 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "reopened_relative_error": reopened,
         }
 
-    outcome = run_stage(context, "quantize", config=config, inputs={"model": model.id}, work=work)
+    def disk() -> float:
+        from compress.pipelines.disk import quantize_disk
+
+        return quantize_disk(model, settings, dtype, context.common.effort or "quick")
+
+    outcome = run_stage(
+        context,
+        "quantize",
+        config=config,
+        inputs={"model": model.id},
+        work=work,
+        scratch=("layers", "tables", "fisher"),
+        disk=disk,
+    )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
@@ -197,9 +213,8 @@ def known_sensitivities(
         found, moments = sensitivities(context, model, settings, source, device, dtype, way)
         if moments:
             save_moments(moments, folder / MOMENTS)
-        temporary = path.with_suffix(".tmp")
-        save_file(found, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(found, temporary)
     known: dict[str, Tensor] = load_file(path)
     return known, load_moments(folder / MOMENTS)
 

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from compress.errors import UsageError, nearest
+from compress.errors import UsageError, nearest, shown
 from compress.pipelines.report import report
 from compress.pipelines.settings import EFFORTS, VERBS, Common, as_type, check_name, resolve
 from compress.pipelines.stage import Context, settings_dict, show_plan
@@ -58,6 +58,16 @@ def read_recipe(name: str) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not a text file in UTF-8.", "Give a YAML file.") from error
+    except (
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:  # as !!timestamp x or !!bool x
+        raise UsageError(
+            f"{name} holds a value that YAML has no such type for.", "Write plain values."
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark is not None else ""
@@ -82,7 +92,7 @@ def _step(item: Any, name: str) -> tuple[str, Mapping[str, Any]]:
     verb, settings = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
     if not isinstance(verb, str) or verb not in {*VERBS, "report"}:
         raise UsageError(
-            f"{name} has a step that is no verb: {item!r}.", f"Use: {', '.join([*VERBS, 'report'])}."
+            f"{name} has a step that is no verb: {shown(item)}.", f"Use: {', '.join([*VERBS, 'report'])}."
         )
     if settings is None:
         settings = {}

@@ -17,7 +17,7 @@ from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.pipelines.integrity import describe_files
-from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, open_model, original
+from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, check_stage, open_model, original
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
@@ -53,6 +53,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             if trained is None:
                 context.reporter.say("recover: would follow with the adapter that training makes.")
                 return training
+        check_stage(context, trained)
         adapter, identity = trained.path, trained.id
     stage = context.workspace.model_before("recover" if settings.adapter is not None else "train")
     small = start.checkpoint if stage is None else Checkpoint(stage.path)
@@ -100,12 +101,18 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             "truncation_error": recovered.truncation_overall,
         }
 
+    def disk() -> float:
+        from compress.pipelines.disk import recover_disk
+
+        return recover_disk(full, adapter, merge=settings.merge)
+
     outcome = run_stage(
         context,
         "recover",
         config=settings_dict(settings),
         inputs={"adapter": identity, "full": full.id},
         work=work,
+        disk=disk,
     )
     if outcome.fresh and outcome.stage is not None:
         metrics = outcome.stage.record["metrics"]
@@ -167,6 +174,8 @@ def chain_structure(context: Context, start: ModelInput, full: ModelInput) -> St
     """
     pruned = context.workspace.find("prune")
     folder = pruned.path if pruned is not None else start.path
+    if pruned is not None:
+        check_stage(context, pruned, only=(FILE_NAME, BASE))
     if is_small(folder):
         structure = StructureMap.load(folder / FILE_NAME)
         check_base(folder, structure, full)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -116,7 +118,15 @@ def check_reopens(
 
 
 def run_fresh(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a new Python process, in which no file of the current folder can pose as a library."""
+    """Run a script in a new Python process, in which no file of the current folder can pose as a library.
+
+    Ctrl-C reaches this process alone, which ends the other one if it stops.
+    """
+    own_group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
     return subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        **own_group,
     )

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from compress.progress import Progress as ProgressCallback
+from compress.stopping import Stop
 
 
 class Reporter:
@@ -28,10 +29,12 @@ class Reporter:
 
     Args:
         quiet: Say nothing (``--json``): the caller prints the result as JSON.
+        stop: Asked whenever a bar moves: a layer or a step is finished then.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, stop: Stop | None = None) -> None:
         self.quiet = quiet
+        self._stop = Stop() if stop is None else stop
         # NO_COLOR means plain to us: rich would still write bold and italics.
         plain: dict[str, Any] = {"color_system": None} if os.environ.get("NO_COLOR") else {}
         self.console = Console(stderr=True, quiet=quiet, highlight=False, **plain)
@@ -43,10 +46,13 @@ class Reporter:
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[ProgressCallback]:
-        """A progress bar with the time left; when this is no terminal, one line with the seconds at the end."""
+        """A progress bar with the time left; when this is no terminal, one line with the seconds at the end.
+
+        Its callback raises `compress.stopping.Stopped` when that was asked.
+        """
         if not self.console.is_terminal:
             started = time.monotonic()
-            yield lambda done, total, text: None
+            yield lambda done, total, text: self._stop.check()
             self.say(f"  {label}: {time.monotonic() - started:.1f} s")
             return
         columns = (
@@ -63,6 +69,7 @@ class Reporter:
 
             def update(done: int, total: int, text: str) -> None:
                 progress.update(task, completed=done, total=total, text=escape(text))
+                self._stop.check()
 
             yield update
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from compress.errors import UsageError, choose, nearest
+from compress.errors import UsageError, choose, nearest, shown
 
 DEFAULT_RUN = Path("compress-run")
 EFFORTS = ("quick", "standard", "paper")
@@ -468,7 +468,9 @@ def as_type(name: str, value: Any, annotation: Any) -> Any:
     kind = next((k for k in get_args(annotation) if k is not NoneType), annotation)
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
-            raise UsageError(f"There is no {_spelled(name)} {value!r}.", choose(value, get_args(annotation)))
+            raise UsageError(
+                f"There is no {_spelled(name)} {shown(value)}.", choose(value, get_args(annotation))
+            )
         return value
     if isinstance(value, bool) == (kind is bool) and isinstance(value, str | int | float):
         if kind is bool or isinstance(value, kind):
@@ -480,7 +482,7 @@ def as_type(name: str, value: Any, annotation: Any) -> Any:
         if result is not None and (kind is not int or not isinstance(value, float) or result == value):
             return result
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise UsageError(f"The setting {_spelled(name)} cannot be {value!r}.", f"Give {words[kind]}.")
+    raise UsageError(f"The setting {_spelled(name)} cannot be {shown(value)}.", f"Give {words[kind]}.")
 
 
 def _spelled(name: str) -> str:

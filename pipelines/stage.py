@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +57,8 @@ def run_stage(
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
     work: Callable[[Path], Mapping[str, Any]],
+    scratch: Sequence[str] = (),
+    disk: Callable[[], float] | None = None,
 ) -> Outcome:
     """Make the stage ``verb``, unless it is there already.
 
@@ -66,16 +68,20 @@ def run_stage(
         config: Every setting that decides the result; JSON values.
         inputs: Identity of each input by name.
         work: Writes the artifact into the folder it is given and returns the metrics. Steps worth keeping when it
-            is interrupted go into sub-folders, which it finds again on the next run of the same request and
-            removes at its end.
+            is interrupted go into sub-folders, which it finds again on the next run of the same request.
+        scratch: Patterns of sub-folders that are no part of the artifact. They go once the stage's record is on disk,
+            so that nothing is done again if the process is killed before that.
+        disk: Bytes that the stage holds on disk at its peak; not asked where there is nothing to do.
 
     Raises:
         UsageError: The stage exists with other settings and ``--redo`` was not given.
+        CompressError: The disk has not got that room.
     """
     workspace, reporter = context.workspace, context.reporter
     wanted = stage_id(verb, config, inputs)
     done = workspace.find(verb)
-    if done is not None and done.id == wanted and not context.common.redo:
+    redone = done is not None and workspace.was_carried_out(done)
+    if done is not None and done.id == wanted and (redone or not context.common.redo):
         reporter.say(f"{verb}: already done in {done.path} with these settings; nothing to do.")
         return Outcome(stage=done, fresh=False)
     if done is not None and not context.common.redo and verb not in MEASUREMENTS:
@@ -88,6 +94,46 @@ def run_stage(
         show_plan(reporter, verb, config)
         return Outcome(stage=None, fresh=False, plan={"verb": verb, "config": dict(config)})
     partial = workspace.open_partial(verb, config, inputs, redo=context.common.redo)
+    replaces = verb if done is not None and verb not in MEASUREMENTS else None
+    record = workspace.finished(partial)
+    if record is None:
+        record = _work(
+            context,
+            verb,
+            partial,
+            wanted,
+            config=config,
+            inputs=inputs,
+            work=work,
+            scratch=scratch,
+            disk=disk,
+        )
+    else:
+        reporter.say(f"{verb}: an interrupted run had done all the work in {partial.name}.")
+    dropped = [] if replaces is None else workspace.names_from(replaces)
+    stage = workspace.complete(partial, record, scratch=scratch, replaces=replaces)
+    if dropped:
+        reporter.say(f"{verb}: --redo dropped {', '.join(dropped)}.")
+    reporter.say(
+        f"{verb}: {stage.path} in {record['seconds']:.0f} s, peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB."
+    )
+    return Outcome(stage=stage, fresh=True)
+
+
+def _work(
+    context: Context,
+    verb: str,
+    partial: Path,
+    wanted: str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    work: Callable[[Path], Mapping[str, Any]],
+    scratch: Sequence[str],
+    disk: Callable[[], float] | None,
+) -> dict[str, Any]:
+    """Do the work of a stage and measure it; returns what its ``stage.json`` says."""
+    workspace, reporter = context.workspace, context.reporter
     if any(path.is_dir() for path in partial.iterdir()):
         reporter.say(f"{verb}: going on with the interrupted run in {partial.name}.")
     effort = context.common.effort
@@ -97,6 +143,10 @@ def run_stage(
     from compress.evaluate.memory_timeline import MemoryTimeline
 
     try:
+        if disk is not None:
+            from compress.pipelines.disk import require_space
+
+            require_space(workspace.root, verb, disk(), partial)
         with PeakMemory() as peak, MemoryTimeline() as timeline:
             metrics = work(partial)
     except BaseException:
@@ -104,7 +154,7 @@ def run_stage(
         raise
     # Work that measures peaks of its own resets the system's high-water mark: what was sampled before that counts too.
     peak_bytes = peak.device_bytes or max(peak.host_bytes, timeline.host_peak)
-    record = {
+    return {
         "format_version": FORMAT_VERSION,
         "id": wanted,
         "verb": verb,
@@ -120,15 +170,8 @@ def run_stage(
         "peak_memory_bytes": peak_bytes,
         "memory_timeline": timeline.record(),
         "metrics": dict(metrics),
-        "files": describe_files(partial),  # hashing takes time: before anything is dropped
+        "files": describe_files(partial, scratch=scratch),
     }
-    if done is not None and verb not in MEASUREMENTS:
-        reporter.say(f"{verb}: --redo dropped {', '.join(workspace.drop_from(verb))}.")
-    stage = workspace.complete(partial, record)
-    reporter.say(
-        f"{verb}: {stage.path} in {time.monotonic() - started:.0f} s, peak memory {peak_bytes / 1e9:.2f} GB."
-    )
-    return Outcome(stage=stage, fresh=True)
 
 
 def show_plan(reporter: Reporter, verb: str, config: Mapping[str, Any]) -> None:

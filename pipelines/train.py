@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,6 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         del adapted, network
         reopened = load_adapter(way.open(model.path, dtype="float32", device=device), folder)
         record_logits(reopened, check_ids(model.architecture.vocab, context.common.seed), folder)
-        shutil.rmtree(folder / "training")
         return training_metrics(result) | {
             "method": settings.method,
             "base": name,
@@ -113,7 +111,20 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
             "validation_protocol": dict(validation.protocol),
         }
 
-    outcome = run_stage(context, "train", config=config, inputs={"model": model.id}, work=work)
+    def disk() -> float:
+        from compress.pipelines.disk import train_disk
+
+        return train_disk(model, settings, dtype, context.common.effort or "quick")
+
+    outcome = run_stage(
+        context,
+        "train",
+        config=config,
+        inputs={"model": model.id},
+        work=work,
+        scratch=("training",),
+        disk=disk,
+    )
     if outcome.fresh and outcome.stage is not None:
         metrics = outcome.stage.record["metrics"]
         context.reporter.table(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.adapters.loss import TokenLoss
+from compress.durable import replacing
 from compress.errors import CompressError
 from compress.model.config import build_config, meta_model
 from compress.model.resident import resident
@@ -115,16 +116,13 @@ def vocabulary_moments(
 
 def save_moments(moments: dict[str, MatrixMoments], path: Path) -> None:
     """Write moments that :func:`load_moments` reads; all of the file or nothing."""
-    temporary = path.with_suffix(".tmp")
-    save_file(
-        {
-            f"{name}.{part}": getattr(found, part).cpu().contiguous()
-            for name, found in moments.items()
-            for part in ("gram", "minds")
-        },
-        temporary,
-    )
-    temporary.replace(path)
+    tensors = {
+        f"{name}.{part}": getattr(found, part).cpu().contiguous()
+        for name, found in moments.items()
+        for part in ("gram", "minds")
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_moments(path: Path) -> dict[str, MatrixMoments]:

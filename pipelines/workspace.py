@@ -3,6 +3,10 @@
 ``run.json`` names the original model and lists the finished stages in order. A stage is a folder
 ``NN-verb`` that appears by one rename when it is complete; until then its work lies in
 ``NN-verb.partial`` and the same command goes on from there.
+
+A stage is complete once its ``stage.json`` is on disk. What then remains (drop the stages it replaces, drop
+scratch, rename, list it) is written into ``run.json`` first, as ``pending``, and carried out by whoever holds the
+workspace next if this process is killed before it is through.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compress.durable import replacing, settle
 from compress.errors import CompressError, UsageError, nearest
 
 FORMAT_VERSION = 1
@@ -34,25 +39,15 @@ _REMAINS = (".lock", "run.json.tmp")
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, durably: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+        file.write("\n")
 
 
 def _settle(folder: Path) -> None:
-    """Have the disk hold every file below a folder, before a rename says that it is complete."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
+    """Have the disk hold every file below a folder, before anything says that it is complete."""
+    for path in [*folder.rglob("*"), folder]:
+        settle(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,6 +133,7 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": None, "stages": []}
+        self._carried_out: str | None = None
         if (root / "run.json").is_file():
             self._manifest = read_json(root / "run.json")
         elif root.exists() and (not root.is_dir() or any(p.name not in _REMAINS for p in root.iterdir())):
@@ -164,6 +160,7 @@ class Workspace:
         try:
             if (self.root / "run.json").is_file():
                 self._manifest = read_json(self.root / "run.json")
+            self._carried_out = self._carry_out()
             yield
         finally:
             # While the lock is held: a command that waits for it must not lose its folder.
@@ -233,7 +230,8 @@ class Workspace:
         """The folder to work in: a fresh one, or the interrupted one of the very same request.
 
         In it, sub-folders hold finished steps and are kept; files directly in it are results that may be
-        half-written and are removed. A finished stage of the same verb stays until the new one is complete.
+        half-written and are removed, unless :meth:`finished` says that all is done. A finished stage of the same
+        verb stays until the new one is complete.
 
         Raises:
             UsageError: An interrupted run of this verb had other settings and ``redo`` is not given.
@@ -244,9 +242,10 @@ class Workspace:
             marker = path / "partial.json"
             known = read_json(marker) if marker.is_file() else {}
             if known.get("id") == wanted:
-                for file in path.iterdir():
-                    if file.is_file() and file != marker:
-                        file.unlink()
+                if self.finished(path) is None:
+                    for file in path.iterdir():
+                        if file.is_file() and file != marker:
+                            file.unlink()
                 return path
             if known and not redo:
                 raise UsageError(
@@ -256,7 +255,9 @@ class Workspace:
                 )
             shutil.rmtree(path)
         replaced = None if verb in MEASUREMENTS else self.find(verb)
-        number = self._next_number() if replaced is None else int(replaced.path.name[:2])
+        number = (
+            self._next_number(self._manifest["stages"]) if replaced is None else int(replaced.path.name[:2])
+        )
         self._save()
         path = self.root / f"{number:02d}-{verb}.partial"
         path.mkdir()
@@ -271,43 +272,108 @@ class Workspace:
         if not any(path.is_file() for path in partial.glob("*/**/*")):
             shutil.rmtree(partial)
 
-    def complete(self, partial: Path, record: Mapping[str, Any]) -> Stage:
-        """Turn a finished partial folder into the chain's last stage: record, with its own hash, rename, list."""
-        record = {**record, "record_sha256": record_digest(record)}
-        final = self.root / f"{self._next_number():02d}-{record['verb']}"
-        if final.exists():  # left unlisted by a run that was killed between the rename and the listing
-            shutil.rmtree(final)
-        write_json(partial / "stage.json", record)
-        (partial / "partial.json").unlink()
+    def finished(self, partial: Path) -> dict[str, Any] | None:
+        """The record in a partial folder that was killed after :meth:`record` and before it was renamed."""
+        path = partial / "stage.json"
+        record = read_json(path) if path.is_file() else {}
+        return record if record.get("record_sha256") == record_digest(record) else None
+
+    def record(self, partial: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write ``stage.json``, with its own hash, into a folder whose work is done; nothing is lost from here on."""
         _settle(partial)
-        os.replace(partial, final)
-        if record["verb"] in MEASUREMENTS:
-            self._drop([stage for stage in self.stages if stage.verb == record["verb"]])
-        self._manifest["stages"].append(final.name)
+        whole = {**record, "record_sha256": record_digest(record)}
+        write_json(partial / "stage.json", whole)
+        return whole
+
+    def complete(
+        self,
+        partial: Path,
+        record: Mapping[str, Any],
+        *,
+        scratch: Sequence[str] = (),
+        replaces: str | None = None,
+    ) -> Stage:
+        """Turn a finished partial folder into the chain's last stage.
+
+        Args:
+            partial: Its work is done.
+            record: What goes into ``stage.json``.
+            scratch: Patterns of sub-folders that go.
+            replaces: A verb whose stage goes, with all that came after it, unfinished work too.
+        """
+        if self.finished(partial) is None:
+            record = self.record(partial, record)
+        names: list[str] = self._manifest["stages"]
+        measures = record["verb"] in MEASUREMENTS
+        dropped = self.names_from(replaces) if replaces is not None else []
+        if measures:
+            dropped = [stage.path.name for stage in self.stages if stage.verb == record["verb"]]
+        kept = [name for name in names if name not in dropped]
+        final = f"{self._next_number(names if measures else kept):02d}-{record['verb']}"
+        doomed = [*dropped, *(self._unfinished_after(dropped[0]) if dropped and not measures else [])]
+        self._manifest["stages"] = kept
+        self._manifest["pending"] = {
+            "from": partial.name,
+            "to": final,
+            "drop": [name for name in doomed if name != partial.name],
+            "scratch": sorted({path.name for pattern in scratch for path in partial.glob(pattern)}),
+        }
         self._save()
-        return Stage(path=final, record=record)
+        self._carry_out()
+        return Stage(path=self.root / final, record=record)
+
+    def _carry_out(self) -> str | None:
+        """Do what ``pending`` says, or the rest of it; returns the name of the stage that this completes."""
+        pending: dict[str, Any] | None = self._manifest.get("pending")
+        if pending is None:
+            return None
+        partial, final = self.root / pending["from"], self.root / pending["to"]
+        if partial.is_dir():  # else it has its name, which a stage that was dropped may have had before
+            for name in pending["drop"]:
+                if (self.root / name).exists():
+                    shutil.rmtree(self.root / name)
+            for name in pending["scratch"]:
+                if (partial / name).exists():
+                    shutil.rmtree(partial / name)
+            (partial / "partial.json").unlink(missing_ok=True)
+            if final.exists():  # of a version that listed a stage only after it had renamed it
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            settle(self.root)
+        del self._manifest["pending"]
+        if (final / "stage.json").is_file():
+            self._manifest["stages"].append(final.name)
+        self._save()
+        return final.name
+
+    def was_carried_out(self, stage: Stage) -> bool:
+        """Whether a killed command had made this stage, and this one only had to rename and list it."""
+        return stage.path.name == self._carried_out
 
     def drop_from(self, verb: str) -> list[str]:
         """Remove the stage of ``verb`` and all that came after it, unfinished work too; returns their names."""
+        dropped = self.names_from(verb)
+        unfinished = self._unfinished_after(dropped[0]) if dropped else []
+        self._manifest["stages"] = [name for name in self._manifest["stages"] if name not in dropped]
+        self._save()
+        for name in (*dropped, *unfinished):
+            shutil.rmtree(self.root / name)
+        return dropped
+
+    def names_from(self, verb: str) -> list[str]:
+        """Names of the stage of ``verb`` and of all that came after it."""
         stages = self.stages
         start = next((i for i, stage in enumerate(stages) if stage.verb == verb), len(stages))
-        doomed = stages[start:]
-        self._drop(doomed)
-        if doomed:
-            for path in self.root.glob("[0-9][0-9]-*.partial"):
-                if path.name[:2] > doomed[0].path.name[:2]:
-                    shutil.rmtree(path)
-        return [stage.path.name for stage in doomed]
+        return [stage.path.name for stage in stages[start:]]
 
-    def _drop(self, doomed: list[Stage]) -> None:
-        names = {stage.path.name for stage in doomed}
-        self._manifest["stages"] = [name for name in self._manifest["stages"] if name not in names]
-        self._save()
-        for stage in doomed:
-            shutil.rmtree(stage.path)
+    def _unfinished_after(self, name: str) -> list[str]:
+        return sorted(
+            path.name for path in self.root.glob("[0-9][0-9]-*.partial") if path.name[:2] > name[:2]
+        )
 
-    def _next_number(self) -> int:
-        return max((int(name[:2]) for name in self._manifest["stages"]), default=0) + 1
+    @staticmethod
+    def _next_number(names: Sequence[str]) -> int:
+        return max((int(name[:2]) for name in names), default=0) + 1
 
     def _save(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)

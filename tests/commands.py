@@ -62,7 +62,7 @@ def parsed(line: str) -> Parsed:
     assert words[0] == "compress", line
     seen: list[Parsed] = []
 
-    def record(verb: str, common: Common, given: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    def record(verb: str, common: Common, given: dict[str, Any], **_: Any) -> dict[str, Any]:
         seen.append(Parsed(verb, common, given))
         return {}
 

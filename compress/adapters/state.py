@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.durable import replacing
 from compress.errors import CompressError
 
 STATE_FILE = "fit-state.safetensors"
@@ -56,15 +56,13 @@ def save_state(state_dir: Path, state: FitState) -> None:
         "run": dict(state.run),
         "notes": dict(state.notes),
     }
-    partial = state_dir / f"{STATE_FILE}.partial"
-    save_file(
-        {"losses": state.losses, **{name: t.detach().contiguous() for name, t in state.tensors.items()}},
-        str(partial),
-        metadata={"state": json.dumps(header, sort_keys=True)},
-    )
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(state_dir / STATE_FILE)
+    tensors = {name: t.detach().contiguous() for name, t in state.tensors.items()}
+    with replacing(state_dir / STATE_FILE) as temporary:
+        save_file(
+            {"losses": state.losses, **tensors},
+            str(temporary),
+            metadata={"state": json.dumps(header, sort_keys=True)},
+        )
 
 
 def load_state(state_dir: Path, run: Mapping[str, Any]) -> FitState | None:

@@ -29,6 +29,12 @@ from compress.progress import Progress
 __all__ = ["Distillation", "FitConfig", "FitResult", "StatefulHook", "StepHook", "fit"]
 
 
+SAVE_SECONDS = 60.0
+"""A state is saved after so long, whatever the number of steps."""
+SAVE_COST = 20.0
+"""But not before so many times what the last one took."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitResult:
     """What training did.
@@ -82,9 +88,9 @@ def fit(
 ) -> FitResult:
     """Train every parameter of ``model`` that asks for a gradient: adapters, or what alignment released.
 
-    With ``state_dir`` the state is saved every ``config.save_every`` steps, at the end, and on Ctrl-C; the
-    same call then goes on from it and ends bit for bit where an uninterrupted run ends. The caller deletes
-    the file when the result is safe. The model is left in eval mode.
+    With ``state_dir`` the state is saved every ``config.save_every`` steps, once a minute where steps are long, at
+    the end, and on Ctrl-C; the same call then goes on from it and ends bit for bit where an uninterrupted run ends.
+    The caller deletes the file when the result is safe. The model is left in eval mode.
 
     With ``distillation`` the loss compares with a teacher at the positions that carry a label; validation keeps the
     labels' own loss.
@@ -127,6 +133,7 @@ def fit(
             )
 
     model.train()
+    saved, cost = time.perf_counter(), 0.0
     per_step = config.micro_batch * config.accumulation
     while done < config.steps:
         rows = usable[window_order(len(usable), config.seed, done * per_step, per_step)]
@@ -144,10 +151,22 @@ def fit(
         run.update(done)
         done += 1
         losses = torch.cat([losses, torch.tensor([loss], dtype=torch.float64)])
-        if done % config.save_every == 0 or done == config.steps:
+        waited = time.perf_counter() - saved
+        if (
+            done % config.save_every == 0
+            or done == config.steps
+            or waited > max(SAVE_SECONDS, SAVE_COST * cost)
+        ):
+            start = time.perf_counter()
             save()
+            saved = time.perf_counter()
+            cost = saved - start
         if progress is not None:
-            progress(done, config.steps, f"loss {loss:.3f}")
+            try:
+                progress(done, config.steps, f"loss {loss:.3f}")
+            except KeyboardInterrupt:
+                save()
+                raise
     seconds = time.perf_counter() - begun
     model.eval()
     after = None if validation is None else run.evaluate(validation)

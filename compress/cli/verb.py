@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, get_type_hints
 
 import typer
@@ -18,6 +21,7 @@ from compress.cli.options import Shared
 from compress.cli.usage import WrongUsage, usage_error
 from compress.errors import CompressError, UsageError, choose
 from compress.pipelines.settings import Common
+from compress.stopping import Stop, Stopped
 
 ORDER = (
     "plan",
@@ -144,20 +148,23 @@ def execute(verb: str, values: dict[str, Any]) -> None:
     """Run one verb; map every failure to one sentence of cause, one of remedy and an exit code."""
     as_json, debug = values.pop("json_"), values.pop("debug")
     given = {name: value for name, value in values.items() if name not in Common.__dataclass_fields__}
+    stop = Stop(_notice)
     try:
         from compress.pipelines.dispatch import run_verb
 
-        result = run_verb(verb, _common(values), given, quiet=as_json)
+        with stop.listening() if verb not in KEEP_NOTHING else nullcontext():
+            result = run_verb(verb, _common(values), given, quiet=as_json, stop=stop)
     except CompressError as error:
         if debug:
             raise
         complain(error.cause, error.remedy)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             raise
         complain("Interrupted.", _what_is_kept(verb, values))
-        raise typer.Exit(130) from None
+        number = interrupt.number if isinstance(interrupt, Stopped) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
     except Exception as error:
         if debug:
             raise
@@ -170,6 +177,11 @@ def execute(verb: str, values: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
     if not result.get("ok", True):
         raise typer.Exit(1)
+
+
+def _notice(text: str) -> None:
+    """Write a line from a signal handler, which may have interrupted a write to ``sys.stderr``."""
+    os.write(2, f"{text}\n".encode())
 
 
 def _what_is_kept(verb: str, values: Mapping[str, Any]) -> str:

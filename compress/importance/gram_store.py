@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.durable import replacing
 from compress.model.architecture import Architecture, LinearSpec
 
 LIMIT = 4 << 30
@@ -28,7 +29,8 @@ class GramStore:
         """Keep the matrices of one layer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {spec.name: gram.float().cpu().contiguous() for spec, gram in grams.items()}
-        save_file(tensors, str(self._file(layer)))
+        with replacing(self._file(layer)) as temporary:
+            save_file(tensors, str(temporary))
 
     def complete(self, arch: Architecture) -> bool:
         """Whether every layer is there."""

@@ -6,7 +6,7 @@ Shapes: N windows, S tokens, T tokens of a batch, C input columns, O outputs, K 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -82,6 +82,21 @@ class OutputGradients:
         self._tokens += backward_passes(
             model, self._arch, OUTPUTS, batches, loss, self._add, progress=progress
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything gathered so far, on the CPU."""
+        sums = {f"{layer}.{spec.name}": total.cpu() for (layer, spec), total in self._sums.items()}
+        return sums | {"tokens": torch.tensor(self._tokens)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take up what :meth:`state_dict` returned, to read roots from it on ``device``."""
+        self._tokens = int(state["tokens"])
+        self._sums = {
+            (layer, spec): state[f"{layer}.{spec.name}"].to(device)
+            for layer in range(self._arch.layers)
+            for spec in self._arch.linears_at(layer)
+            if f"{layer}.{spec.name}" in state
+        }
 
     def root(self, layer: int, spec: LinearSpec) -> Tensor:
         """``root^T root = S``, float64 [K, O]; K is at most O."""

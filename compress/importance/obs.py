@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from compress.importance.surgeon import (
     damped_inverse,
     remove,
 )
+from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
@@ -70,13 +72,23 @@ class ObsCriterion(MomentCriterion):
     config_type: ClassVar[type[CriterionConfig]] = ObsConfig
     store: GramStore | None = None
     """Where to keep the second moments of the inputs, for the repair; None: nowhere."""
+    kept: Kept = NOTHING_KEPT
+    """Where an interrupted run finds the layers that it had scored."""
 
     def measure(
         self, model: nn.Module, ids_NS: Tensor, *, loss: Loss, batch: int, progress: Progress | None = None
     ) -> None:
         """Score the model's groups on calibration text; see :meth:`MomentCriterion.measure`."""
         found = rank_groups(
-            model, self.arch, ids_NS, self.config, loss=loss, batch=batch, store=self.store, progress=progress
+            model,
+            self.arch,
+            ids_NS,
+            self.config,
+            loss=loss,
+            batch=batch,
+            store=self.store,
+            kept=self.kept,
+            progress=progress,
         )
         if self._counted(found):
             self._scores = found
@@ -93,6 +105,7 @@ def rank_groups(
     batch: int,
     ranked: GroupScores | None = None,
     store: GramStore | None = None,
+    kept: Kept = NOTHING_KEPT,
     progress: Progress | None = None,
 ) -> GroupScores:
     """Rank the groups of every layer, and measure what every number of kept groups costs.
@@ -106,6 +119,7 @@ def rank_groups(
         batch: Windows per pass.
         ranked: Keep this ranking and only measure what it costs; None: the greedy order.
         store: Keep the second moments there; None: nowhere.
+        kept: Has the layers that an interrupted run of the same call has ranked; the model still runs through them.
         progress: Called after every batch of the backward passes and after every layer.
 
     Raises:
@@ -114,12 +128,19 @@ def rank_groups(
     device = next(model.parameters()).device
     gradients = OutputGradients(arch, seed=config.seed)
     count = max(1, round(config.gradient_share * len(ids_NS)))
-    gradients.gather(model, ids_NS[:count].to(device).split(max(1, batch // 2)), loss, progress)
+    batches = ids_NS[:count].to(device).split(max(1, batch // 2))
+
+    if kept.has("gradients"):
+        gradients.load_state_dict(kept.get("gradients"), device)
+    else:
+        gradients.gather(model, batches, loss, progress)
+        kept.put("gradients", gradients.state_dict())
     walk = LayerWalk(plain_model(model), arch, ids_NS, batch=batch)
     tokens = len(ids_NS) // batch * batch * ids_NS.shape[1]
-    layers, rises = [], []
-    for index, layer in enumerate(walk.layers):
+
+    def rank(index: int) -> dict[str, Tensor]:
         outputs = [spec for spec in arch.linears_at(index) if spec.role in OUTPUTS]
+        layer = walk.layers[index]
         scores, rise = _untouched(arch)
         if ranked is not None:
             scores = ranked.layers[index]
@@ -142,8 +163,17 @@ def rank_groups(
                 scores, rise = _heads(weight_KC, inverse_CC, arch, scores, rise, greedy=ranked is None)
             else:
                 scores, rise = _channels(weight_KC, inverse_CC, config, scores, rise, greedy=ranked is None)
-        layers.append(scores)
-        rises.append(rise)
+        return GroupScores(layers=(scores,), rises=(rise,)).to_tensors()
+
+    layers: list[LayerScores] = []
+    rises: list[LayerRise] = []
+    for index in range(arch.layers):
+        name = f"layer-{index:04d}"
+        if kept.has(name):
+            walk.advance(index)
+        found = GroupScores.from_tensors(kept.tensors(name, partial(rank, index)))
+        layers += found.layers
+        rises += found.rises or ()
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return GroupScores(layers=tuple(layers), rises=tuple(rises))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.errors import CompressError
+from compress.errors import CompressError, shown
 from compress.model.config import build_config, refuse_experts, refuse_quantized
 from compress.model.family import Role, family_of
 from compress.model.layout import Architecture, LayerShape, LinearSpec, expected_shapes
@@ -39,6 +39,9 @@ def architecture_of(config: Mapping[str, Any], names: Iterable[str] | None = Non
             dense decoder that can be understood, or tensors are missing. The sentence names what is missing.
     """
     refuse_quantized(config)
+    if names is not None:
+        names = frozenset(names)
+        _check_depth(config, len(names))
     built = build_config(plain_config(config))
     refuse_experts(built)
     family = family_of(str(built.model_type))
@@ -83,6 +86,17 @@ def architecture_of(config: Mapping[str, Any], names: Iterable[str] | None = Non
     if names is not None:
         _check_names(architecture, frozenset(names))
     return architecture
+
+
+def _check_depth(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse more layers than there are tensors, before anything is made for each of them."""
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        layers = config.get(key)
+        if isinstance(layers, int | float) and layers > tensors:
+            raise CompressError(
+                f"The config has {shown(layers)} layers ({key}) and the checkpoint {tensors} tensors.",
+                "Use a checkpoint whose config.json belongs to its weights.",
+            )
 
 
 def _check_names(arch: Architecture, names: frozenset[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -58,6 +59,8 @@ SIDE_FILES = (
 )
 """Files beside the weights that belong to a model whatever its shape."""
 
+LONGEST_NAME, LONGEST_PATH = 255, 1024
+"""Bytes of a file name on the file systems in use, and characters of a path within a model's folder."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -257,7 +260,7 @@ def _read_json(file: Path) -> Any:
             f"The file {file} names {error.name!r} twice.",
             "Download it again, or do not use this checkpoint.",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CompressError(f"The file {file} is no valid JSON.", "Download or restore it again.") from error
 
 
@@ -306,6 +309,14 @@ def _read_index(path: Path, index: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def _can_be_named(part: str) -> bool:
+    """Whether a file can have this name at all; asking the system for one that cannot fails in many ways."""
+    try:
+        return "\0" not in part and len(os.fsencode(part)) <= LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
+
+
 def _inside(shard: str) -> bool:
     """Whether a shard name stays in its folder; by its parts, since hub snapshots are links to blobs."""
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
@@ -315,4 +326,6 @@ def _inside(shard: str) -> bool:
         and not windows.is_absolute()
         and not windows.drive
         and ".." not in windows.parts
+        and len(shard) <= LONGEST_PATH
+        and all(_can_be_named(part) for part in windows.parts)
     )

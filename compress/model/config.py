@@ -43,7 +43,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
             return AutoConfig.for_model(model_type, **values)
         base = CONFIG_MAPPING[family]
         return type(CLASS_PREFIX + base.__name__, (base,), {"model_type": model_type})(**values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").rstrip(".")
         raise CompressError(
             f"The {model_type} config is not valid: {reason}.",
@@ -67,7 +67,7 @@ def meta_model(config: Any) -> Any:
     """The causal language model of a config object on the meta device: shapes and names, no weights.
 
     Raises:
-        CompressError: transformers has no causal language model for this config.
+        CompressError: transformers has no causal language model for this config, or cannot build it.
     """
     plain = copy.deepcopy(config)
     vars(plain).pop("quantization_config", None)
@@ -78,6 +78,13 @@ def meta_model(config: Any) -> Any:
         raise CompressError(
             f"transformers has no causal language model for model type {config.model_type!r}.",
             "Use a decoder-only text model.",
+        ) from error
+    except (TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        # Sizes that no tensor can have, and settings that transformers looks at only when it builds the layers.
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CompressError(
+            f"A {config.model_type} model cannot be built from its config ({type(error).__name__}: {reason}).",
+            "Correct config.json, or use a checkpoint whose config.json belongs to its weights.",
         ) from error
 
 

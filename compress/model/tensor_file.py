@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _NUMPY = {torch.float64: "<f8", torch.float32: "<f4", torch.float16: "<f2"}
 
+_MOST_ELEMENTS = 1 << 59
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -150,11 +150,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         header = json.loads(raw, object_pairs_hook=unique)
     except RepeatedName as error:
         raise _broken(file, f"its header names {error.name!r} twice") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(file, "its header is no JSON") from error
     if not isinstance(header, dict):
         raise _broken(file, "its header is no JSON object")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(file, "its metadata are no strings by name")
     start, data_bytes = 8 + length, size - 8 - length
     entries = {name: _entry(file, name, value, start, data_bytes) for name, value in header.items()}
     end = start
@@ -164,7 +166,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         end += entry.nbytes
     if end != size:
         raise _broken(file, "its size is not what its header says")
-    return entries, dict(metadata) if isinstance(metadata, dict) else {}
+    return entries, metadata
 
 
 def all_finite(data: bytes, dtype: torch.dtype) -> bool:
@@ -195,9 +197,22 @@ def _entry(file: Path, name: str, value: Any, start: int, data_bytes: int) -> Te
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _broken(file, f"the shape or offsets of {name!r} are no lists of natural numbers")
     begin, end = offsets
-    if not begin <= end <= data_bytes or end - begin != math.prod(shape) * dtype.itemsize:
+    if not begin <= end <= data_bytes or end - begin != _count(shape, data_bytes) * dtype.itemsize:
         raise _broken(file, f"the shape of {name!r} contradicts its bytes")
     return TensorEntry(file=file, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=tuple(shape))
+
+
+def _count(shape: list[int], most: int) -> int:
+    """Elements of a shape, or more than ``most``: a product of a million large numbers would take for ever.
+
+    So it is where no tensor can have the shape, though one of its sizes is 0.
+    """
+    empty, count = 0 in shape, 1
+    for size in shape:
+        count *= size or 1
+        if count > (_MOST_ELEMENTS if empty else most):
+            return most + 1
+    return 0 if empty else count
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:

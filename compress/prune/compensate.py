@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compress.errors import UsageError
 from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS
+from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams, gathered_sums
 from compress.model.resident import Unit, enclosing_unit, resident
@@ -196,6 +197,7 @@ def refit_from_store(
     *,
     damping: float = DAMPING,
     into: MutableMapping[str, Tensor] | None = None,
+    kept: Kept = NOTHING_KEPT,
     progress: Progress | None = None,
 ) -> MutableMapping[str, Tensor]:
     """What :func:`compensate` gives, from second moments that were gathered before; no model is run.
@@ -207,6 +209,7 @@ def refit_from_store(
         store: Moments of the inputs of o and down, of every layer.
         damping: See :func:`refit`.
         into: As for :func:`compensate`.
+        kept: Has the layers that an interrupted run for the same structure has refitted.
         progress: Called after every layer.
 
     Raises:
@@ -214,21 +217,35 @@ def refit_from_store(
     """
     _check_damping(damping)
     found: MutableMapping[str, Tensor] = {} if into is None else into
-    for index, kept in enumerate(structure.layers):
-        for spec, columns in _columns(arch, torch.device("cpu"), kept, removed=False).items():
+    for index, layer in enumerate(structure.layers):
+        for spec, columns in _columns(arch, torch.device("cpu"), layer, removed=False).items():
             if len(columns):
                 name = arch.module_name(index, spec)
-                gram_CK = store.get(index, spec)[:, columns]
-                found[name] = _refitted(weight_of(name), gram_CK, columns, damping)
+                solve = partial(_solved, weight_of, name, store, index, spec, columns, damping)
+                width = arch.at(index).linear_shape(spec)[1]
+                found[name] = _widened(kept.tensors(name, solve)["kept"], columns, width)
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found
 
 
-def _refitted(weight_OC: Tensor, gram_CK: Tensor, columns: Tensor, damping: float) -> Tensor:
-    """The refitted weight at full size, float32 on the CPU, zero in the removed columns."""
-    full = torch.zeros(weight_OC.shape, dtype=torch.float32)
-    full[:, columns.cpu()] = refit(weight_OC, gram_CK, columns, damping).float().cpu()
+def _solved(
+    weight_of: Callable[[str], Tensor],
+    name: str,
+    store: GramStore,
+    index: int,
+    spec: LinearSpec,
+    columns: Tensor,
+    damping: float,
+) -> dict[str, Tensor]:
+    gram_CK = store.get(index, spec)[:, columns]
+    return {"kept": refit(weight_of(name), gram_CK, columns, damping).float()}
+
+
+def _widened(weight_OK: Tensor, columns: Tensor, width: int) -> Tensor:
+    """A refitted weight at full size, float32 on the CPU, zero in the removed columns."""
+    full = torch.zeros(len(weight_OK), width, dtype=torch.float32)
+    full[:, columns.cpu()] = weight_OK.float().cpu()
     return full
 
 
@@ -282,8 +299,10 @@ def compensate(
                 walk.advance(index)
             weights = {spec: _weight(layer, spec).detach() for spec in kept}
         for spec, columns in kept.items():
-            found[arch.module_name(index, spec)] = _refitted(
-                weights.pop(spec), grams.pop(spec), columns, damping
+            found[arch.module_name(index, spec)] = _widened(
+                refit(weights.pop(spec), grams.pop(spec), columns, damping),
+                columns,
+                arch.at(index).linear_shape(spec)[1],
             )
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from compress.durable import replacing
 from compress.errors import UsageError
 from compress.model.tensor_file import save_tensors
 
@@ -104,10 +105,9 @@ def save_fisher(path: Path, found: Mapping[str, Fisher]) -> None:
     for name, fisher in found.items():
         parts = {"rows": fisher.rows, "columns": fisher.columns, "full": fisher.full}
         tensors |= {f"{name}.{part}": t.cpu().contiguous() for part, t in parts.items() if t is not None}
-    temporary = path.with_suffix(".tmp")
     examples = {name: str(fisher.examples) for name, fisher in found.items()}
-    save_tensors(temporary, tensors, examples)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_tensors(temporary, tensors, examples)
 
 
 def load_fisher(path: Path) -> dict[str, Fisher]:

@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import resource
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.model.tensor_file import TensorEntry
 from compress.pipelines import stage
-from tests.faults.scene import PRUNE, QUANTIZE, RECOVER, VERIFY, Fault, Scene, patched
+from tests.faults.scene import MERGE, PRUNE, QUANTIZE, RECOVER, TRAIN, VERIFY, Fault, Scene, patched
 
 INDEX = "model.safetensors.index.json"
 
@@ -150,6 +151,12 @@ def _largest(size: int) -> Callable[[Scene], AbstractContextManager[None]]:
     return during
 
 
+def _room(free: int) -> Callable[[Scene], AbstractContextManager[None]]:
+    """The disk says that only so many bytes are free."""
+    usage = shutil.disk_usage("/")._replace(free=free)
+    return lambda scene: patched(shutil, "disk_usage", lambda path: usage)
+
+
 def _unreadable(number: int, reads: int) -> Callable[[Scene], AbstractContextManager[None]]:
     """Reading a tensor fails with ``number`` after ``reads`` of them."""
 
@@ -255,7 +262,7 @@ FAULTS = (
     Fault(
         name="No file can grow beyond 6 kB",
         verb=RECOVER,
-        before=(PRUNE, ("train", "--steps", "2", "--sequence", "32", "--micro-batch", "2")),
+        before=(PRUNE, TRAIN),
         during=_largest(6_000),
         heals=True,
     ),
@@ -282,7 +289,27 @@ FAULTS = (
         verb=QUANTIZE,
         before=(PRUNE,),
         harm=_flipped("prune"),
-        accepted=True,
+    ),
+    Fault(
+        name="A file of a pruned model is gone, then train",
+        verb=TRAIN,
+        before=(PRUNE,),
+        harm=lambda scene: (scene.run / "01-prune" / "tokenizer.json").unlink(),
+    ),
+    Fault(
+        name="A bit of an adapter is flipped, then recover",
+        verb=RECOVER,
+        before=(PRUNE, TRAIN),
+        harm=_flipped("train"),
+    ),
+    Fault(name="The disk has no room for the pruned model", during=_room(100_000), heals=True),
+    Fault(name="The disk has no room for a quantized model", verb=QUANTIZE, during=_room(50_000), heals=True),
+    Fault(
+        name="The disk has no room for a merged model",
+        verb=MERGE,
+        before=(PRUNE, TRAIN),
+        during=_room(4_300_000),
+        heals=True,
     ),
 )
 

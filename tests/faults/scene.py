@@ -30,7 +30,9 @@ PRUNE = (
     "1",
 )
 QUANTIZE = ("quantize", "--budget", "4.5bit", "--rank", "0", "--objective", "frobenius", "--menu", "quick")
+TRAIN = ("train", "--steps", "2", "--sequence", "32", "--micro-batch", "2")
 RECOVER = ("recover",)
+MERGE = ("recover", "--merge")
 VERIFY = ("verify",)
 
 

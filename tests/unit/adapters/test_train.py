@@ -154,7 +154,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(forward: int, t
         fit(broken, windows(), CONFIG, validation=windows(seed=1), state_dir=tmp_path)
     stop.remove()
     assert (tmp_path / STATE_FILE).is_file()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.tmp"))
     again = adapted()
     result = fit(again, windows(), CONFIG, validation=windows(seed=1), state_dir=tmp_path)
     assert_same(trained(whole), trained(again))
