@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -68,7 +68,7 @@ def try_shapes(
     batch = min(BATCH, len(windows))
 
     def loss_of(layers: Sequence[LayerStructure]) -> float:
-        weights: dict[str, Tensor] = {}
+        weights: Mapping[str, Tensor] = {}
         if goal.settings.repair == "refit":
             structure = structure_map(arch, layers, base_fingerprint="")
             weights = refitted(
