@@ -137,7 +137,8 @@ def default_table() -> dict[str, Any]:
         for limit in sorted(set(limits.values())):
             own = [bits for bits in WIDTHS if limits[bits] == limit]
             for tile in TOKEN_TILES:
-                tiles = {"rows": 64, "chunks": 2, "tokens": tile, "warps": 4, "stages": 1}
+                rows = 128 if tile == TOKEN_TILES[0] and not transposed else 64
+                tiles = {"rows": rows, "chunks": 2, "tokens": tile, "warps": 4, "stages": 1}
                 most = tile if tile < TOKEN_TILES[-1] else limit
                 rules.append(
                     {
