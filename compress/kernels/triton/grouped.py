@@ -28,7 +28,7 @@ from compress.kernels.triton.launch import (
     interpreted,
     on_its_device,
 )
-from compress.kernels.triton.product import REDUCED, StoredFactors, ranks_at_once, shares
+from compress.kernels.triton.product import RANKS, REDUCED, StoredFactors, shares
 from compress.kernels.triton.product_kernels import member, reduce_part
 
 MOST = 3
@@ -228,7 +228,7 @@ def _launch(
         SPLITS=splits,
         WIDTH=REDUCED,
         TOKENS=tiles.tokens,
-        RANKS=ranks_at_once(max(one["rank"] for one in members)),
+        RANKS=RANKS,
         INTERPRETED=interpreted(),
         enable_fp_fusion=False,
         **given,

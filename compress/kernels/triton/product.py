@@ -34,8 +34,8 @@ __all__ = ["dequantize", "product", "product_transposed"]
 StoredFactors = tuple[Tensor, Tensor]
 """Low-rank factors in the type of the input: (L1 [r, O], L2 [r, I]), contiguous."""
 
-REDUCED = 128
-"""Columns of a program that adds shares."""
+REDUCED, RANKS = 64, 16
+"""Columns of a program that adds shares, and terms of the low-rank part that it takes at a time: more spill."""
 
 
 def _check(name: str, x: Tensor, width: int, matrix: TiledMatrix, factors: StoredFactors | None) -> None:
@@ -105,11 +105,6 @@ def shares(steps: int, splits: int) -> tuple[int, int]:
     return share, -(-steps // share)
 
 
-def ranks_at_once(rank: int) -> int:
-    """Terms of the low-rank part that the second kernel takes at a time."""
-    return max(16, min(64, 1 << (max(1, rank) - 1).bit_length()))
-
-
 def _by_tiles(
     x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, tiles: Tiles, *, transposed: bool
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +161,7 @@ def _by_tiles(
             SPLITS=splits,
             WIDTH=REDUCED,
             TOKENS=tiles.tokens,
-            RANKS=ranks_at_once(rank),
+            RANKS=RANKS,
             INTERPRETED=interpreted(),
             enable_fp_fusion=False,
         )

@@ -230,7 +230,10 @@ def reduce_part(
             mask=(k < rank)[:, None] & (column < width)[None, :],
             other=0.0,
         ).to(tl.float32)
-        sums = tl.dot(low, right, sums, input_precision="ieee")
+        if factor.dtype.element_ty == tl.float32:
+            sums = tl.dot(low, right, sums, input_precision="ieee")
+        else:  # on tensor cores: three products as exact as one of float32, for the factor is exact in TF32
+            sums = tl.dot(low, right, sums, input_precision="tf32x3")
     tl.store(y + at, rounded(sums, y.dtype.element_ty, INTERPRETED), mask=there)
 
 

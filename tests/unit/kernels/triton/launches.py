@@ -29,6 +29,13 @@ def few_tokens(bits: int = 4, dtype: torch.dtype = torch.bfloat16) -> None:
     product.product(torch.zeros(16, 256, dtype=dtype), m, factors, choice=tiles)
 
 
+def widths() -> None:
+    """The product of one share, without factors, in every width: what the roofline counts the instructions of."""
+    for bits in (2, 3, 4, 8):
+        tiles = Tiles(rows=128, chunks=2)
+        product.product(torch.zeros(1, 256, dtype=torch.bfloat16), matrix(bits), None, choice=tiles)
+
+
 def gradient(bits: int = 4, dtype: torch.dtype = torch.bfloat16) -> None:
     """Its gradient in the input."""
     m, tiles = matrix(bits), Tiles(rows=64, chunks=2, splits=2)
