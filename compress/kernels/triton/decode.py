@@ -11,15 +11,16 @@ import triton.language as tl
 
 @triton.jit
 def words_of(codes, rows, tiles, chunks, chunk, CHUNKS: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Words of rows [R] in CHUNKS chunks from ``chunk`` on, int32 [R, W], and of 3 bits those of the high plane.
+    """Words of rows [R] in CHUNKS chunks from ``chunk`` on, int32 [R, W]; of 3 bits both planes' words of each octet.
 
     Rows and chunks that are not there give 0; EVEN: all are there.
     """
-    PER_CHUNK: tl.constexpr = 2 if BITS <= 3 else BITS
+    PER_CHUNK: tl.constexpr = 4 if BITS == 3 else BITS
     w = tl.arange(0, CHUNKS * PER_CHUNK)
     at = chunk + w // PER_CHUNK
+    vector = w % PER_CHUNK // 2 if BITS == 3 else w % PER_CHUNK
     base = ((rows // 16).to(tl.int64) * chunks * BITS * 16 + rows % 16)[:, None]
-    place = codes + base + ((at * BITS + w % PER_CHUNK) * 16)[None, :]
+    place = codes + base + ((at * BITS + vector) * 16)[None, :]
     plane = codes + base + ((at * 3 + 2) * 16)[None, :]
     if EVEN:
         words = tl.load(place)
@@ -34,16 +35,16 @@ def words_of(codes, rows, tiles, chunks, chunk, CHUNKS: tl.constexpr, BITS: tl.c
 @triton.jit
 def looked_up(words, high, table, CHUNKS: tl.constexpr, BITS: tl.constexpr):
     """Table entries of words, float32 [R, W, P]; column P w + p is at (w, p)."""
-    P: tl.constexpr = 16 if BITS <= 3 else 32 // BITS
-    PER_CHUNK: tl.constexpr = 32 // P
+    P: tl.constexpr = 8 if BITS == 3 else 32 // BITS
     p = tl.arange(0, P)[None, None, :]
-    if BITS > 3:
-        found = (words[:, :, None] >> (BITS * p)) & (2**BITS - 1)
-    else:
+    if BITS == 2:
         found = (words[:, :, None] >> (2 * (p // 8) + 4 * (p % 8))) & 3
-        if BITS == 3:
-            octet = 2 * (tl.arange(0, CHUNKS * PER_CHUNK) % PER_CHUNK)[None, :, None] + p // 8
-            found = found | (((high[:, :, None] >> (octet + 4 * (p % 8))) & 1) << 2)
+    elif BITS == 3:  # the planes are merged eight codes at a time
+        octet = (tl.arange(0, CHUNKS * 4) % 4)[None, :]
+        nibbles = ((words >> (2 * (octet % 2))) & 0x33333333) | (((high >> octet) & 0x11111111) << 2)
+        found = (nibbles[:, :, None] >> (4 * p)) & 7
+    else:
+        found = (words[:, :, None] >> (BITS * p)) & (2**BITS - 1)
     return tl.load(table + found)
 
 
@@ -90,7 +91,7 @@ def scaled(
     SCALE_BITS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Table entries of rows ``row`` [R] from ``chunk`` on times their scales, float32 [R, W, P]; BLOCK: block size."""
-    P: tl.constexpr = 16 if BITS <= 3 else 32 // BITS
+    P: tl.constexpr = 8 if BITS == 3 else 32 // BITS
     w = tl.arange(0, CHUNKS * 32 // P)
     if BLOCK % P == 0:  # all codes of a word share a scale
         block = ((chunk * 32 + w * P) // BLOCK)[None, :]
