@@ -2,12 +2,12 @@
 
 ``python -m compress.benchmarks.roofline [--quick] [--markdown] [--write-table] [--out FILE]``
 
-Nothing is measured: bytes, operations and look-ups are counted and divided by the peaks of the makers' data sheets. A
-product of T tokens reads every packed weight once from memory and takes 2 T operations a weight. Fused tiles also look
-every weight up once for each tile of tokens, one at a time on 32 lanes of a multiprocessor; for tiles, looking up and
-multiplying are taken one after the other. Slices write each weight dequantized, read it again at the speed of memory,
-and then multiply. Where slices come out faster, the table changes over to them. ``--write-table`` writes
-``compress/kernels/triton/tables/default.json``.
+Nothing is measured: bytes, operations and instructions are counted and divided by the peaks of the makers' data sheets.
+A product of T tokens reads every packed weight once from memory and takes 2 T operations a weight. Fused tiles also
+execute instructions for every weight, once for each tile of tokens, at most one a cycle on each of 128 lanes of a
+multiprocessor; for tiles, these and the operations are taken one after the other. Slices write each weight dequantized,
+read it again at the speed of memory, and then multiply. Where slices come out faster, the table changes over to them.
+``--write-table`` writes ``compress/kernels/triton/tables/default.json``.
 """
 
 from __future__ import annotations
@@ -43,18 +43,22 @@ class Device:
         name: Of the product.
         bandwidth: Bytes of memory per second.
         products: bfloat16 operations per second, dense, two for a multiplication and an addition.
-        lookups: Look-ups per second: multiprocessors times clock times 32.
+        instructions: Per second, of one lane each: multiprocessors times clock times 128.
     """
 
     name: str
     bandwidth: float
     products: float
-    lookups: float
+    instructions: float
 
+
+INSTRUCTIONS = {2: 501 / 64, 3: 569 / 64, 4: 506 / 64, 8: 522 / 64}
+"""A weight's instructions in the loop of the fused kernel, of 128 rows x 64 columns a step and 64 weights a thread,
+built for compute capability 9.0 by Triton 3.9: ``python -m tests.unit.kernels.triton.compiler widths`` counts them."""
 
 DEVICES = (
-    Device(name="H100 SXM", bandwidth=3.35e12, products=989e12, lookups=132 * 1.83e9 * 32),
-    Device(name="A100 SXM 80GB", bandwidth=2.039e12, products=312e12, lookups=108 * 1.41e9 * 32),
+    Device(name="H100 SXM", bandwidth=3.35e12, products=989e12, instructions=132 * 1.83e9 * 128),
+    Device(name="A100 SXM 80GB", bandwidth=2.039e12, products=312e12, instructions=108 * 1.41e9 * 128),
 )
 
 
@@ -79,6 +83,7 @@ class Row:
         dense: Floor of a bfloat16 product.
         memory: Reading the packed weights, input and output.
         products: Multiplying.
+        instructions: Executing those of one pass over the weights.
         tiles: Fused tiles, by the account above.
         slices: Slices, likewise.
     """
@@ -89,6 +94,7 @@ class Row:
     dense: float
     memory: float
     products: float
+    instructions: float
     tiles: float
     slices: float
 
@@ -104,8 +110,8 @@ def row(device: Device, bits: int, tokens: int, shape: tuple[int, int] = SHAPE) 
     packed, moved = weights * bits_per_weight(bits) / 8, 2 * tokens * sum(shape)
     products = 2 * tokens * weights / device.products
     memory = (packed + moved) / device.bandwidth
-    lookups = weights / device.lookups
-    tiles = max(memory, lookups * -(-tokens // token_tile(tokens)) + products)
+    instructions = weights * INSTRUCTIONS[bits] / device.instructions
+    tiles = max(memory, instructions * -(-tokens // token_tile(tokens)) + products)
     slices = (packed + 2 * weights) / device.bandwidth + max(products, 2 * weights / device.bandwidth)
     return Row(
         device=device.name,
@@ -114,6 +120,7 @@ def row(device: Device, bits: int, tokens: int, shape: tuple[int, int] = SHAPE) 
         dense=1e6 * max((2 * weights + moved) / device.bandwidth, products),
         memory=1e6 * memory,
         products=1e6 * products,
+        instructions=1e6 * instructions,
         tiles=1e6 * tiles,
         slices=1e6 * slices,
     )
@@ -137,7 +144,8 @@ def default_table() -> dict[str, Any]:
         for limit in sorted(set(limits.values())):
             own = [bits for bits in WIDTHS if limits[bits] == limit]
             for tile in TOKEN_TILES:
-                tiles = {"rows": 64, "chunks": 2, "tokens": tile, "warps": 4, "stages": 1}
+                rows = 128 if tile == TOKEN_TILES[0] and not transposed else 64
+                tiles = {"rows": rows, "chunks": 2, "tokens": tile, "warps": 4, "stages": 1}
                 most = tile if tile < TOKEN_TILES[-1] else limit
                 rules.append(
                     {
@@ -170,16 +178,8 @@ def table_text(content: dict[str, Any]) -> str:
 def report(rows: Sequence[Row], *, markdown: bool) -> str:
     """Microseconds by device, tokens and width, and what the floor is to that of a bfloat16 product."""
     head = (
-        "device",
-        "tokens",
-        "bits",
-        "bf16 floor",
-        "memory",
-        "products",
-        "floor",
-        "bf16 / floor",
-        "tiles",
-        "slices",
+        *("device", "tokens", "bits", "bf16 floor", "memory", "products", "floor", "bf16 / floor"),
+        *("instructions", "tiles", "slices"),
     )
     lines = [
         (
@@ -188,6 +188,7 @@ def report(rows: Sequence[Row], *, markdown: bool) -> str:
             str(row.bits),
             *(f"{value:.1f}" for value in (row.dense, row.memory, row.products, row.floor)),
             f"{row.dense / row.floor:.2f}",
+            f"{row.instructions:.1f}",
             f"{row.tiles:.1f}",
             f"{row.slices:.1f}",
         )

@@ -27,18 +27,19 @@ _ROWS, _CHUNKS = 32, 4
 
 @triton.jit(do_not_specialize=["first_row", "last_row"])
 def dequantize_kernel(
-    out, codes, scale_codes, steps, offset, table, rows, columns, tiles, chunks, blocks, block_size, group_size,
+    out, codes, scale_codes, steps, offset, table, rows, columns, tiles, chunks, blocks, group_size,
     first_row, last_row, first_column, last_column, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr,
-    SCALE_BITS: tl.constexpr, BY_WORD: tl.constexpr, INTERPRETED: tl.constexpr,
+    SCALE_BITS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Rows from first_row and columns from first_column (a multiple of 32) on; grid (parts of rows, of columns)."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk = first_column // 32 + tl.program_id(1) * CHUNKS
-    words, high = words_of(codes, row, tiles, chunks, chunk, CHUNKS, BITS)
+    words, high = words_of(codes, row, tiles, chunks, chunk, CHUNKS, BITS, False)
     weight = scaled(
-        looked_up(words, high, table, CHUNKS, BITS), scale_codes, steps, offset, row, rows, chunk, blocks, block_size,
-        group_size, CHUNKS, BITS, SCALE_BITS, BY_WORD,
+        looked_up(words, high, table, CHUNKS, BITS), scale_codes, steps, offset, row, rows, chunk, blocks, group_size,
+        CHUNKS, BITS, SCALE_BITS, BLOCK, SHIFT, False,
     )  # fmt: skip
+    weight = tl.reshape(weight, (ROWS, CHUNKS * 32))
     column = chunk * 32 + tl.arange(0, CHUNKS * 32)
     at = (row - first_row).to(tl.int64)[:, None] * (last_column - first_column) + (column - first_column)[
         None, :

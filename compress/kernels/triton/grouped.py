@@ -19,8 +19,16 @@ from torch import Tensor
 from compress.errors import UsageError
 from compress.kernels.packed import TiledMatrix
 from compress.kernels.triton.choice import Tiles
-from compress.kernels.triton.launch import TYPES, arguments, check, check_matrix, interpreted, on_its_device
-from compress.kernels.triton.product import REDUCED, StoredFactors, one_scale, ranks_at_once, shares
+from compress.kernels.triton.launch import (
+    TYPES,
+    arguments,
+    check,
+    check_matrix,
+    even,
+    interpreted,
+    on_its_device,
+)
+from compress.kernels.triton.product import RANKS, REDUCED, StoredFactors, shares
 from compress.kernels.triton.product_kernels import member, reduce_part
 
 MOST = 3
@@ -56,32 +64,33 @@ _ANY = [
 
 @triton.jit(do_not_specialize=_ANY)
 def group_kernel(
-    x, tokens, columns, chunks, blocks, block_size, share, end0, end1,
+    x, tokens, columns, chunks, blocks, share, end0, end1,
     codes0, scale_codes0, steps0, offset0, table0, factor0, y0, inner0, rows0, tiles0, group_size0, rank0, parts0,
     codes1, scale_codes1, steps1, offset1, table1, factor1, y1, inner1, rows1, tiles1, group_size1, rank1, parts1,
     codes2, scale_codes2, steps2, offset2, table2, factor2, y2, inner2, rows2, tiles2, group_size2, rank2, parts2,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, BITS: tl.constexpr,
-    SCALE_BITS: tl.constexpr, ONE_SCALE: tl.constexpr, BY_WORD: tl.constexpr, INTERPRETED: tl.constexpr,
+    SCALE_BITS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """As :func:`compress.kernels.triton.product_kernels.product_kernel`; ``end0`` and ``end1`` part the matrices."""
     part = tl.program_id(0)
     if part < end0:
         member(
             part, x, codes0, scale_codes0, steps0, offset0, table0, factor0, y0, inner0, tokens, rows0, columns,
-            tiles0, chunks, blocks, block_size, group_size0, rank0, parts0, share, ROWS, CHUNKS, TOKENS, RANKS,
-            BITS, SCALE_BITS, ONE_SCALE, BY_WORD, INTERPRETED,
+            tiles0, chunks, blocks, group_size0, rank0, parts0, share, ROWS, CHUNKS, TOKENS, RANKS, BITS,
+            SCALE_BITS, BLOCK, SHIFT, EVEN, INTERPRETED,
         )  # fmt: skip
     elif part < end1:
         member(
             part - end0, x, codes1, scale_codes1, steps1, offset1, table1, factor1, y1, inner1, tokens, rows1,
-            columns, tiles1, chunks, blocks, block_size, group_size1, rank1, parts1, share, ROWS, CHUNKS, TOKENS,
-            RANKS, BITS, SCALE_BITS, ONE_SCALE, BY_WORD, INTERPRETED,
+            columns, tiles1, chunks, blocks, group_size1, rank1, parts1, share, ROWS, CHUNKS, TOKENS, RANKS, BITS,
+            SCALE_BITS, BLOCK, SHIFT, EVEN, INTERPRETED,
         )  # fmt: skip
     else:
         member(
             part - end1, x, codes2, scale_codes2, steps2, offset2, table2, factor2, y2, inner2, tokens, rows2,
-            columns, tiles2, chunks, blocks, block_size, group_size2, rank2, parts2, share, ROWS, CHUNKS, TOKENS,
-            RANKS, BITS, SCALE_BITS, ONE_SCALE, BY_WORD, INTERPRETED,
+            columns, tiles2, chunks, blocks, group_size2, rank2, parts2, share, ROWS, CHUNKS, TOKENS, RANKS, BITS,
+            SCALE_BITS, BLOCK, SHIFT, EVEN, INTERPRETED,
         )  # fmt: skip
 
 
@@ -170,6 +179,7 @@ def _member(
         "parts": -(-g.rows // tiles.rows),
         "rank_parts": -(-rank // tiles.ranks),
         "width": g.rows,
+        "even": even(g, tiles.rows, tiles.chunks),
     }
 
 
@@ -196,12 +206,13 @@ def _launch(
         CHUNKS=tiles.chunks,
         TOKENS=tiles.tokens,
         RANKS=tiles.ranks,
-        ONE_SCALE=one_scale(last["block_size"], tiles),
+        SHIFT=last["SHIFT"] if len({one["SHIFT"] for one in members}) == 1 else -1,
+        EVEN=all(one["even"] for one in members),
         INTERPRETED=interpreted(),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         enable_fp_fusion=False,
-        **{name: last[name] for name in ("chunks", "blocks", "block_size", "BITS", "SCALE_BITS", "BY_WORD")},
+        **{name: last[name] for name in ("chunks", "blocks", "BITS", "SCALE_BITS", "BLOCK")},
         **given,
     )
     ends = _ends([-(-one["width"] // REDUCED) for one in members])
@@ -217,7 +228,7 @@ def _launch(
         SPLITS=splits,
         WIDTH=REDUCED,
         TOKENS=tiles.tokens,
-        RANKS=ranks_at_once(max(one["rank"] for one in members)),
+        RANKS=RANKS,
         INTERPRETED=interpreted(),
         enable_fp_fusion=False,
         **given,

@@ -164,7 +164,7 @@ def plain_scales_kernel(
     value = tl.zeros((PROGRAM,), tl.int32)
     for i in tl.static_range(PER):
         at = byte * PER + i
-        code = scale_code(tiled, at // blocks, at % blocks, at < count, blocks, SCALE_BITS)
+        code = scale_code(tiled, at // blocks, at % blocks, at < count, blocks, SCALE_BITS, False)
         value = value | (((code >> first_bit) & (2**WIDTH - 1)) << (WIDTH * i))
     tl.store(plain + byte, value.to(tl.uint8), mask=byte * PER < count)
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from compress.kernels.packed import TiledMatrix
 from compress.kernels.triton.choice import Choice, Tiles, choose
 from compress.kernels.triton.dense import dequantize, product_by_slices, transposed_by_slices
-from compress.kernels.triton.launch import TYPES, arguments, check, check_matrix, interpreted, on_its_device
+from compress.kernels.triton.launch import (
+    TYPES,
+    arguments,
+    check,
+    check_matrix,
+    even,
+    interpreted,
+    on_its_device,
+)
 from compress.kernels.triton.product_kernels import product_kernel, reduce_kernel, transposed_kernel
 
 __all__ = ["dequantize", "product", "product_transposed"]
@@ -26,8 +34,8 @@ __all__ = ["dequantize", "product", "product_transposed"]
 StoredFactors = tuple[Tensor, Tensor]
 """Low-rank factors in the type of the input: (L1 [r, O], L2 [r, I]), contiguous."""
 
-REDUCED = 128
-"""Columns of a program that adds shares."""
+REDUCED, RANKS = 64, 16
+"""Columns of a program that adds shares, and terms of the low-rank part that it takes at a time: more spill."""
 
 
 def _check(name: str, x: Tensor, width: int, matrix: TiledMatrix, factors: StoredFactors | None) -> None:
@@ -97,16 +105,6 @@ def shares(steps: int, splits: int) -> tuple[int, int]:
     return share, -(-steps // share)
 
 
-def ranks_at_once(rank: int) -> int:
-    """Terms of the low-rank part that the second kernel takes at a time."""
-    return max(16, min(64, 1 << (max(1, rank) - 1).bit_length()))
-
-
-def one_scale(block_size: int, tiles: Tiles) -> bool:
-    """Whether all columns of a step lie in one block, so that the scale can follow the dot product."""
-    return block_size % (32 * tiles.chunks) == 0
-
-
 def _by_tiles(
     x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, tiles: Tiles, *, transposed: bool
 ) -> tuple[Tensor, Tensor]:
@@ -132,8 +130,6 @@ def _by_tiles(
         "inner": inner,
         "factor": x if first is None else first,
     }
-    if not transposed:
-        given["ONE_SCALE"] = one_scale(g.block_size, tiles)
     kernel = transposed_kernel if transposed else product_kernel
     kernel[(parts + -(-rank // tiles.ranks), splits, -(-tokens // tiles.tokens))](
         x,
@@ -145,6 +141,7 @@ def _by_tiles(
         CHUNKS=tiles.chunks,
         TOKENS=tiles.tokens,
         RANKS=tiles.ranks,
+        EVEN=even(g, across, tiles.chunks),
         INTERPRETED=interpreted(),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -164,7 +161,7 @@ def _by_tiles(
             SPLITS=splits,
             WIDTH=REDUCED,
             TOKENS=tiles.tokens,
-            RANKS=ranks_at_once(rank),
+            RANKS=RANKS,
             INTERPRETED=interpreted(),
             enable_fp_fusion=False,
         )

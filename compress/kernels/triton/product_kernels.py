@@ -46,47 +46,51 @@ def _inner(
 
 
 @triton.jit
-def _inputs(x, token, tokens, place, places):
-    """Tokens' inputs at some places, [place, token]; 0 where nothing is there."""
-    there = (token < tokens)[None, :] & (place < places)[:, None]
+def _inputs(x, token, tokens, place, places, EVEN: tl.constexpr):
+    """Tokens' inputs at some places, [place, token]; 0 where nothing is there. EVEN: every place is there."""
+    there = (token < tokens)[None, :]
+    if not EVEN:
+        there = there & (place < places)[:, None]
     return tl.load(x + token[None, :].to(tl.int64) * places + place[:, None], mask=there, other=0.0)
 
 
 @triton.jit
 def product_part(
-    part, x, codes, scale_codes, steps, offset, table, y, tokens, rows, columns, tiles, chunks, blocks, block_size,
-    group_size, first_step, last_step, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
-    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ONE_SCALE: tl.constexpr, BY_WORD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    part, x, codes, scale_codes, steps, offset, table, y, tokens, rows, columns, tiles, chunks, blocks, group_size,
+    first_step, last_step, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Columns ``part * ROWS`` and the next of ``x @ Q.T``, of the terms of some steps of 32 CHUNKS columns.
 
-    Codes and inputs of the next step are on their way while one step is computed.
+    Codes and inputs of the next step are on their way while one step is computed. Where all columns of a step lie in
+    one block, the scale follows the dot product.
     """
     DEPTH: tl.constexpr = CHUNKS * 32
     row = part * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     depth = tl.arange(0, DEPTH)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    words, high = words_of(codes, row, tiles, chunks, first_step * CHUNKS, CHUNKS, BITS)
-    inputs = _inputs(x, token, tokens, first_step * DEPTH + depth, columns)
+    words, high = words_of(codes, row, tiles, chunks, first_step * CHUNKS, CHUNKS, BITS, EVEN)
+    inputs = _inputs(x, token, tokens, first_step * DEPTH + depth, columns, EVEN)
     for step in range(first_step, last_step):
-        next_words, next_high = words_of(codes, row, tiles, chunks, (step + 1) * CHUNKS, CHUNKS, BITS)
-        next_inputs = _inputs(x, token, tokens, (step + 1) * DEPTH + depth, columns)
+        ahead = tl.minimum(step + 1, last_step - 1)
+        next_words, next_high = words_of(codes, row, tiles, chunks, ahead * CHUNKS, CHUNKS, BITS, EVEN)
+        next_inputs = _inputs(x, token, tokens, ahead * DEPTH + depth, columns, EVEN)
         unit = looked_up(words, high, table, CHUNKS, BITS)
-        if ONE_SCALE:
-            unit = rounded(tl.reshape(unit, (ROWS, DEPTH)), x.dtype.element_ty, INTERPRETED)
-            block = step * DEPTH // block_size
+        if BLOCK % DEPTH == 0:
+            unit = tl.reshape(rounded(unit, x.dtype.element_ty, INTERPRETED), (ROWS, DEPTH))
             scale = scales_of(
-                scale_codes, steps, offset, row, block, row < rows, blocks, group_size, SCALE_BITS
-            )
+                scale_codes, steps, offset, row, step * DEPTH // BLOCK, row < rows, blocks, group_size, SCALE_BITS,
+                SHIFT, EVEN,
+            )  # fmt: skip
             sums += times(unit, inputs, tl.zeros((ROWS, TOKENS), tl.float32), INTERPRETED) * scale[:, None]
         else:
             weight = scaled(
-                unit, scale_codes, steps, offset, row, rows, step * CHUNKS, blocks, block_size, group_size, CHUNKS,
-                BITS, SCALE_BITS, BY_WORD,
+                unit, scale_codes, steps, offset, row, rows, step * CHUNKS, blocks, group_size, CHUNKS, BITS,
+                SCALE_BITS, BLOCK, SHIFT, EVEN,
             )  # fmt: skip
-            sums = times(rounded(weight, x.dtype.element_ty, INTERPRETED), inputs, sums, INTERPRETED)
+            weight = tl.reshape(rounded(weight, x.dtype.element_ty, INTERPRETED), (ROWS, DEPTH))
+            sums = times(weight, inputs, sums, INTERPRETED)
         words, high, inputs = next_words, next_high, next_inputs
     _put(y, sums, token, tokens, row, rows, INTERPRETED)
 
@@ -94,9 +98,9 @@ def product_part(
 @triton.jit
 def member(
     part, x, codes, scale_codes, steps, offset, table, factor, y, inner, tokens, rows, columns, tiles, chunks, blocks,
-    block_size, group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
-    RANKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ONE_SCALE: tl.constexpr, BY_WORD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
+    RANKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program of :func:`product_kernel`: ``parts`` parts of the rows are followed by parts of the rank."""
     split = tl.program_id(1)
@@ -106,8 +110,8 @@ def member(
     if part < parts:
         product_part(
             part, x, codes, scale_codes, steps, offset, table, y + split.to(tl.int64) * tokens * rows, tokens, rows,
-            columns, tiles, chunks, blocks, block_size, group_size, first_step, last_step, ROWS, CHUNKS, TOKENS, BITS,
-            SCALE_BITS, ONE_SCALE, BY_WORD, INTERPRETED,
+            columns, tiles, chunks, blocks, group_size, first_step, last_step, ROWS, CHUNKS, TOKENS, BITS, SCALE_BITS,
+            BLOCK, SHIFT, EVEN, INTERPRETED,
         )  # fmt: skip
     else:
         begin = first_step * CHUNKS * 32
@@ -122,9 +126,9 @@ def member(
 @triton.jit(do_not_specialize=["tokens", "rank", "parts", "share"])
 def product_kernel(
     x, codes, scale_codes, steps, offset, table, factor, y, inner, tokens, rows, columns, tiles, chunks, blocks,
-    block_size, group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
-    RANKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ONE_SCALE: tl.constexpr, BY_WORD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
+    RANKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows and then of the rank, S, tiles of tokens): y [S, T, O] and inner [S, T, r].
 
@@ -132,16 +136,17 @@ def product_kernel(
     """
     member(
         tl.program_id(0), x, codes, scale_codes, steps, offset, table, factor, y, inner, tokens, rows, columns, tiles,
-        chunks, blocks, block_size, group_size, rank, parts, share, ROWS, CHUNKS, TOKENS, RANKS, BITS, SCALE_BITS,
-        ONE_SCALE, BY_WORD, INTERPRETED,
+        chunks, blocks, group_size, rank, parts, share, ROWS, CHUNKS, TOKENS, RANKS, BITS, SCALE_BITS, BLOCK, SHIFT,
+        EVEN, INTERPRETED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "parts", "share"])
 def transposed_kernel(
     grad, codes, scale_codes, steps, offset, table, factor, y, inner, tokens, rows, columns, tiles, chunks, blocks,
-    block_size, group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
-    RANKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, BY_WORD: tl.constexpr, INTERPRETED: tl.constexpr,
+    group_size, rank, parts, share, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
+    RANKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The same tiles, summed over rows: grid (parts of the columns and then of the rank, S, tiles of tokens).
 
@@ -154,20 +159,22 @@ def transposed_kernel(
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     if part < parts:
         sums = tl.zeros((CHUNKS * 32, TOKENS), tl.float32)
-        row = first_step * ROWS + tl.arange(0, ROWS)
-        words, high = words_of(codes, row, tiles, chunks, part * CHUNKS, CHUNKS, BITS)
-        inputs = _inputs(grad, token, tokens, row, rows)
-        for _step in range(first_step, last_step):
-            next_words, next_high = words_of(codes, row + ROWS, tiles, chunks, part * CHUNKS, CHUNKS, BITS)
-            next_inputs = _inputs(grad, token, tokens, row + ROWS, rows)
+        lane = tl.arange(0, ROWS)
+        row = first_step * ROWS + lane
+        words, high = words_of(codes, row, tiles, chunks, part * CHUNKS, CHUNKS, BITS, EVEN)
+        inputs = _inputs(grad, token, tokens, row, rows, EVEN)
+        for step in range(first_step, last_step):
+            row = step * ROWS + lane
+            ahead = tl.minimum(step + 1, last_step - 1) * ROWS + lane
+            next_words, next_high = words_of(codes, ahead, tiles, chunks, part * CHUNKS, CHUNKS, BITS, EVEN)
+            next_inputs = _inputs(grad, token, tokens, ahead, rows, EVEN)
             weight = scaled(
                 looked_up(words, high, table, CHUNKS, BITS), scale_codes, steps, offset, row, rows, part * CHUNKS,
-                blocks, block_size, group_size, CHUNKS, BITS, SCALE_BITS, BY_WORD,
+                blocks, group_size, CHUNKS, BITS, SCALE_BITS, BLOCK, SHIFT, EVEN,
             )  # fmt: skip
-            weight = tl.trans(rounded(weight, grad.dtype.element_ty, INTERPRETED))
-            sums = times(weight, inputs, sums, INTERPRETED)
+            weight = tl.reshape(rounded(weight, grad.dtype.element_ty, INTERPRETED), (ROWS, CHUNKS * 32))
+            sums = times(tl.trans(weight), inputs, sums, INTERPRETED)
             words, high, inputs = next_words, next_high, next_inputs
-            row += ROWS
         column = part * CHUNKS * 32 + tl.arange(0, CHUNKS * 32)
         _put(y + split.to(tl.int64) * tokens * columns, sums, token, tokens, column, columns, INTERPRETED)
     else:
@@ -223,7 +230,10 @@ def reduce_part(
             mask=(k < rank)[:, None] & (column < width)[None, :],
             other=0.0,
         ).to(tl.float32)
-        sums = tl.dot(low, right, sums, input_precision="ieee")
+        if factor.dtype.element_ty == tl.float32:
+            sums = tl.dot(low, right, sums, input_precision="ieee")
+        else:  # on tensor cores: three products as exact as one of float32, for the factor is exact in TF32
+            sums = tl.dot(low, right, sums, input_precision="tf32x3")
     tl.store(y + at, rounded(sums, y.dtype.element_ty, INTERPRETED), mask=there)
 
 

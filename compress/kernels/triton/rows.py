@@ -20,9 +20,9 @@ _ROWS, _CHUNKS = 16, 4
 
 @triton.jit(do_not_specialize=["count"])
 def rows_kernel(
-    out, index, count, codes, scale_codes, steps, offset, table, rows, columns, tiles, chunks, blocks, block_size,
+    out, index, count, codes, scale_codes, steps, offset, table, rows, columns, tiles, chunks, blocks,
     group_size, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr,
-    BY_WORD: tl.constexpr,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Rows ``index`` [n] as float32 [n, I], NaN for a number that no row has; grid (parts of n, of the columns)."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -30,11 +30,12 @@ def rows_kernel(
     known = (asked >= 0) & (asked < rows)
     row = tl.where(known, asked, 0).to(tl.int32)
     chunk = tl.program_id(1) * CHUNKS
-    words, high = words_of(codes, row, tiles, chunks, chunk, CHUNKS, BITS)
+    words, high = words_of(codes, row, tiles, chunks, chunk, CHUNKS, BITS, False)
     weight = scaled(
-        looked_up(words, high, table, CHUNKS, BITS), scale_codes, steps, offset, row, rows, chunk, blocks, block_size,
-        group_size, CHUNKS, BITS, SCALE_BITS, BY_WORD,
+        looked_up(words, high, table, CHUNKS, BITS), scale_codes, steps, offset, row, rows, chunk, blocks, group_size,
+        CHUNKS, BITS, SCALE_BITS, BLOCK, SHIFT, False,
     )  # fmt: skip
+    weight = tl.reshape(weight, (ROWS, CHUNKS * 32))
     weight = tl.where(known[:, None], weight, float("nan"))
     column = chunk * 32 + tl.arange(0, CHUNKS * 32)
     there = (at < count)[:, None] & (column < columns)[None, :]

@@ -10,6 +10,7 @@ import pytest
 from compress.benchmarks import roofline
 from compress.benchmarks.roofline import (
     DEVICES,
+    INSTRUCTIONS,
     TOKENS,
     WIDTHS,
     Device,
@@ -23,12 +24,12 @@ from tests.sources import ROOT
 
 
 def test_floors_are_bytes_and_operations_over_peaks() -> None:
-    found = row(Device(name="one", bandwidth=1e9, products=1e9, lookups=1e9), 4, 1, (100, 100))
+    found = row(Device(name="one", bandwidth=1e9, products=1e9, instructions=1e9), 4, 1, (100, 100))
     assert bits_per_weight(4) == 4 + 8 / 64 + 32 / 64 / 256
     assert found.memory == pytest.approx(1e-3 * (10_000 * bits_per_weight(4) / 8 + 400))
     assert found.products == found.floor == pytest.approx(20.0)
     assert found.dense == pytest.approx(20.4)
-    assert found.tiles == pytest.approx(10.0 + 20.0)
+    assert found.tiles == pytest.approx(10 * INSTRUCTIONS[4] + 20.0)
 
 
 def test_tiles_end_where_slices_come_out_faster() -> None:

@@ -160,7 +160,7 @@ def test_kernels_on_a_gpu_say_how_products_are_computed(monkeypatch: pytest.Monk
     monkeypatch.setattr(doctor_checks, "standing", lambda index: (True, "triton is installed"))
     finding = found(doctor_checks.kernels((device,)), "on cuda:0")
     assert (finding.value, finding.state) == ("triton", "ok")
-    assert "fused with the product up to 256 tokens, then dequantized slices of 32 MB" in finding.why
+    assert "fused with the product up to 128 tokens, then dequantized slices of 32 MB" in finding.why
     assert "measured on no GPU" in finding.why
     monkeypatch.setattr(
         doctor_checks, "standing", lambda index: (False, "compute capability 7.5 is below 8.0")

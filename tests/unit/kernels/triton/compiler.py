@@ -58,6 +58,7 @@ def built(function: JITFunction, given: dict[str, Any], arch: int) -> dict[str, 
         usage = subprocess.run(
             [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         )
+    loop = longest_loop(compiled.asm["cubin"])
     numbers = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", usage.stdout)}
     return {
         "kernel": function.__name__,
@@ -65,7 +66,29 @@ def built(function: JITFunction, given: dict[str, Any], arch: int) -> dict[str, 
         "local_bytes": max(numbers["STACK"], numbers["LOCAL"]),
         "shared": compiled.metadata.shared,
         "mma": "mma" in compiled.asm["ptx"],
+        "loop_instructions": loop,
     }
+
+
+def longest_loop(cubin: bytes) -> int:
+    """Instructions of the longest loop: from a label to the last branch back to it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        listing = subprocess.run([tool, "-c", file.name], check=True, capture_output=True, text=True).stdout
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in listing.splitlines():
+        label = re.match(r"(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s+.*;", line):
+            count += 1
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if back and back[1] in labels:
+                longest = max(longest, count - labels[back[1]])
+    return longest
 
 
 def main() -> None:

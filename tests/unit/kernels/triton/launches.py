@@ -24,9 +24,16 @@ def matrix(bits: int, rows: int = 512, columns: int = 256) -> TiledMatrix:
 
 def few_tokens(bits: int = 4, dtype: torch.dtype = torch.bfloat16) -> None:
     """A product of two shares with factors."""
-    m, tiles = matrix(bits), Tiles(rows=64, chunks=2, splits=2)
+    m, tiles = matrix(bits), Tiles(rows=128, chunks=2, splits=2)
     factors = (torch.zeros(64, 512, dtype=dtype), torch.zeros(64, 256, dtype=dtype))
     product.product(torch.zeros(16, 256, dtype=dtype), m, factors, choice=tiles)
+
+
+def widths() -> None:
+    """The product of one share, without factors, in every width: what the roofline counts the instructions of."""
+    for bits in (2, 3, 4, 8):
+        tiles = Tiles(rows=128, chunks=2)
+        product.product(torch.zeros(1, 256, dtype=torch.bfloat16), matrix(bits), None, choice=tiles)
 
 
 def gradient(bits: int = 4, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.errors import UsageError
+from compress.kernels.packed import Geometry
 from compress.kernels.triton.choice import Choice, Slices, Tiles
-from compress.kernels.triton.launch import TYPES, on_its_device, runs_on
+from compress.kernels.triton.launch import TYPES, even, on_its_device, runs_on
 from tests.unit.kernels.native import Case, random_case, random_input
 
 from .cases import DEVICE, assert_near, needs_kernels, placed
@@ -80,6 +81,29 @@ def test_scales_that_follow_the_dot_product(bits: int, dtype: torch.dtype) -> No
     matrix, x = placed(case.matrix), random_input(3, 150, dtype=dtype)
     found, _ = product(x.to(DEVICE), matrix, None, choice=Tiles(rows=64, chunks=2))
     assert_near(found, x.double() @ case.exact.T, x.double().abs() @ case.exact.abs().T)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("block_size", "dtype"), [(64, torch.float32), (16, torch.bfloat16)])
+def test_sizes_that_tiles_cut_without_a_rest(bits: int, block_size: int, dtype: torch.dtype) -> None:
+    # no mask is left in the kernels, and groups of a power of two take no division
+    case = random_case(
+        64, 128, bits=bits, block_size=block_size, scale_bits={2: 3, 3: 2, 4: 8, 8: 4}[bits], group_size=16
+    )
+    assert even(case.matrix.geometry, 32, 2)
+    check(case, dtype, 3, Tiles(rows=32, chunks=2, splits=2), 5)
+
+
+def test_what_is_cut_without_a_rest() -> None:
+    sizes = {"bits": 4, "scale_bits": 8, "group_size": 16}
+    whole = Geometry(rows=64, columns=128, block_size=32, **sizes)
+    assert even(whole, 64, 4)
+    assert not even(whole, 128, 4)
+    assert not even(whole, 64, 8)
+    assert not even(replace(whole, columns=120), 8, 1)
+    assert not even(
+        Geometry(rows=64, columns=64, block_size=48, **sizes), 64, 1
+    )  # blocks reach beyond the last column
 
 
 def test_tokens_and_ranks_of_more_than_one_tile() -> None:
