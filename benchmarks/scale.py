@@ -2,11 +2,12 @@
 
 ``python -m compress.benchmarks.scale [--quick] [--shape NAME] [--stages A,B] [--work DIR] [--out FILE]``
 
-Writes a bf16 checkpoint of the shape of LLaMA-2-7B (13.5 GB, in shards, seeded; ``--quick``: a small one), then runs
-``plan``, ``prune --ratio 0.5`` by magnitude, ``quantize --budget 2.75bit`` for the objective frobenius, and ``recover``
-of a random adapter, each under ``--memory-limit 3GiB``, and ``quantize`` for the objective hessian on 16 x 512 tokens
-under 6 GiB. Each is a process of its own, sampled with every process it starts. Two peaks are reported: resident memory,
-and its anonymous part, without the pages of mapped files. The bar chart sets them against the model's size.
+Writes a bf16 checkpoint of the shape of LLaMA-2-7B (13.5 GB, in shards, seeded; ``--quick``: a small one). Runs
+``plan``, ``prune --ratio 0.5`` by magnitude, ``quantize --budget 2.75bit`` for the objective frobenius, ``recover``
+of a random adapter, each under ``--memory-limit 3GiB``, and ``quantize`` for the objective hessian on 16 x 512
+tokens under 6 GiB. Each is a process of its own, sampled with every process it starts. Two peaks are reported:
+resident memory, and its anonymous part, without the pages of mapped files. The bar chart sets them against the
+model's size.
 
 Pruning has no repair and no trials here: weights are random, so there is nothing that a refit could keep, and each
 would run the model again. Seconds are those of this machine as it was: the load average stands beside them. The

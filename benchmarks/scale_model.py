@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compress.adapters.adapter_file import PREFIX, write_adapter
@@ -47,20 +47,31 @@ def write_random_model(folder: Path, config: Mapping[str, Any], *, seed: int = 0
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 tensor = torch.empty(shape, dtype=DTYPES["BF16"]).normal_(0.0, SPREAD, generator=generator)
             writer.add(name, tensor)
-    byte_tokenizer().save_pretrained(folder)
+    write_byte_tokenizer(folder)
     return folder
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+def write_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes, as the file format has it."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    content = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": [],
+            "unk_token": "<unk>",
+            "byte_fallback": True,
+        },
+        "decoder": {"type": "ByteFallback"},
+    }
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(file), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def write_random_adapter(folder: Path, small: Path, *, rank: int = 8, seed: int = 0) -> Path:

@@ -40,7 +40,9 @@ def test_a_random_model_is_seeded_sharded_and_opens(tmp_path: Path, monkeypatch:
     checkpoint_architecture(one)
     weight = one.read("model.layers.1.mlp.up_proj.weight").float()
     assert abs(float(weight.std()) - 0.02) < 0.002
-    ids = torch.tensor([load_tokenizer(one.path).encode("bytes")])
+    encoded = load_tokenizer(one.path).encode("aé b")
+    assert encoded == [3 + byte for byte in "aé b".encode()]
+    ids = torch.tensor([encoded])
     with torch.no_grad():
         assert bool(load_model(one.path, dtype=torch.float32)(ids).logits.isfinite().all())
     adapter = write_random_adapter(tmp_path / "adapter", one.path, rank=2)
