@@ -17,7 +17,7 @@ Given = Mapping[str, Any]
 Runner = Callable[[str, Common, Given], dict[str, Any]]
 """Verb, common options and its own options -> the stage's record."""
 
-_SHARED = ("run", "model", "data", "device", "dtype", "seed", "threads", "effort")
+_SHARED = ("run", "model", "data", "device", "dtype", "seed", "threads", "effort", "memory_limit")
 
 
 def in_fresh_process(verb: str, common: Common, given: Given) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from compress.pipelines.settings import (
 )
 from compress.pipelines.training import parse_adapter_targets
 from compress.pipelines.way import WHOLE, Way
-from compress.pipelines.ways import best_fit, limit_of
+from compress.pipelines.ways import Count, best_fit, limit_of
 from compress.prune.shape import ShapePlan
 from compress.solvers.budget import parse_budget
 
@@ -256,9 +256,16 @@ def _limited(
         (way.streamed, way.ahead): planned_chain(model, settings, effort, dtype, way=way) for way in ways
     }
     ground = Ground(itemsize=dtype.itemsize, length=LENGTH, windows=WINDOWS[effort])
+
+    def count_of(at: int) -> Count:
+        def count(here: Ground) -> Footprint:
+            return chains[here.streamed, here.ahead].stages[at][0]
+
+        return count
+
     for at, (footprint, _) in enumerate(chains[True, True].stages):
         found = best_fit(
-            lambda here, at=at: chains[here.streamed, here.ahead].stages[at][0],
+            count_of(at),
             ground,
             footprint.verb,
             limit=limit,

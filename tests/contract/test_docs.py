@@ -36,6 +36,7 @@ SHARED = {
     "seed",
     "threads",
     "effort",
+    "memory_limit",
     "redo",
     "dry_run",
     "json_",
