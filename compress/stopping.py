@@ -55,8 +55,8 @@ class Stop:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for taken, handler in before.items():
+                signal.signal(taken, handler)
 
     def _take(self, number: int, _: FrameType | None) -> None:
         if self._asked is not None:

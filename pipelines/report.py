@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from compress.durable import replacing
 from compress.errors import CompressError, UsageError
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import DEFAULT_RUN, Common
@@ -31,13 +32,12 @@ def report_runs(
     if others and root == DEFAULT_RUN and not (root / "run.json").is_file():
         root = others.pop(0)
     if paths:
-        _chain(root)  # before its folder is locked, and so made
-    workspace = Workspace(root)
-    with workspace.locked():
-        context = Context(
-            common=dataclasses.replace(common, run=root), workspace=workspace, reporter=reporter
-        )
-        return report(context, others=others, output=output)
+        _chain(root)
+    # No lock: the page tells of what is finished, and need not wait for what is at work.
+    context = Context(
+        common=dataclasses.replace(common, run=root), workspace=Workspace(root), reporter=reporter
+    )
+    return report(context, others=others, output=output)
 
 
 def report(context: Context, *, others: Sequence[Path] = (), output: Path | None = None) -> Path:
@@ -81,7 +81,8 @@ def report(context: Context, *, others: Sequence[Path] = (), output: Path | None
         "pruning": read_json(results).get("rows") if results.is_file() else None,
     }
     try:
-        write_report(run, path)
+        with replacing(path) as temporary:
+            write_report(run, temporary)
     except OSError as error:
         raise CompressError(
             f"The page cannot be written to {path} ({error.strerror or error}).",

@@ -93,21 +93,34 @@ def run_stage(
     if context.common.dry_run:
         show_plan(reporter, verb, config)
         return Outcome(stage=None, fresh=False, plan={"verb": verb, "config": dict(config)})
-    partial = workspace.open_partial(verb, config, inputs, redo=context.common.redo)
+    import torch
+
+    partial = workspace.open_partial(
+        verb, config, inputs, redo=context.common.redo, threads=torch.get_num_threads()
+    )
+    own, begun = torch.get_num_threads(), workspace.threads_of(partial)
     replaces = verb if done is not None and verb not in MEASUREMENTS else None
     record = workspace.finished(partial)
     if record is None:
-        record = _work(
-            context,
-            verb,
-            partial,
-            wanted,
-            config=config,
-            inputs=inputs,
-            work=work,
-            scratch=scratch,
-            disk=disk,
-        )
+        if begun is not None and begun != own:
+            reporter.say(
+                f"{verb}: going on with {begun} threads, as it began: their number decides the last bits."
+            )
+            torch.set_num_threads(begun)
+        try:
+            record = _work(
+                context,
+                verb,
+                partial,
+                wanted,
+                config=config,
+                inputs=inputs,
+                work=work,
+                scratch=scratch,
+                disk=disk,
+            )
+        finally:
+            torch.set_num_threads(own)
     else:
         reporter.say(f"{verb}: an interrupted run had done all the work in {partial.name}.")
     dropped = [] if replaces is None else workspace.names_from(replaces)

@@ -225,13 +225,19 @@ class Workspace:
         return next(iter(sorted(self.root.glob(f"[0-9][0-9]-{verb}.partial"))), None)
 
     def open_partial(
-        self, verb: str, config: Mapping[str, Any], inputs: Mapping[str, str], *, redo: bool
+        self,
+        verb: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        *,
+        redo: bool,
+        threads: int | None = None,
     ) -> Path:
         """The folder to work in: a fresh one, or the interrupted one of the very same request.
 
         In it, sub-folders hold finished steps and are kept; files directly in it are results that may be
         half-written and are removed, unless :meth:`finished` says that all is done. A finished stage of the same
-        verb stays until the new one is complete.
+        verb stays until the new one is complete. ``threads`` are noted for :meth:`threads_of`.
 
         Raises:
             UsageError: An interrupted run of this verb had other settings and ``redo`` is not given.
@@ -263,9 +269,20 @@ class Workspace:
         path.mkdir()
         write_json(
             path / "partial.json",
-            {"format_version": FORMAT_VERSION, "id": wanted, "config": dict(config), "inputs": dict(inputs)},
+            {
+                "format_version": FORMAT_VERSION,
+                "id": wanted,
+                "config": dict(config),
+                "inputs": dict(inputs),
+                "threads": threads,
+            },
         )
         return path
+
+    def threads_of(self, partial: Path) -> int | None:
+        """The number of threads that an unfinished stage was begun with; None where it was not noted."""
+        threads = read_json(partial / "partial.json").get("threads")
+        return None if threads is None else int(threads)
 
     def abandon(self, partial: Path) -> None:
         """Remove an unfinished folder that has no finished step to go on from."""
@@ -344,7 +361,7 @@ class Workspace:
         if (final / "stage.json").is_file():
             self._manifest["stages"].append(final.name)
         self._save()
-        return final.name
+        return str(pending["to"])
 
     def was_carried_out(self, stage: Stage) -> bool:
         """Whether a killed command had made this stage, and this one only had to rename and list it."""

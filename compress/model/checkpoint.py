@@ -17,6 +17,7 @@ from compress.model.architecture import Architecture, architecture_of, expected_
 from compress.model.base_record import TensorDigest, fingerprint_of
 from compress.model.config import build_config, meta_shapes, quantization_method, refuse_quantized
 from compress.model.family import family_of
+from compress.model.inside import require_inside
 from compress.model.tensor_file import (
     DTYPE_NAMES,
     RepeatedName,
@@ -213,14 +214,20 @@ def require_dense(checkpoint: Checkpoint, *, allow_lq: bool = True) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template and licence; never weights or config."""
+    """Copy tokenizer, generation config, chat template and licence; never weights or config.
+
+    Raises:
+        CompressError: One of them is a link that leads out of the folder.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in SIDE_FILES:
         if (source / name).is_file():
+            require_inside(source, source / name)
             shutil.copyfile(source / name, target / name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         for file in sorted(templates.glob("*.jinja")):
+            require_inside(source, file)
             (target / templates.name).mkdir(exist_ok=True)
             shutil.copyfile(file, target / templates.name / file.name)
 
@@ -244,6 +251,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CompressError(
             f"The folder {path} has no config.json.", "Give a folder written by save_pretrained."
         )
+    require_inside(path, file)
     config = _read_json(file)
     if not isinstance(config, dict):
         raise CompressError(
@@ -267,8 +275,10 @@ def _read_json(file: Path) -> Any:
 def _read_entries(path: Path) -> dict[str, TensorEntry]:
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
+        require_inside(path, single)
         return read_header(single)[0]
     if index.is_file():
+        require_inside(path, index)
         return _read_index(path, index)
     if any(file for pattern in _PICKLES for file in path.glob(pattern)):
         raise CompressError(
@@ -298,6 +308,7 @@ def _read_index(path: Path, index: Path) -> dict[str, TensorEntry]:
             )
         if not (path / shard).is_file():
             raise CompressError(f"The weight file {path / shard} is missing.", "Download the model again.")
+        require_inside(path, path / shard)
         shards[shard] = read_header(path / shard)[0]
     entries = {}
     for name, shard in weight_map.items():

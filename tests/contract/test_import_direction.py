@@ -13,8 +13,9 @@ import pytest
 from tests.sources import modules, place, tree
 
 STAGES = (
-    ("errors", "registry", "progress"),
+    ("errors", "registry", "progress", "durable", "stopping"),
     ("model",),
+    ("kept",),
     ("data",),
     ("structure",),
     ("importance",),

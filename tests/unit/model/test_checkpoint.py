@@ -278,12 +278,34 @@ def test_incomplete_indexes_are_refused(llama: Path, tmp_path: Path) -> None:
 
 
 def test_hub_snapshots_made_of_links_are_read(llama: Path, tmp_path: Path) -> None:
-    shutil.copyfile(llama / "model.safetensors", tmp_path / "blob")
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
-    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
-    (folder / "config.json").symlink_to(llama / "config.json")
+    blobs, folder = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0f3e"
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        shutil.copyfile(llama / name, blobs / name[:5])
+        (folder / name).symlink_to(Path("..", "..", "blobs", name[:5]))
     assert Checkpoint(folder).fingerprint() == Checkpoint(llama).fingerprint()
+    copy_side_files(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "LICENSE", "chat_template.jinja"])
+def test_links_out_of_the_folder_are_not_followed(name: str, llama: Path, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "secret"
+    shutil.copytree(llama, folder)
+    if (folder / name).is_file():
+        shutil.move(folder / name, elsewhere)
+    else:
+        elsewhere.write_text("of nobody's business")
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(CompressError, match=f"{name} is a link that leads out of its folder"):
+        copy_side_files(Checkpoint(folder).path, tmp_path / "out")
+    assert not (tmp_path / "out" / name).exists()
+
+
+def test_a_linked_folder_is_read(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(llama)
+    assert Checkpoint(tmp_path / "link").fingerprint() == Checkpoint(llama).fingerprint()
 
 
 def weight_file(header: Any, data: int = 8) -> bytes:

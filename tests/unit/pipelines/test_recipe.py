@@ -57,6 +57,9 @@ def test_shipped_recipes_are_whole(name: str) -> None:
         ("steps: [{train: {method: dora}}]", "no method 'dora'"),
         ("seed: soon\nsteps: [prune]", "seed cannot be 'soon'"),
         ("run: here\nsteps: [prune]", "no setting 'run'"),
+        ("steps: [!!python/object/apply:os.system ['true']]", r"is not YAML \(line 1\)"),
+        ("steps: [2001-99-99]", "YAML has no such type"),
+        ("steps: [!!bool maybe]", "YAML has no such type"),
     ],
 )
 def test_what_is_no_recipe(text: str, message: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
+import os
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compress.errors import CompressError, UsageError
 from compress.evaluate.memory import PeakMemory, resident_now
@@ -29,6 +31,7 @@ class Chain:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.worked: list[str] = []
+        self.threads: list[int] = []
 
     def make(self, verb: str, *, fail: BaseException | None = None, **changes: Any) -> Outcome:
         """Run ``verb`` with the setting ``v``; ``fail`` is raised after the setting's file was written."""
@@ -39,6 +42,7 @@ class Chain:
 
         def work(folder: Path) -> Mapping[str, Any]:
             self.worked.append(verb)
+            self.threads.append(torch.get_num_threads())
             if write:
                 (folder / "steps").mkdir(exist_ok=True)
                 with (folder / "steps" / "one").open("a") as file:
@@ -154,6 +158,58 @@ def test_an_interrupted_stage_goes_on(chain: Chain) -> None:
     chain.make("quantize")
     assert (chain.root / "02-quantize" / "artifact").read_text() == "0;0;"
     assert not (chain.root / "02-quantize" / "half-written").exists()
+
+
+def test_an_interrupted_stage_goes_on_with_its_number_of_threads(chain: Chain) -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("prune", fail=KeyboardInterrupt())
+    torch.set_num_threads(1)
+    made = chain.make("prune")
+    assert chain.threads == [2, 2]
+    assert torch.get_num_threads() == 1
+    assert made.stage is not None
+    assert made.stage.record["host"]["threads"] == 2
+    chain.make("quantize")
+    assert chain.threads == [2, 2, 1]
+
+
+def test_a_stage_whose_record_is_written_is_not_made_again(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(
+            Workspace, "_carry_out", lambda self: None if "pending" not in self._manifest else killed()
+        )
+        chain.make("prune")
+    assert chain.names == ["01-prune.partial"]
+    made = chain.make("prune")
+    assert chain.worked == ["prune"]
+    assert made.stage is not None
+    assert chain.names == ["01-prune"]
+
+
+def test_a_redo_that_was_complete_is_not_done_again(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb in ("prune", "quantize"):
+        chain.make(verb)
+    replace = os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(os, "replace", killed)
+        chain.make("prune", v=1, redo=True)
+    assert chain.names == ["01-prune.partial"], "dropped already; what replaces it is whole"
+    chain.make("prune", v=1, redo=True)
+    assert chain.worked == ["prune", "quantize", "prune"]
+    assert chain.names == ["01-prune"]
+    assert (chain.root / "01-prune" / "artifact").read_text() == "1;"
 
 
 def test_stages_are_numbered_in_the_order_they_were_finished(chain: Chain) -> None:
