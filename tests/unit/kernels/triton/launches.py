@@ -24,7 +24,8 @@ def matrix(bits: int, rows: int = 512, columns: int = 256) -> TiledMatrix:
 
 def few_tokens(bits: int = 4, dtype: torch.dtype = torch.bfloat16) -> None:
     """A product of two shares with factors."""
-    m, tiles = matrix(bits), Tiles(rows=128, chunks=2, splits=2)
+    rows = 32 if dtype == torch.float32 else 128
+    m, tiles = matrix(bits), Tiles(rows=rows, chunks=2, splits=2)
     factors = (torch.zeros(64, 512, dtype=dtype), torch.zeros(64, 256, dtype=dtype))
     product.product(torch.zeros(16, 256, dtype=dtype), m, factors, choice=tiles)
 
