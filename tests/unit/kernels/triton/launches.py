@@ -99,7 +99,7 @@ def single_rows() -> None:
     weight = torch.zeros(1, 8)
     blocks.menu_errors(weight, None, 8, weight[:, :1, None], [torch.zeros(4)], [(0,)])
     product.product(
-        torch.zeros(1, 32), matrix(4, 1, 32), (torch.zeros(1, 1), torch.zeros(1, 32)), choice=Tiles()
+        torch.zeros(1, 32), matrix(4, 1, 32), (torch.zeros(1, 1), torch.zeros(1, 32)), choice=Tiles(rows=32)
     )
     g = Geometry(rows=1, columns=8, bits=3, scale_bits=3, block_size=8, group_size=1)
     plain = {"codes": torch.zeros(3, dtype=torch.uint8), "scale_codes": torch.zeros(2, dtype=torch.uint8)}
