@@ -190,7 +190,7 @@ def explain(
         device: Of all tensors.
         geometry: Of the matrix.
         tokens: T.
-        dtype: Of the input; a slice of it is of this type.
+        dtype: Of the input.
         transposed: Whether it is the gradient in the input.
 
     Raises:
@@ -206,9 +206,15 @@ def explain(
             continue
         limit = "any number of tokens" if rule.most_tokens is None else f"up to {rule.most_tokens} tokens"
         why = f"{table.origin}: {limit}" + ("" if rule.shape is None else f", {shape[0]} x {shape[1]}")
-        if isinstance(rule.choice, Slices) or not rule.programs:
+        if isinstance(rule.choice, Slices):
             return rule.choice, why
-        return with_splits(rule.choice, rule.programs * processors, shape, tokens, transposed=transposed), why
+        # products of float32 are no work for tensor cores, and larger tiles of theirs spill
+        tiles = (
+            replace(rule.choice, rows=min(rule.choice.rows, 32)) if dtype == torch.float32 else rule.choice
+        )
+        if not rule.programs:
+            return tiles, why
+        return with_splits(tiles, rule.programs * processors, shape, tokens, transposed=transposed), why
     raise CompressError(
         f"The table of GPU kernels {table.name} has no rule for this product.", "Write it again."
     )

@@ -24,7 +24,8 @@ def matrix(bits: int, rows: int = 512, columns: int = 256) -> TiledMatrix:
 
 def few_tokens(bits: int = 4, dtype: torch.dtype = torch.bfloat16) -> None:
     """A product of two shares with factors."""
-    m, tiles = matrix(bits), Tiles(rows=128, chunks=2, splits=2)
+    rows = 32 if dtype == torch.float32 else 128
+    m, tiles = matrix(bits), Tiles(rows=rows, chunks=2, splits=2)
     factors = (torch.zeros(64, 512, dtype=dtype), torch.zeros(64, 256, dtype=dtype))
     product.product(torch.zeros(16, 256, dtype=dtype), m, factors, choice=tiles)
 
@@ -98,7 +99,7 @@ def single_rows() -> None:
     weight = torch.zeros(1, 8)
     blocks.menu_errors(weight, None, 8, weight[:, :1, None], [torch.zeros(4)], [(0,)])
     product.product(
-        torch.zeros(1, 32), matrix(4, 1, 32), (torch.zeros(1, 1), torch.zeros(1, 32)), choice=Tiles()
+        torch.zeros(1, 32), matrix(4, 1, 32), (torch.zeros(1, 1), torch.zeros(1, 32)), choice=Tiles(rows=32)
     )
     g = Geometry(rows=1, columns=8, bits=3, scale_bits=3, block_size=8, group_size=1)
     plain = {"codes": torch.zeros(3, dtype=torch.uint8), "scale_codes": torch.zeros(2, dtype=torch.uint8)}

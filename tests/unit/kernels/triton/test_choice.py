@@ -56,6 +56,13 @@ def test_few_rows_are_split_until_the_device_is_full() -> None:
     assert back.splits == 8
 
 
+def test_float32_takes_smaller_tiles() -> None:
+    narrow, wide = (choose(CPU, geometry(), 1, dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert isinstance(narrow, Tiles)
+    assert isinstance(wide, Tiles)
+    assert (narrow.rows, wide.rows) == (128, 32)
+
+
 def write(path: Path, rules: list[dict[str, object]], version: int = 1) -> None:
     content = {"format_version": version, "origin": "a test", "measured": True, "rules": rules}
     path.write_text(json.dumps(content), encoding="utf-8")
