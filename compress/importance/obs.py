@@ -172,7 +172,7 @@ def rank_groups(
         if kept.has(name):
             walk.advance(index)
         found = GroupScores.from_tensors(kept.tensors(name, partial(rank, index)))
-        layers += found.layers
+        layers += found.layers if ranked is None else [ranked.layers[index]]
         rises += found.rises or ()
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
