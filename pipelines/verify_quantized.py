@@ -96,7 +96,7 @@ def check_allocation(target: Target, matrices: Mapping[str, MatrixRecord]) -> It
         Value(what="gap", recorded=gap, found=relative_gap(cost, bound), tolerance=1e-9, floor=1e-15),
         Value(
             what="certificate in stage.json",
-            recorded=_untimed(target.metrics.get("allocation") or {}),
+            recorded=_untimed(target.metrics.get("allocation")),
             found=_untimed(certificate),
         ),
         Value(what="budget in stage.json", recorded=target.metrics.get("budget"), found=allocation["budget"]),
@@ -226,7 +226,10 @@ def read_allocation(target: Target) -> Mapping[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _untimed(certificate: Mapping[str, Any]) -> dict[str, Any]:
+def _untimed(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A certificate without the time that it took; None where there is no record of one."""
+    if certificate is None:
+        return None
     return {key: value for key, value in certificate.items() if key != "seconds"}
 
 

@@ -36,7 +36,7 @@ COUNTED = {
     "decomposed matrix": "compress.pipelines.lq_writer:_decomposed",
     "perplexity": "compress.pipelines.measure:perplexity",
     "recovered module": "compress.adapters.recover:_recover_module",
-    "merged matrix": "compress.adapters.merge:_merged",
+    "merged matrix": "compress.adapters.merge:merged",
 }
 """What is counted, by the function whose end completes one."""
 

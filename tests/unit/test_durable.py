@@ -70,9 +70,15 @@ def test_nothing_is_kept_without_a_folder() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_the_end_of_a_step_and_a_second_one_does_not(number: signal.Signals) -> None:
+def test_a_signal_waits_for_the_end_of_a_step_and_a_second_one_does_not(
+    number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
     said: list[str] = []
     stop = Stop(said.append)
+    # as where a person started the tests: behind an & of a script SIGINT is ignored
+    handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    found = signal.signal(number, handler)
+    request.addfinalizer(lambda: signal.signal(number, found))
     before = signal.getsignal(number)
     done = 0
     with (  # noqa: PT012 (where it stops is what is tested)
