@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from compress.adapters.attach import load_adapter
 from compress.errors import UsageError, choose
+from compress.model.load import load_model
 from compress.pipelines.model_input import open_model, original
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import Stage, Workspace
@@ -21,13 +26,14 @@ TITLES = {
 }
 """Name -> heading, in the order of a chain."""
 
-_VERBS = {
+MADE = {
     "prune": "pruned",
     "align": "aligned",
     "quantize": "quantized",
     "train": "trained",
     "recover": "recovered",
 }
+"""Verb -> name of the model that it makes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +49,15 @@ class ChainModel:
         """Its heading."""
         return TITLES[self.name]
 
+    def open(self, device: str, dtype: torch.dtype) -> Any:
+        """The model in memory, its adapter on top, in evaluation mode."""
+        network: Any = load_model(self.model, dtype=dtype, device=device)
+        return network if self.adapter is None else load_adapter(network, self.adapter).eval()
+
 
 def names_in(workspace: Workspace) -> list[str]:
     """The models a chain has, in the order they were made; the original first."""
-    return ["original", *(_VERBS[stage.verb] for stage in workspace.stages if stage.verb in _VERBS)]
+    return ["original", *(MADE[stage.verb] for stage in workspace.stages if stage.verb in MADE)]
 
 
 def chosen(workspace: Workspace, models: str | None) -> list[str]:
@@ -67,7 +78,7 @@ def chosen(workspace: Workspace, models: str | None) -> list[str]:
         if name not in there:
             raise UsageError(
                 f"The chain in {workspace.root} has no {name} model.",
-                f"Choose among {', '.join(there)}, or make it first: compress {_verb_of(name)}.",
+                f"Choose among {', '.join(there)}, or make it first: compress {verb_of(name)}.",
             )
     return list(dict.fromkeys(names))
 
@@ -97,8 +108,9 @@ def _located(context: Context, name: str) -> ChainModel:
 
 
 def _stage(workspace: Workspace, name: str) -> Stage:
-    return next(stage for stage in workspace.stages if _VERBS.get(stage.verb) == name)
+    return next(stage for stage in workspace.stages if MADE.get(stage.verb) == name)
 
 
-def _verb_of(name: str) -> str:
-    return next(verb for verb, made in _VERBS.items() if made == name)
+def verb_of(name: str) -> str:
+    """The verb that makes a model of this name."""
+    return next(verb for verb, made in MADE.items() if made == name)

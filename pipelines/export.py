@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.errors import CompressError, UsageError
+from compress.errors import UsageError
 from compress.export.card import FILE_NAME as CARD
 from compress.export.card import Subject, card, license_of
 from compress.export.dense import DenseView, write_dense
@@ -17,9 +18,8 @@ from compress.export.push import check_push, push
 from compress.model.checkpoint import Checkpoint
 from compress.model.config import quantization_method
 from compress.model.uneven import is_uneven
-from compress.pipelines.chain_models import TITLES, ChainModel, chosen, located, names_in
-from compress.pipelines.generate import load_network
-from compress.pipelines.integrity import describe_files, hash_file
+from compress.pipelines.chain_models import MADE, TITLES, ChainModel, chosen, located, names_in, verb_of
+from compress.pipelines.integrity import describe_files, files_below, require_unchanged
 from compress.pipelines.model_input import base_name
 from compress.pipelines.reopen import RECORD, TOLERANCE, check_ids, check_reopens, record_logits
 from compress.pipelines.settings import ExportSettings
@@ -40,13 +40,6 @@ MARK = "export.json"
 NOT_SHIPPED = ("stage.json", RECORD, "merged")
 """Of a stage folder: the record, which names folders of this machine, the check, and a form of its own."""
 ADAPTER = "adapter"
-VERBS = {
-    "pruned": "prune",
-    "aligned": "align",
-    "quantized": "quantize",
-    "trained": "train",
-    "recovered": "recover",
-}
 
 
 def export(context: Context, settings: ExportSettings) -> dict[str, Any]:
@@ -71,16 +64,14 @@ def export(context: Context, settings: ExportSettings) -> dict[str, Any]:
     fresh = not _is_there(out, identity)
     if fresh:
         _refuse_occupied(out, force=settings.force)
-        partial = out.with_name(out.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            _write(context, what, settings.format, lineage, partial, identity)
-            shutil.rmtree(out, ignore_errors=True)
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:
+            folder = Path(place) / out.name
+            folder.mkdir()
+            _write(context, what, settings.format, lineage, folder, identity)
+            if out.exists():
+                shutil.rmtree(out)
+            folder.rename(out)
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     done = "" if fresh else ", already there"
     context.reporter.say(f"export: {TITLES[what]}, {size(total)}, in {out}{done}.")
@@ -117,8 +108,8 @@ def _chosen(context: Context, what: str | None) -> str:
 
 def _lineage(stages: Sequence[Stage], what: str) -> list[Stage]:
     """The stages that led to a model, in order."""
-    last = next(place for place, stage in enumerate(stages) if stage.verb == VERBS[what])
-    return [stage for stage in stages[: last + 1] if stage.verb in VERBS.values()]
+    last = next(place for place, stage in enumerate(stages) if stage.verb == verb_of(what))
+    return [stage for stage in stages[: last + 1] if stage.verb in MADE]
 
 
 def _is_there(out: Path, identity: str) -> bool:
@@ -146,6 +137,9 @@ def _write(
     context: Context, what: str, form: str, lineage: Sequence[Stage], folder: Path, identity: str
 ) -> None:
     (model,) = located(context, [what])
+    for stage in lineage:
+        if stage.path in (model.model, model.adapter):
+            require_unchanged(stage.path, stage.record)
     if form == "dense":
         _write_dense(context, model, folder)
     else:
@@ -182,7 +176,7 @@ def _write_dense(context: Context, model: ChainModel, folder: Path) -> None:
     view = DenseView(checkpoint)
     # Every weight is rounded once: what remains is of the order of the dtype's step.
     tolerance = max(TOLERANCE, 16 * torch.finfo(view.dtype()).eps)
-    network = load_network(model, "cpu", torch.float32)
+    network = model.open("cpu", torch.float32)
     record_logits(network, check_ids(view.architecture.vocab, context.common.seed), folder)
     del network
     error = check_reopens(folder, tolerance=tolerance)
@@ -191,7 +185,7 @@ def _write_dense(context: Context, model: ChainModel, folder: Path) -> None:
 
 
 def _copy(what: str, model: ChainModel, lineage: Sequence[Stage], folder: Path) -> None:
-    """The files of the stage, and for an adapter on a small model that model, each compared with its recorded hash."""
+    """The files of the stage, and for an adapter on a small model that model."""
     last = lineage[-1]
     if what == "trained":
         small = next((stage for stage in lineage if stage.path == model.model), None)
@@ -207,23 +201,11 @@ def _copy(what: str, model: ChainModel, lineage: Sequence[Stage], folder: Path) 
 
 
 def _copy_stage(stage: Stage, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, entry in stage.record["files"].items():
-        if name.partition("/")[0] in NOT_SHIPPED:
-            continue
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(stage.path / name, target)
-        except FileNotFoundError as error:
-            raise CompressError(
-                f"{stage.path / name} is gone.", f"Make the stage again: compress {stage.verb} --redo."
-            ) from error
-        if hash_file(target) != entry["sha256"]:
-            raise CompressError(
-                f"{stage.path / name} has changed since the stage was made.",
-                f"Make the stage again: compress {stage.verb} --redo.",
-            )
+    for name, path in files_below(stage.path).items():
+        if name.partition("/")[0] not in NOT_SHIPPED:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _loads(what: str, form: str, folder: Path, *, uneven: bool) -> str:

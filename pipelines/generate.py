@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from compress.adapters.attach import load_adapter
 from compress.data.chat import tokenise
 from compress.errors import CompressError, UsageError
 from compress.evaluate.generation import Generated, generate
-from compress.model.load import load_model, load_tokenizer
+from compress.model.load import load_tokenizer
 from compress.pipelines.chain_models import ChainModel, chosen, located
 from compress.pipelines.measure import positions
 from compress.pipelines.model_input import device_and_dtype
@@ -132,7 +131,7 @@ def write(
 ) -> Generated:
     """Open one model, let it write, and give its memory back."""
     device, dtype = device_and_dtype(context.common)
-    network: Any = load_network(model, device, dtype)
+    network: Any = model.open(device, dtype)
     try:
         return generate(
             network,
@@ -147,12 +146,6 @@ def write(
         gc.collect()
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-
-
-def load_network(model: ChainModel, device: str, dtype: torch.dtype) -> Any:
-    """The model in memory, its adapter on top."""
-    network: Any = load_model(model.model, dtype=dtype, device=device)
-    return network if model.adapter is None else load_adapter(network, model.adapter).eval()
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -174,9 +174,7 @@ def squared_error(
     checkpoint: Checkpoint, module: str, record: MatrixRecord, source: ModelInput, place: Matrix
 ) -> tuple[float, float]:
     """``||W - Q - L1 L2||_F^2`` and ``||W||_F^2`` of one matrix, with what is on disk."""
-    layer = LQLinear(record, device="meta")
-    parts = {part: checkpoint.read(f"{module}.{part}") for part in record.layout()}
-    layer.load_state_dict(parts, assign=True)
+    layer = LQLinear.from_stored(record, lambda part: checkpoint.read(f"{module}.{part}"))
     weight_OI, factors = read_matrix(source, place).float(), layer.factors()
     rest_OI = (
         weight_OI - layer.quantized().dequantize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -69,9 +70,7 @@ class DenseView:
         if name not in self._quantized:
             return self._checkpoint.read(name)
         module, record = self._quantized[name]
-        layer = LQLinear(record, device="meta")
-        parts = {part: self._checkpoint.read(f"{module}.{part}") for part in record.layout()}
-        layer.load_state_dict(parts, assign=True)
+        layer = LQLinear.from_stored(record, lambda part: self._checkpoint.read(f"{module}.{part}"))
         return layer.dequantized_weight()
 
     def dtype(self) -> torch.dtype:
@@ -103,12 +102,8 @@ def write_dense(
     """
     view = DenseView(checkpoint)
     masks = load_masks(checkpoint.path)
-    file = None if adapter is None else AdapterFile(adapter)
-    try:
+    with nullcontext() if adapter is None else AdapterFile(adapter) as file:
         _write(view, file, masks, out, progress)
-    finally:
-        if file is not None:
-            file.__exit__(None, None, None)
     copy_side_files(checkpoint.path, out)
     return out
 

@@ -78,6 +78,13 @@ class LQLinear(nn.Linear):
         layer.load_state_dict({name[1:]: tensor for name, tensor in tensors.items()}, assign=True)
         return layer
 
+    @classmethod
+    def from_stored(cls, record: MatrixRecord, read: Callable[[str], torch.Tensor]) -> LQLinear:
+        """A layer without a bias whose tensors ``read`` gives by their names in the module."""
+        layer = cls(record, device="meta")
+        layer.load_state_dict({part: read(part) for part in record.layout()}, assign=True)
+        return layer
+
     def _stored(self, name: str, shape: tuple[int, int], config: QuantConfig) -> QuantizedTensor:
         if name == "weight":
             codes, scale_codes = self._plain()

@@ -250,6 +250,14 @@ def test_again_does_nothing_and_a_change_is_noticed(chain: Path, here: Path) -> 
     assert files(here) == before
 
 
+def test_a_folder_beside_it_stays(chain: Path, here: Path) -> None:
+    beside = here.with_name("out.partial")
+    beside.mkdir()
+    (beside / "draft.txt").write_text("mine", encoding="utf-8")
+    exported(chain, "pruned", "--out", here)
+    assert files(beside) == {"draft.txt": b"mine"}
+
+
 def test_a_folder_of_something_else_is_never_replaced(chain: Path, here: Path) -> None:
     here.mkdir()
     (here / "thesis.txt").write_text("years of work", encoding="utf-8")
@@ -286,17 +294,18 @@ def test_no_chain(tmp_path: Path, chain: Path) -> None:
     assert f"--run {chain}" in near.complaint[1]
 
 
-def test_a_damaged_stage_is_not_given_away(tmp_path: Path, text_file: Path) -> None:
+@pytest.mark.parametrize("form", ["native", "dense"])
+def test_a_damaged_stage_is_not_given_away(form: str, tmp_path: Path, text_file: Path) -> None:
     common = common_of("llama_gqa", tmp_path, text_file)
     stage = Path(run("prune", common, **CUT)["path"])
     tensors = load_file(stage / "model.safetensors")
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1
     save_file(tensors, stage / "model.safetensors", metadata={"format": "pt"})
-    ran = cli("export", "--run", common.run, "--out", tmp_path / "out")
+    ran = cli("export", "--run", common.run, "--out", tmp_path / "out", "--format", form)
     assert ran.code == 1
-    assert "has changed since the stage was made" in ran.complaint[0]
-    assert not list(tmp_path.glob("out*"))
+    assert "model.safetensors has changed since" in ran.complaint[0]
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_an_interruption_leaves_nothing_behind(
@@ -308,7 +317,7 @@ def test_an_interruption_leaves_nothing_behind(
     monkeypatch.setattr("compress.pipelines.export.card", stop)
     ran = cli("export", "pruned", "--out", here, "--run", chain)
     assert ran.code == 130
-    assert not list(here.parent.glob("out*"))
+    assert not list(here.parent.glob("*out*"))
     before = files(chain)
     monkeypatch.undo()
     assert exported(chain, "pruned", "--out", here)["fresh"]

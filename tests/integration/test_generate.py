@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress  # noqa: F401  (teaches transformers the format)
 from compress.pipelines import generate as pipeline
+from compress.pipelines.chain_models import ChainModel
 from compress.pipelines.side_by_side import printable
 from tests.commands import cli
 from tests.fresh import ForkServer
@@ -152,7 +153,7 @@ def test_without_a_chain_it_is_the_original_and_no_folder_comes_to_be(tmp_path: 
 def test_one_model_is_in_memory_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    plain = pipeline.load_network
+    plain = ChainModel.open
 
     def load(*arguments: Any) -> Any:
         gc.collect()
@@ -161,7 +162,7 @@ def test_one_model_is_in_memory_at_a_time(run: Path, monkeypatch: pytest.MonkeyP
         opened.append(weakref.ref(network))
         return network
 
-    monkeypatch.setattr(pipeline, "load_network", load)
+    monkeypatch.setattr(ChainModel, "open", load)
     asked(run, "--models", "all")
     assert alive == [0, 0, 0, 0]
 
