@@ -21,8 +21,9 @@ from typing import Any
 from compress.benchmarks.regression import SUITES, Steps
 from compress.benchmarks.stages import Runner, in_fresh_process, run_stages, stage_records
 from compress.errors import CompressError
-from compress.evaluate.machine import Speed, measure_speed, this_machine
 from compress.evaluate.memory import file_bytes
+from compress.evaluate.speed import Speed, measure_speed
+from compress.machine import capacity
 from compress.model.checkpoint import checkpoint_architecture
 from compress.model.load import EMBEDDED
 from compress.model.planned import headers_of
@@ -67,7 +68,7 @@ def check(
         speed: Measured rates; None: no times.
     """
     device, _ = device_and_dtype(common)
-    machine = this_machine(common.run, device)
+    machine = capacity(common.run, device)
     limits = Limits(device=machine.device_total, host=machine.host_total, disk=machine.disk_free)
     full = chain.models[0]
     files = {model.name: model.file_bytes for model in chain.models}

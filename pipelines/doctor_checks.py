@@ -17,10 +17,10 @@ from compress.kernels.gpu import standing
 from compress.kernels.library import LEVELS, TRITON, VARIABLE, status
 from compress.kernels.triton.choice import describe
 from compress.kernels.triton.launch import installed
+from compress.machine import CudaDevice, Machine, free_disk, this_machine
 from compress.model.load import EMBEDDED, EMBEDDED_HUB, cache_folder, embedded_gguf, preferred_dtype
 from compress.pipelines.dispatch import default_effort
 from compress.pipelines.doctor import Finding
-from compress.pipelines.machine import CudaDevice, Machine, free_disk, this_machine
 from compress.pipelines.reporter import human_bytes
 
 LITTLE_DISK = 2 * 10**9

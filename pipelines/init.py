@@ -13,11 +13,11 @@ import torch
 
 from compress.data.sources import default_source
 from compress.errors import UsageError
+from compress.machine import Machine, this_machine
 from compress.model.architecture import Architecture, architecture_of
 from compress.model.config import build_config, meta_shapes, quantization_method
 from compress.model.load import EMBEDDED, resolve_config
 from compress.model.uneven import is_uneven, plain_config
-from compress.pipelines.machine import Machine, this_machine
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.recipe import SHARED_KEYS
 from compress.pipelines.recipe_text import Draft, Meanings, recipe_text

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.evaluate.machine import Speed
+from compress.evaluate.speed import Speed
 from compress.evaluate.training_memory import adapter_parameters
 from compress.importance import CRITERIA
 from compress.importance.moments import OUTPUTS, SKETCH_ROWS

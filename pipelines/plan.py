@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from compress.errors import UsageError
-from compress.evaluate.machine import Speed, measure_speed, this_machine
+from compress.evaluate.speed import Speed, measure_speed
 from compress.evaluate.training_memory import adapter_parameters
+from compress.machine import capacity
 from compress.model.checkpoint import checkpoint_architecture, require_dense
 from compress.model.config import build_config
 from compress.model.load import EMBEDDED
@@ -108,7 +109,7 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
         architecture=checkpoint_architecture(checkpoint),
     )
     chain = planned_chain(model, settings, effort, dtype)
-    machine = this_machine(common.run, device)
+    machine = capacity(common.run, device)
     if planned_for is not None:
         machine = replace(machine, device_total=planned_for, device_free=planned_for)
     speed: Speed | None = None

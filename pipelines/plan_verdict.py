@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.evaluate.machine import Speed
+from compress.evaluate.speed import Speed
 from compress.pipelines.footprint import Footprint, Phase
 from compress.pipelines.operations import Work
 

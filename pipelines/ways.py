@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.evaluate.machine import this_machine
+from compress.machine import capacity
 from compress.model.config import build_config
 from compress.model.planned import PlannedCheckpoint
 from compress.model.states import Room
@@ -104,7 +104,7 @@ def choose_way(
         CompressError: The stage needs more than the limit; names the phase, what it holds and what needs less.
     """
     limit = limit_of(context.common)
-    machine = this_machine(context.workspace.root, device)
+    machine = capacity(context.workspace.root, device)
     ground = ground_of(model, context.common.effort or "quick", dtype)
     room = Room(bytes=ROOM, folder=context.workspace.root)
     found = best_fit(

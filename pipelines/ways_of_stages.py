@@ -10,7 +10,7 @@ import torch
 
 from compress.adapters.adapter_file import AdapterFile
 from compress.errors import CompressError
-from compress.evaluate.machine import this_machine
+from compress.machine import capacity
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.footprint import (
@@ -134,7 +134,7 @@ def refuse_evaluation(
     if limit is None:
         return
     ground = Ground(itemsize=dtype.itemsize, length=settings.sequence, windows=settings.windows)
-    machine = this_machine(common.run, device)
+    machine = capacity(common.run, device)
     count = eval_count(entries, settings)
     found = best_fit(count, ground, "eval", limit=limit, device_free=machine.device_free, streams=False)
     refuse(common, "eval", found)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from compress.errors import UsageError
 from compress.evaluate.latency import throughput
+from compress.machine import host_memory
 from compress.progress import Progress
 
 GAIN = 0.10
 """A doubled batch that decodes less than so much faster is saturation."""
-
-_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +124,6 @@ def sequence_bytes(model: Any, ids: torch.Tensor, decode_tokens: int) -> int:
 
 
 def _has_room(device: torch.device, size: int) -> bool:
-    """Whether half of the memory that is free holds ``size`` bytes; yes where the system does not say."""
-    if device.type == "cuda":
-        return size <= torch.cuda.mem_get_info(device)[0] / 2
-    if not _MEMINFO.is_file():
-        return True
-    for line in _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("MemAvailable:"):
-            return size <= int(line.split()[1]) * 1024 / 2
-    return True
+    """Whether half of the memory that is free holds ``size`` bytes."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()[1]
+    return size <= free / 2

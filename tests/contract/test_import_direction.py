@@ -15,7 +15,7 @@ from tests.sources import modules, place, tree
 STAGES = (
     ("errors", "registry", "progress", "durable", "stopping"),
     ("model",),
-    ("kept",),
+    ("kept", "machine"),
     ("data",),
     ("structure",),
     ("importance",),

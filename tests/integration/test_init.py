@@ -127,7 +127,7 @@ def test_the_head_knows_the_model(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_checkpoint("llama_gqa", tmp_path / "model")
-    monkeypatch.setattr("compress.pipelines.machine.container_limit", lambda: 100_000)
+    monkeypatch.setattr("compress.machine.container_limit", lambda: 100_000)
     ran = cli("init", model, "--out", tmp_path / "recipe.yaml", "--json")
     assert ran.code == 0
     found = json.loads(ran.out)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from compress.machine import CudaDevice, container_limit, this_machine
 from compress.pipelines import doctor_checks
 from compress.pipelines.doctor import Finding, imports, libraries, python
-from compress.pipelines.machine import CudaDevice, container_limit, this_machine
 from tests.commands import cli
 
 

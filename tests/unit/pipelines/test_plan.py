@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from compress.__main__ import app
 from compress.errors import CompressError, UsageError
-from compress.evaluate.machine import Speed, measure_speed, this_machine
+from compress.evaluate.speed import Speed, measure_speed
 from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS
+from compress.machine import capacity
 from compress.model.checkpoint import Checkpoint, CheckpointWriter, checkpoint_architecture
 from compress.model.planned import PlannedCheckpoint, headers_of
 from compress.model.tensor_file import TensorEntry
@@ -387,11 +388,10 @@ def test_a_verdict_names_the_limit_and_what_to_change() -> None:
 
 
 def test_the_machine_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
-    machine = this_machine(tmp_path / "not" / "there", "cpu")
+    machine = capacity(tmp_path / "not" / "there", "cpu")
     assert machine.disk_free > 0
     assert machine.device_total is None
-    if machine.host_total is not None and machine.host_free is not None:
-        assert 0 < machine.host_free <= machine.host_total
+    assert 0 < machine.host_free <= machine.host_total
     speed = measure_speed(tmp_path / "not-there", "cpu", torch.float32, budget=0.01)
     assert min(speed.products, speed.singles, speed.doubles, speed.write, speed.read) > 0
     assert list(tmp_path.iterdir()) == []

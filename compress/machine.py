@@ -1,4 +1,4 @@
-"""What this machine has: processor, threads, memory, disk, CUDA devices and the types they compute in."""
+"""What this machine has: processor, threads, memory, disk, GPUs and the types they compute in."""
 
 from __future__ import annotations
 
@@ -61,20 +61,60 @@ class Machine:
     cuda: tuple[CudaDevice, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Bytes there are.
+
+    Attributes:
+        host_total: Of memory this process may use at most: physical memory, or a container's limit below it.
+        host_free: Of it, what is free or can be freed now.
+        device_total: Of the accelerator; None: the host computes.
+        device_free: Of it, what nobody holds; None: the host computes.
+        disk_free: Where the workspace is or would be.
+    """
+
+    host_total: int
+    host_free: int
+    device_total: int | None
+    device_free: int | None
+    disk_free: int
+
+
 def this_machine() -> Machine:
     """Look at the machine; nothing is written and no model is loaded."""
-    memory = psutil.virtual_memory()
-    total = min(memory.total, container_limit() or memory.total)
+    memory, available = host_memory()
     return Machine(
         processor=processor_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         vectors=torch.backends.cpu.get_cpu_capability(),
-        memory=total,
-        available=min(memory.available, total),
+        memory=memory,
+        available=available,
         cpu_dtype=str(preferred_dtype("cpu")).removeprefix("torch."),
         cuda=tuple(cuda_device(index) for index in range(torch.cuda.device_count())),
     )
+
+
+def capacity(place: Path, device: str) -> Capacity:
+    """What there is now for a stage that writes to ``place`` and computes on "cpu", "cuda" or "cuda:N"."""
+    total, free = host_memory()
+    device_total = device_free = None
+    if device != "cpu":
+        device_free, device_total = torch.cuda.mem_get_info(torch.device(device))
+    return Capacity(
+        host_total=total,
+        host_free=free,
+        device_total=device_total,
+        device_free=device_free,
+        disk_free=free_disk(place),
+    )
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of memory that this process may use, and of them those that are free or can be freed now."""
+    memory = psutil.virtual_memory()
+    total = min(memory.total, container_limit() or memory.total)
+    return total, min(memory.available, total)
 
 
 def cuda_device(index: int) -> CudaDevice:
@@ -115,7 +155,12 @@ def container_limit() -> int | None:
 
 def free_disk(path: Path) -> int:
     """Bytes free where ``path`` is or would be made."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def existing(path: Path) -> Path:
+    """``path``, or its nearest parent that exists."""
     path = path.expanduser().absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path

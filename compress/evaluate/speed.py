@@ -1,9 +1,8 @@
-"""What this machine has and how fast it is: memory, disk, and three products and two transfers, timed briefly."""
+"""How fast this machine is: three products and two transfers, timed briefly."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,31 +11,12 @@ from pathlib import Path
 
 import torch
 
-_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_MEMINFO = Path("/proc/meminfo")
+from compress.machine import existing
+
 _SIDE = 1024
 """Rows and columns of the products that are timed."""
 _FILE = 32 << 20
 """Bytes written and read at a time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Bytes there are.
-
-    Attributes:
-        host_total: Of memory: the smaller of what is built in and what the control group allows; None: not known.
-        host_free: Of it, what a new process can have without swapping; None: not known.
-        device_total: Of the accelerator; None: the host computes.
-        device_free: Of it, what nobody holds; None: the host computes, or not known.
-        disk_free: Where the workspace would be.
-    """
-
-    host_total: int | None
-    host_free: int | None
-    device_total: int | None
-    device_free: int | None
-    disk_free: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,29 +40,6 @@ class Speed:
     seconds: float
 
 
-def this_machine(place: Path, device: str) -> Machine:
-    """What there is now.
-
-    Args:
-        place: Where files would be written; its nearest existing parent counts.
-        device: "cpu", "cuda" or "cuda:N".
-    """
-    here = place.absolute()
-    while not here.exists():
-        here = here.parent
-    total, free = _host_memory()
-    device_total = device_free = None
-    if device != "cpu":
-        device_free, device_total = torch.cuda.mem_get_info(torch.device(device))
-    return Machine(
-        host_total=total,
-        host_free=free,
-        device_total=device_total,
-        device_free=device_free,
-        disk_free=shutil.disk_usage(here).free,
-    )
-
-
 def measure_speed(place: Path, device: str, dtype: torch.dtype, *, budget: float = 1.0) -> Speed:
     """Time three products and two transfers, about ``budget`` seconds together.
 
@@ -102,10 +59,7 @@ def measure_speed(place: Path, device: str, dtype: torch.dtype, *, budget: float
         operations / _fastest(_product(where, kind), share)
         for where, kind in ((device, dtype), ("cpu", torch.float32), (device, torch.float64))
     ]
-    here = place.absolute()
-    while not here.is_dir():
-        here = here.parent
-    with tempfile.TemporaryDirectory(dir=here, prefix=".compress-plan-") as folder:
+    with tempfile.TemporaryDirectory(dir=existing(place), prefix=".compress-plan-") as folder:
         file, content = Path(folder) / "speed", os.urandom(1 << 20)
         write = _FILE / _fastest(lambda: _write(file, content), share)
         read = _FILE / _fastest(lambda: _read(file), share)
@@ -117,21 +71,6 @@ def measure_speed(place: Path, device: str, dtype: torch.dtype, *, budget: float
         read=read,
         seconds=time.perf_counter() - begun,
     )
-
-
-def _host_memory() -> tuple[int | None, int | None]:
-    total = free = None
-    if _MEMINFO.is_file():
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
-        total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in _CGROUP:
-        limit = file.read_text(encoding="ascii").strip() if file.is_file() else "max"
-        if limit.isdigit() and total is not None:
-            total = min(total, int(limit))
-            free = None if free is None else min(free, total)
-    return total, free
 
 
 def _product(device: str, dtype: torch.dtype) -> Callable[[], None]:
