@@ -14,8 +14,6 @@ from compress.importance import CRITERIA
 from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.model.checkpoint import SIDE_FILES
 from compress.pipelines.footprint import (
-    SHARD_BYTES,
-    Ground,
     align_footprint,
     prune_footprint,
     quantize_footprint,
@@ -23,6 +21,7 @@ from compress.pipelines.footprint import (
 )
 from compress.pipelines.measure import LENGTH, WINDOWS, positions
 from compress.pipelines.model_input import ModelInput
+from compress.pipelines.phase import SHARD_BYTES, Ground
 from compress.pipelines.plan_models import PlannedModel, pruned, quantized
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.reporter import human_bytes

@@ -17,9 +17,6 @@ from compress.pipelines.settings import (
     AlignSettings,
     Common,
     EvalSettings,
-    ExportSettings,
-    GenerateSettings,
-    InitSettings,
     PlanSettings,
     PruneSettings,
     QuantizeSettings,
@@ -28,6 +25,7 @@ from compress.pipelines.settings import (
     resolve,
 )
 from compress.pipelines.stage import Context, Outcome
+from compress.pipelines.tool_settings import ExportSettings, GenerateSettings, InitSettings
 from compress.pipelines.workspace import Workspace
 from compress.stopping import Stop
 

@@ -22,9 +22,9 @@ from compress.pipelines.chain_models import MADE, TITLES, ChainModel, chosen, lo
 from compress.pipelines.integrity import describe_files, files_below, require_unchanged
 from compress.pipelines.model_input import base_name
 from compress.pipelines.reopen import RECORD, TOLERANCE, check_ids, check_reopens, record_logits
-from compress.pipelines.settings import ExportSettings
 from compress.pipelines.small_files import public_name
 from compress.pipelines.stage import Context, versions
+from compress.pipelines.tool_settings import ExportSettings
 from compress.pipelines.workspace import (
     FORMAT_VERSION,
     Stage,

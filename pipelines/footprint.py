@@ -8,16 +8,13 @@ sum of a phase's terms. ``packed`` stands for the bytes of codes, scales and fac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 
-from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.evaluate.training_memory import (
     HEAD_CHUNK,
     activation_bytes,
     adapter_parameters,
-    frozen_activation_bytes,
     training_memory,
 )
 from compress.importance import CRITERIA
@@ -27,118 +24,25 @@ from compress.model.architecture import Architecture
 from compress.pipelines.allocate import SHARED_INPUT
 from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
 from compress.pipelines.hessian_walk import BATCH, GRADIENT_BATCH, TABLE_TOKENS
+from compress.pipelines.phase import (
+    SHARD_BYTES,
+    Footprint,
+    Ground,
+    Phase,
+    gradients,
+    held,
+    hidden_states,
+    loading,
+    loss_bytes,
+    one_layer,
+    reopening,
+    scoring,
+    spilled,
+)
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.settings import AlignSettings, PruneSettings, QuantizeSettings, TrainSettings
 from compress.pipelines.training import parse_adapter_targets
 from compress.quantize.fisher_collect import layer_rounds
-
-ROOM = 256 << 20
-"""Bytes of hidden states that stay in memory where models are streamed."""
-SHARD_BYTES = 2 << 30
-"""A file being written lies twice on disk until it is closed, at most this much of it."""
-Terms = Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """A part of a stage.
-
-    Attributes:
-        name: What is done.
-        device: Bytes by term, where the model computes.
-        host: Bytes by term, in the host's memory whatever computes.
-        staging: Bytes in the host's memory of a model on its way to a device of its own.
-        pages: Bytes of mapped files: resident, and given back when memory is short.
-        beside: Bytes that a second process holds meanwhile, its libraries not counted.
-    """
-
-    name: str
-    device: Terms = field(default_factory=dict)
-    host: Terms = field(default_factory=dict)
-    staging: float = 0.0
-    pages: float = 0.0
-    beside: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Footprint:
-    """A stage's phases, and what it needs on disk: at its peak, and for what it leaves."""
-
-    verb: str
-    phases: tuple[Phase, ...]
-    disk_peak: float
-    disk_kept: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
-    """What all stages compute with.
-
-    Attributes:
-        itemsize: e.
-        length: Tokens of a calibration or validation window.
-        windows: Validation windows.
-        streamed: Models that are run, not trained, are read layer by layer (`PlannedModel.streamed`).
-        ahead: Streamed, the next layer is read meanwhile.
-    """
-
-    itemsize: int
-    length: int
-    windows: int
-    streamed: bool = False
-    ahead: bool = True
-
-
-def held(model: PlannedModel, ground: Ground, itemsize: int | None = None) -> dict[str, float]:
-    """Weights of a model that runs: ``packed + e (P - packed weights)``, or what a streamed one has of them."""
-    size = ground.itemsize if itemsize is None else itemsize
-    if ground.streamed:
-        return model.streamed(size, ahead=ground.ahead)
-    return {"weights": model.loaded(size)}
-
-
-def loading(model: PlannedModel, ground: Ground, itemsize: int | None = None, *, name: str = "load") -> Phase:
-    """Weights as they come to be: ``packed + e (P - packed weights)``, and beside them the mapped file.
-
-    The file's pages count until it is closed: s P where numbers change their width on the way, else nothing, since
-    then they are the weights. What is streamed is never mapped.
-    """
-    itemsize = ground.itemsize if itemsize is None else itemsize
-    if ground.streamed:
-        terms = held(model, ground, itemsize)
-        return Phase(name=name, device=terms, staging=sum(terms.values()))
-    weights = model.loaded(itemsize)
-    stored = model.weight_bytes
-    pages = 0.0 if abs(stored - weights) < 0.01 * stored else stored
-    return Phase(name=name, device={"weights": weights}, staging=weights, pages=pages)
-
-
-def scoring(model: PlannedModel, ground: Ground, *, length: int, windows: int, adapter: int = 0) -> Phase:
-    """A perplexity: weights, ``T V e`` logits of at most 4 windows with two float32 chunks, one layer.
-
-    A layer takes ``T (3 C + 4 H) e``, an adapter 4 bytes a parameter, the largest quantized matrix while it is
-    unpacked ``4 max(out in)``.
-    """
-    arch, tokens = model.arch, min(BATCH, windows) * length
-    logits = ground.itemsize * tokens * arch.vocab + 8 * min(CHUNK_ELEMENTS, length * arch.vocab)
-    return Phase(
-        name="perplexity",
-        device={
-            **held(model, ground),
-            "adapters": 4.0 * adapter,
-            "logits": logits,
-            "one layer": _one_layer(arch, tokens, ground.itemsize) + _unpacked(model),
-        },
-    )
-
-
-def reopening(model: PlannedModel, ground: Ground, adapter: int = 0) -> tuple[Phase, ...]:
-    """The check of what was written: float32 here, ``packed + 4 (P - packed weights)``, then in a fresh process."""
-    weights = sum(held(model, ground, 4).values())
-    return (
-        loading(model, ground, 4, name="record logits"),
-        Phase(name="reopen", beside=weights + 4 * adapter),
-    )
 
 
 def prune_footprint(
@@ -162,7 +66,7 @@ def prune_footprint(
     arch, e = full.arch, ground.itemsize
     count = max(1, settings.calibration_tokens // ground.length)
     tokens = min(BATCH, count) * ground.length
-    hidden = _hidden(arch, count, ground)
+    hidden = hidden_states(arch, count, ground)
     needs = CRITERIA.get(settings.criterion).needs
     trains = needs == "adapters" or settings.repair == "lora"
     whole = replace(ground, streamed=False)
@@ -176,9 +80,9 @@ def prune_footprint(
             activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)
         )
         terms = {"gradients": float(e * full.linears), "activations": float(kept), **held(full, whole)}
-        phases.append(Phase(name="score", device=terms | {"loss": _loss(arch, tokens)}))
+        phases.append(Phase(name="score", device=terms | {"loss": loss_bytes(arch, tokens)}))
     else:
-        terms = {**held(full, ground), "one layer": _one_layer(arch, tokens, e)}
+        terms = {**held(full, ground), "one layer": one_layer(arch, tokens, e)}
         phases.append(Phase(name="score", device=terms))
     stored = moments = written = 0.0
     if settings.repair == "refit" and not trains:
@@ -206,7 +110,7 @@ def prune_footprint(
     phases.append(scoring(full, ground, length=ground.length, windows=ground.windows))
     phases += reopening(small, ground)
     size, shard = small.file_bytes, min(SHARD_BYTES, small.file_bytes)
-    cut = moments + written + _spilled(arch, count, ground) + size + shard
+    cut = moments + written + spilled(arch, count, ground) + size + shard
     trained = stored + (2 * size + shard if settings.repair_steps else 2 * size)
     return Footprint(
         verb="prune",
@@ -231,7 +135,7 @@ def align_footprint(
     if settings.loss != "text":
         held["teacher"] = full.loaded(e)
     kept = sum(activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers))
-    backward = {**held, "activations": float(tokens * kept), "loss": _loss(arch, tokens)}
+    backward = {**held, "activations": float(tokens * kept), "loss": loss_bytes(arch, tokens)}
     if e < 4:
         backward["rounded weights"] = float(e * small.linears)
     phases = (
@@ -282,16 +186,16 @@ def quantize_footprint(
             loading(model, ground),
             Phase(
                 name="sensitivities",
-                device={**weights, **_gradients(arch, GRADIENT_BATCH * ground.length, ground)},
+                device={**weights, **gradients(arch, GRADIENT_BATCH * ground.length, ground)},
             ),
             Phase(
                 name="error tables",
-                device={**weights, "hidden states": _hidden(arch, short, ground), **statistics},
+                device={**weights, "hidden states": hidden_states(arch, short, ground), **statistics},
                 host=one,
             ),
             Phase(
                 name="round",
-                device={**weights, "hidden states": _hidden(arch, count, ground), **statistics},
+                device={**weights, "hidden states": hidden_states(arch, count, ground), **statistics},
                 host={
                     "one matrix": 12.0 * max(squares) + 32.0 * largest,
                     "one layer unpacked": 4.0 * model.linears / arch.layers,
@@ -305,7 +209,7 @@ def quantize_footprint(
             for part in layer_rounds(arch, FISHER_LIMIT)
         ]
         whole = replace(ground, streamed=False)
-        terms = {**held(model, whole), **_gradients(arch, ground.length, whole)}
+        terms = {**held(model, whole), **gradients(arch, ground.length, whole)}
         phases += [
             loading(model, whole),
             Phase(name="Fisher information", device={**terms, "Fisher information": float(max(rounds))}),
@@ -320,7 +224,7 @@ def quantize_footprint(
     phases += reopening(small, ground)
     size = small.file_bytes
     if settings.objective == "hessian":
-        beside = _spilled(arch, max(1, settings.calibration_tokens // ground.length), ground)
+        beside = spilled(arch, max(1, settings.calibration_tokens // ground.length), ground)
     peak = small.packed_bytes + size + min(SHARD_BYTES, size) + beside
     return Footprint(verb="quantize", phases=tuple(phases), disk_peak=peak, disk_kept=size)
 
@@ -418,38 +322,17 @@ def _curvature(full: PlannedModel, ground: Ground, tokens: int, hidden: float) -
     inverse = 40.0 * widest**2 + 24.0 * rows * widest
     passed = max(1, tokens // ground.length // 2) * ground.length
     return [
-        Phase(name="output gradients", device={**sums, **_gradients(arch, passed, ground)}),
+        Phase(name="output gradients", device={**sums, **gradients(arch, passed, ground)}),
         Phase(
             name="score",
             device={
                 **sums,
                 "hidden states": hidden,
                 "input moments": moments + inverse,
-                "one layer": _one_layer(arch, tokens, e),
+                "one layer": one_layer(arch, tokens, e),
             },
         ),
     ]
-
-
-def _gradients(arch: Architecture, tokens: int, ground: Ground) -> dict[str, float]:
-    layers = [frozen_activation_bytes(arch.at(i), itemsize=ground.itemsize) for i in range(arch.layers)]
-    kept = sum(layers)
-    if ground.streamed:
-        kept = max(layers) + arch.layers * ground.itemsize * arch.hidden
-    return {"activations": float(tokens * kept), "loss": _loss(arch, tokens)}
-
-
-def _hidden(arch: Architecture, windows: int, ground: Ground) -> float:
-    """In memory; of a batch there are two, before and behind a layer."""
-    every = float(ground.itemsize * windows * ground.length * arch.hidden)
-    batch = float(ground.itemsize * min(BATCH, windows) * ground.length * arch.hidden)
-    return batch + (min(every, ROOM) if ground.streamed else every)
-
-
-def _spilled(arch: Architecture, windows: int, ground: Ground) -> float:
-    """On disk."""
-    every = float(ground.itemsize * windows * ground.length * arch.hidden)
-    return max(0.0, every - ROOM) if ground.streamed else 0.0
 
 
 def _widest_output(arch: Architecture) -> int:
@@ -460,21 +343,6 @@ def _widest_output(arch: Architecture) -> int:
         for spec in arch.linears_at(i)
         if spec.role in OUTPUTS
     )
-
-
-def _loss(arch: Architecture, tokens: int) -> float:
-    return 12.0 * min(HEAD_CHUNK, tokens) * arch.vocab
-
-
-def _one_layer(arch: Architecture, tokens: int, itemsize: int) -> float:
-    widest = max(arch.at(i).channels for i in range(arch.layers))
-    return float(itemsize * tokens * (3 * widest + 4 * arch.hidden))
-
-
-def _unpacked(model: PlannedModel) -> float:
-    arch = model.arch
-    sizes = [prod(arch.at(i).linear_shape(s)) for i in range(arch.layers) for s in arch.linears_at(i)]
-    return 0.0 if model.packed is None else 4.0 * max(sizes)
 
 
 def _moments(arch: Architecture) -> float:

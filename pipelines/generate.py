@@ -18,9 +18,10 @@ from compress.model.load import load_tokenizer
 from compress.pipelines.chain_models import ChainModel, chosen, located
 from compress.pipelines.measure import positions
 from compress.pipelines.model_input import device_and_dtype
-from compress.pipelines.settings import DEFAULT_RUN, GenerateSettings
+from compress.pipelines.settings import DEFAULT_RUN
 from compress.pipelines.side_by_side import Column, SideBySide
 from compress.pipelines.stage import Context
+from compress.pipelines.tool_settings import GenerateSettings
 from compress.pipelines.workspace import workspace_nearby
 
 STDIN = "-"

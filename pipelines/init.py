@@ -22,7 +22,8 @@ from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.recipe import SHARED_KEYS
 from compress.pipelines.recipe_text import Draft, Meanings, recipe_text
 from compress.pipelines.reporter import Reporter, human_bytes, human_count
-from compress.pipelines.settings import VERBS, Common, InitSettings, resolve
+from compress.pipelines.settings import VERBS, Common, resolve
+from compress.pipelines.tool_settings import InitSettings
 
 STDOUT = "-"
 CHAIN = ("prune", "quantize", "train", "recover", "eval", "report")

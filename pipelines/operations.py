@@ -15,8 +15,8 @@ from compress.importance import CRITERIA
 from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.importance.obs import ObsConfig
 from compress.model.architecture import Architecture
-from compress.pipelines.footprint import Ground
 from compress.pipelines.hessian_walk import GRADIENT_SHARE, GRADIENT_TOKENS, TABLE_TOKENS
+from compress.pipelines.phase import Ground
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.prune_trial import TRIAL_SHARE, TRIAL_TOKENS
 from compress.pipelines.settings import (

@@ -19,8 +19,6 @@ from compress.model.load import EMBEDDED
 from compress.model.planned import headers_of
 from compress.model.uneven import plain_config
 from compress.pipelines.footprint import (
-    Footprint,
-    Ground,
     align_footprint,
     eval_footprint,
     prune_footprint,
@@ -39,6 +37,7 @@ from compress.pipelines.operations import (
     recover_work,
     train_work,
 )
+from compress.pipelines.phase import Footprint, Ground
 from compress.pipelines.plan_loram import loram_rows
 from compress.pipelines.plan_models import PlannedModel, pruned, quantized
 from compress.pipelines.plan_tables import show

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.evaluate.speed import Speed
-from compress.pipelines.footprint import Footprint, Phase
 from compress.pipelines.operations import Work
+from compress.pipelines.phase import Footprint, Phase
 
 PROCESS = 0.63e9
 """Resident bytes of a process with all libraries, a tokenizer and WikiText-2: 583 MB, 633 MB at its peak, measured."""

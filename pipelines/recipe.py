@@ -11,7 +11,8 @@ import yaml
 
 from compress.errors import UsageError, nearest, shown
 from compress.pipelines.report import report
-from compress.pipelines.settings import EFFORTS, VERBS, Common, as_type, check_name, resolve
+from compress.pipelines.setting_values import EFFORTS, as_type, check_name
+from compress.pipelines.settings import VERBS, Common, resolve
 from compress.pipelines.stage import Context, settings_dict, show_plan
 
 FOLDER = Path(__file__).parent / "recipes"

@@ -56,7 +56,7 @@ def _step(verb: str, chosen: Mapping[str, Any], effort: str, meanings: Mapping[s
     if verb not in VERBS:  # report takes no settings
         yield f"  - {verb}"
         return
-    settings = resolve(VERBS[verb], chosen, effort)
+    settings: Any = resolve(VERBS[verb], chosen, effort)
     yield f"  - {verb}:"
     own = VERBS[verb].__annotations__  # before what a verb shares with others
     for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):

@@ -7,13 +7,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
 
-from compress.errors import UsageError, choose, nearest, shown
+from compress.errors import UsageError
+from compress.pipelines.setting_values import (
+    as_type,
+    check_effort,
+    check_least,
+    check_name,
+    check_positive,
+)
 
 DEFAULT_RUN = Path("compress-run")
-EFFORTS = ("quick", "standard", "paper")
+
+
+class _Settings(Protocol):
+    """The settings of a verb.
+
+    Attributes:
+        EFFORT: What an effort gives other than the defaults.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    EFFORT: ClassVar[dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +51,7 @@ class Common:
     def __post_init__(self) -> None:
         if self.effort is not None:
             check_effort(self.effort)
-        _check_least(self, seed=0, threads=1)
+        check_least(self, seed=0, threads=1)
         if self.seed >= 2**63:
             raise UsageError(f"--seed {self.seed} is too large.", "Give less than 2^63.")
 
@@ -51,8 +67,8 @@ class LoopSettings:
     lr: float
 
     def __post_init__(self) -> None:
-        _check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2)
-        _check_positive(self, "lr")
+        check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2)
+        check_positive(self, "lr")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +81,7 @@ class TrainingSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         LoopSettings.__post_init__(self)
-        _check_least(self, rank=1, alpha=1)
+        check_least(self, rank=1, alpha=1)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout} is not in [0, 1).", "Give a fraction such as 0.05.")
 
@@ -107,7 +123,7 @@ class PruneSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         TrainingSettings.__post_init__(self)
-        _check_least(
+        check_least(
             self,
             trials=1,
             multiple=1,
@@ -118,7 +134,7 @@ class PruneSettings(TrainingSettings):
             skip_first=0,
             skip_last=0,
         )
-        _check_positive(self, "repair_lr")
+        check_positive(self, "repair_lr")
         given = [f"--{name}" for name in ("ratio", "params", "size") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} are given together.", "Give one of them.")
@@ -192,7 +208,7 @@ class AlignSettings(LoopSettings):
     }
 
     def __post_init__(self) -> None:
-        _check_least(self, steps=1)
+        check_least(self, steps=1)
         LoopSettings.__post_init__(self)
 
 
@@ -216,7 +232,7 @@ class QuantizeSettings:
     menu: Literal["quick", "standard", "paper"]
 
     def __post_init__(self) -> None:
-        _check_least(self, iterations=1, calibration_tokens=1)
+        check_least(self, iterations=1, calibration_tokens=1)
         if self.embeddings == "menu" and self.objective == "fisher":
             raise UsageError(
                 "The objective fisher knows of decoder matrices alone, so it cannot compare embeddings with them.",
@@ -259,7 +275,7 @@ class TrainSettings(TrainingSettings):
     }
 
     def __post_init__(self) -> None:
-        _check_least(self, steps=1)
+        check_least(self, steps=1)
         TrainingSettings.__post_init__(self)
 
 
@@ -273,7 +289,7 @@ class RecoverSettings:
     compress_rank: int | None = None
 
     def __post_init__(self) -> None:
-        _check_least(self, compress_rank=1)
+        check_least(self, compress_rank=1)
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -294,7 +310,7 @@ class EvalSettings:
     speed: Literal["none", "quick", "full"] = "quick"
 
     def __post_init__(self) -> None:
-        _check_least(self, sequence=2, windows=1, kl_windows=0, task_rows=1)
+        check_least(self, sequence=2, windows=1, kl_windows=0, task_rows=1)
         if self.lm_eval_tasks is not None and self.lm_eval is None:
             raise UsageError(
                 "--lm-eval-tasks names a folder of tasks, and no task is asked for.",
@@ -338,76 +354,13 @@ class PlanSettings:
     skip_last: int = 2
 
     def __post_init__(self) -> None:
-        _check_least(self, skip_first=0, skip_last=0, train_rank=1, micro_batch=1, sequence=2)
-        _check_least(self, calibration_tokens=1, multiple=1)
+        check_least(self, skip_first=0, skip_last=0, train_rank=1, micro_batch=1, sequence=2)
+        check_least(self, calibration_tokens=1, multiple=1)
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateSettings:
-    """Settings of ``generate``, which makes no stage and has no effort."""
-
-    prompt: str
-    models: str | None = None
-    tokens: int = 64
-    temperature: float = 0.0
-    chat: bool | None = None
-
-    def __post_init__(self) -> None:
-        _check_least(self, tokens=1)
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(
-                f"--temperature {self.temperature} is no temperature.",
-                "Give 0 for the likeliest token, or more to draw.",
-            )
-
-    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportSettings:
-    """Settings of ``export``, which makes no stage and has no effort."""
-
-    what: str | None = None
-    format: Literal["native", "dense"] = "native"
-    out: str | None = None
-    force: bool = False
-    push: str | None = None
-    private: bool = False
-
-    def __post_init__(self) -> None:
-        if self.private and self.push is None:
-            raise UsageError("--private is about an upload, and there is none.", "Give --push too.")
-
-    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InitSettings:
-    """Settings of ``init``."""
-
-    model: str | None = None
-    out: str = "recipe.yaml"
-    force: bool = False
-
-    EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
-
-
-S = TypeVar(
-    "S",
-    PruneSettings,
-    AlignSettings,
-    QuantizeSettings,
-    TrainSettings,
-    RecoverSettings,
-    EvalSettings,
-    PlanSettings,
-    GenerateSettings,
-    InitSettings,
-    ExportSettings,
-)
-
+S = TypeVar("S", bound=_Settings)
 VERBS: dict[str, type] = {
     "prune": PruneSettings,
     "align": AlignSettings,
@@ -432,72 +385,3 @@ def resolve(kind: type[S], given: Mapping[str, Any], effort: str) -> S:
         check_name(name, known)
     chosen = {name: as_type(name, value, types[name]) for name, value in given.items() if value is not None}
     return kind(**{**kind.EFFORT.get(effort, {}), **chosen})
-
-
-def check_effort(effort: str) -> None:
-    """Refuse an effort nobody knows.
-
-    Raises:
-        UsageError: ``effort`` is not in ``EFFORTS``.
-    """
-    if effort not in EFFORTS:
-        raise UsageError(f"There is no effort {effort!r}.", choose(effort, EFFORTS))
-
-
-def check_name(name: str, known: list[str]) -> None:
-    """Refuse a setting nobody knows.
-
-    Raises:
-        UsageError: ``name`` is not in ``known``.
-    """
-    if name not in known:
-        near = nearest(name, known)
-        listed = f"Known settings: {', '.join(known)}." if known else "It takes none."
-        raise UsageError(f"There is no setting {name!r} here.", f"Did you mean {near!r}?" if near else listed)
-
-
-def as_type(name: str, value: Any, annotation: Any) -> Any:
-    """The value of a setting in the type it is declared with; a recipe may write ``1e-3`` or ``16`` as text.
-
-    Raises:
-        UsageError: It cannot be read as that type, or is not among the choices.
-    """
-    if get_origin(annotation) is tuple:  # one value stands for a list of it
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(as_type(name, item, get_args(annotation)[0]) for item in items)
-    kind = next((k for k in get_args(annotation) if k is not NoneType), annotation)
-    if get_origin(annotation) is Literal:
-        if value not in get_args(annotation):
-            raise UsageError(
-                f"There is no {_spelled(name)} {shown(value)}.", choose(value, get_args(annotation))
-            )
-        return value
-    if isinstance(value, bool) == (kind is bool) and isinstance(value, str | int | float):
-        if kind is bool or isinstance(value, kind):
-            return value
-        try:
-            result = kind(value)
-        except (ValueError, OverflowError):
-            result = None
-        if result is not None and (kind is not int or not isinstance(value, float) or result == value):
-            return result
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise UsageError(f"The setting {_spelled(name)} cannot be {shown(value)}.", f"Give {words[kind]}.")
-
-
-def _spelled(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _check_least(settings: Any, **least: int) -> None:
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < bound:
-            raise UsageError(f"--{_spelled(name)} {value} is too small.", f"Give {bound} or more.")
-
-
-def _check_positive(settings: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if not 0 < value < math.inf:
-            raise UsageError(f"--{_spelled(name)} {value} is not above zero.", "Give a number such as 3e-4.")

@@ -16,9 +16,9 @@ from compress.model.config import build_config
 from compress.model.planned import PlannedCheckpoint
 from compress.model.states import Room
 from compress.model.uneven import plain_config
-from compress.pipelines.footprint import ROOM, Footprint, Ground
 from compress.pipelines.measure import LENGTH, WINDOWS
 from compress.pipelines.model_input import ModelInput
+from compress.pipelines.phase import ROOM, Footprint, Ground
 from compress.pipelines.plan_models import Packed, PlannedModel
 from compress.pipelines.plan_verdict import change, device_bytes, host_peak
 from compress.pipelines.reporter import human_bytes

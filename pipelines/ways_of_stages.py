@@ -14,8 +14,6 @@ from compress.machine import capacity
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.footprint import (
-    Footprint,
-    Ground,
     align_footprint,
     eval_footprint,
     prune_footprint,
@@ -24,6 +22,7 @@ from compress.pipelines.footprint import (
     train_footprint,
 )
 from compress.pipelines.model_input import ModelInput
+from compress.pipelines.phase import Footprint, Ground
 from compress.pipelines.plan_models import pruned, quantized
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.settings import (

@@ -11,15 +11,8 @@ from typer.testing import CliRunner
 
 from compress.__main__ import app
 from compress.pipelines.recipe import shipped
-from compress.pipelines.settings import (
-    VERBS,
-    Common,
-    ExportSettings,
-    GenerateSettings,
-    InitSettings,
-    PlanSettings,
-    resolve,
-)
+from compress.pipelines.settings import VERBS, Common, PlanSettings, resolve
+from compress.pipelines.tool_settings import ExportSettings, GenerateSettings, InitSettings
 
 
 class Ran(NamedTuple):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from compress.importance import CRITERIA
-from compress.pipelines.settings import VERBS, ExportSettings
+from compress.pipelines.settings import VERBS
+from compress.pipelines.tool_settings import ExportSettings
 
 Completer = Callable[[str], list[str]]
 """From what was typed to what it can become."""

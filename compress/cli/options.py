@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli import complete
-from compress.pipelines.settings import DEFAULT_RUN, EFFORTS
+from compress.pipelines.setting_values import EFFORTS
+from compress.pipelines.settings import DEFAULT_RUN
 
 COMMON = "Common options"
 TRAINING = "Training"

@@ -17,7 +17,8 @@ from compress.importance import CRITERIA
 from compress.model.load import EMBEDDED
 from compress.pipelines.chain_models import TITLES
 from compress.pipelines.recipe import shipped
-from compress.pipelines.settings import EFFORTS, VERBS
+from compress.pipelines.setting_values import EFFORTS
+from compress.pipelines.settings import VERBS
 from compress.solvers.solve import SOLVERS
 
 

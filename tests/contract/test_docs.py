@@ -18,7 +18,9 @@ from compress.importance import CRITERIA
 from compress.model.family import FAMILIES
 from compress.pipelines.prune_goal import DEFAULT_RATIO
 from compress.pipelines.recipe import read_recipe, shipped
-from compress.pipelines.settings import EFFORTS, VERBS, GenerateSettings, InitSettings, resolve
+from compress.pipelines.setting_values import EFFORTS
+from compress.pipelines.settings import VERBS, resolve
+from compress.pipelines.tool_settings import GenerateSettings, InitSettings
 from compress.solvers.solve import SOLVERS
 from tests.sources import ROOT
 from tests.tiny import tiny_model

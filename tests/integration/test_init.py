@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from compress.__main__ import app
 from compress.pipelines.recipe import read_recipe
 from compress.pipelines.recipe_text import scalar
-from compress.pipelines.settings import EFFORTS, VERBS, resolve
+from compress.pipelines.setting_values import EFFORTS
+from compress.pipelines.settings import VERBS, resolve
 from tests.commands import cli
 from tests.tiny import tiny_checkpoint
 

@@ -23,9 +23,10 @@ from compress.model.checkpoint import Checkpoint, CheckpointWriter, checkpoint_a
 from compress.model.planned import PlannedCheckpoint, headers_of
 from compress.model.tensor_file import TensorEntry
 from compress.pipelines.dispatch import run_verb
-from compress.pipelines.footprint import Footprint, Ground, Phase, prune_footprint
+from compress.pipelines.footprint import prune_footprint
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.operations import Work, forward
+from compress.pipelines.phase import Footprint, Ground, Phase
 from compress.pipelines.plan_models import PlannedModel, quantized
 from compress.pipelines.plan_verdict import PROCESS, RETAINED, Limits, verdict
 from compress.pipelines.settings import Common, PruneSettings, QuantizeSettings, resolve

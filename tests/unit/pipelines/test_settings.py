@@ -7,15 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import UsageError
+from compress.pipelines.setting_values import EFFORTS, as_type
 from compress.pipelines.settings import (
-    EFFORTS,
     VERBS,
     Common,
     EvalSettings,
     PruneSettings,
     QuantizeSettings,
     TrainSettings,
-    as_type,
     resolve,
 )
 

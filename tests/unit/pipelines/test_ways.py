@@ -10,8 +10,9 @@ import torch
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.resident import unit_of
 from compress.model.streamed import stream_model
-from compress.pipelines.footprint import Footprint, Ground, Phase, held, recover_footprint
+from compress.pipelines.footprint import recover_footprint
 from compress.pipelines.model_input import ModelInput
+from compress.pipelines.phase import Footprint, Ground, Phase, held
 from compress.pipelines.plan_verdict import PROCESS
 from compress.pipelines.way import WHOLE
 from compress.pipelines.ways import best_fit, counted
