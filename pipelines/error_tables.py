@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,15 +18,16 @@ from compress.pipelines.allocate import (
     offered,
     read_matrix,
 )
+from compress.pipelines.engine import largest_first
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
+from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import read_json, write_json
 from compress.quantize.config import QuantConfig
 from compress.quantize.error_table import RANKS, ErrorTable, error_table, refined
-from compress.quantize.fisher import Fisher
 from compress.quantize.fisher_table import fisher_error_table
 from compress.quantize.hessian import InputStatistics
 from compress.quantize.output_table import ROWS, output_error_table
@@ -40,18 +41,45 @@ VOCABULARY_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerKnowledge:
-    """What calibration text told of one layer, by module name; all empty for ``frobenius``.
+class TableJob:
+    """An error table to be computed.
 
     Attributes:
-        statistics: Of the inputs (``hessian``).
-        minds: What a unit of squared output error costs, [O] (``hessian``).
-        fisher: Fisher information (``fisher``).
+        matrix: Whose.
+        weight: Its weight [out, in].
+        settings: The menu and the factors.
+        ranks: Offered ones.
+        seed: Of randomized parts.
+        known: What calibration text told.
     """
 
-    statistics: Mapping[str, InputStatistics]
-    minds: Mapping[str, Tensor]
-    fisher: Mapping[str, Fisher]
+    matrix: Matrix
+    weight: Tensor
+    settings: QuantizeSettings
+    ranks: Sequence[int]
+    seed: int
+    known: MatrixKnowledge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactJob:
+    """Entries of a sampled table to be computed from all rows.
+
+    Attributes:
+        matrix: Whose.
+        weight: Its weight [out, in].
+        settings: As for the table.
+        table: The sampled one.
+        entries: Positions in the flattened table.
+        seed: As for the table.
+    """
+
+    matrix: Matrix
+    weight: Tensor
+    settings: QuantizeSettings
+    table: ErrorTable
+    entries: Sequence[int]
+    seed: int
 
 
 def build_tables(
@@ -80,59 +108,82 @@ def build_tables(
     """
     folder.mkdir(exist_ok=True)
     ranks = RANKS if fixed_rank is None else (fixed_rank,)
-    tables: list[ErrorTable] = []
+    paths = {matrix.module: folder / f"{matrix.module}.json" for matrix in matrices}
+    seed, done = context.common.seed, sum(path.is_file() for path in paths.values())
+    by_layer = walk is not None or fisher is not None
+    layers = (
+        [list(group) for _, group in groupby(matrices, key=lambda matrix: matrix.layer)]
+        if by_layer
+        else [list(matrices)]
+    )
     with context.reporter.bar("error tables") as progress:
-        for layer, members in groupby(matrices, key=lambda matrix: matrix.layer):
-            group = list(members)
-            paths = {matrix.module: folder / f"{matrix.module}.json" for matrix in group}
+
+        def keep(job: TableJob, table: ErrorTable) -> None:
+            nonlocal done
+            write_json(paths[job.matrix.module], table.to_dict())
+            done += 1
+
+        def asked(missing: list[Matrix], known: Mapping[str, MatrixKnowledge]) -> Iterator[TableJob]:
+            for matrix in largest_first(missing, lambda matrix: matrix.numel):
+                progress(done, len(matrices), layer_name(matrix.layer))
+                yield TableJob(
+                    matrix=matrix,
+                    weight=read_matrix(model, matrix),
+                    settings=settings,
+                    ranks=(0,) if matrix.layer == VOCABULARY else ranks,
+                    seed=seed,
+                    known=known[matrix.module],
+                )
+
+        for group in layers:
+            layer = group[0].layer
             missing = [matrix for matrix in group if not paths[matrix.module].is_file()]
             statistics: Mapping[str, InputStatistics] = {}
             if walk is not None and missing:
                 statistics = walk.statistics(layer, advance=True)
             elif walk is not None:
                 walk.advance(layer)
-            known = LayerKnowledge(
+            known = layer_knowledge(
+                context.engine,
+                [matrix.module for matrix in missing],
                 statistics=statistics,
                 minds=minds,
                 fisher=fisher.layer(layer) if fisher is not None and missing else {},
             )
-            for matrix in missing:
-                weight = read_matrix(model, matrix)
-                own_ranks = (0,) if matrix.layer == VOCABULARY else ranks
-                table = _table(weight, matrix, settings, own_ranks, context.common.seed, known)
-                write_json(paths[matrix.module], table.to_dict())
-            tables += [ErrorTable.from_dict(read_json(paths[matrix.module])) for matrix in group]
-            progress(len(tables), len(matrices), layer_name(layer))
-    return tables
+            context.engine.run(table_of, asked(missing, known), keep)
+            progress(done, len(matrices), layer_name(layer))
+    return [ErrorTable.from_dict(read_json(paths[matrix.module])) for matrix in matrices]
 
 
-def _table(
-    weight: Tensor,
-    matrix: Matrix,
-    settings: QuantizeSettings,
-    ranks: Sequence[int],
-    seed: int,
-    known: LayerKnowledge,
-) -> ErrorTable:
-    configs, factors, module = offered(settings), factor_format(settings), matrix.module
-    if module in known.statistics:
-        statistics, minds = known.statistics[module], known.minds.get(module)
+def table_of(job: TableJob) -> ErrorTable:
+    """The table that a job asks for."""
+    settings, known, weight = job.settings, job.known, job.weight
+    configs, factors = offered(settings), factor_format(settings)
+    statistics = known.statistics
+    if statistics is not None:
         return output_error_table(
             weight,
             configs,
             statistics,
-            ranks,
+            job.ranks,
             factor_config=factors,
-            row_weights=minds,
-            rows=VOCABULARY_ROWS if matrix.layer == VOCABULARY else ROWS,
-            seed=seed,
+            row_weights=known.minds,
+            rows=VOCABULARY_ROWS if job.matrix.layer == VOCABULARY else ROWS,
+            seed=job.seed,
         )
-    if module in known.fisher:
-        fisher = known.fisher[module]
-        return fisher_error_table(weight, configs, fisher, ranks, factor_config=factors, seed=seed)
-    sample = SAMPLE if matrix.shape[0] > LARGE else None
+    if known.fisher is not None:
+        return fisher_error_table(
+            weight, configs, known.fisher, job.ranks, factor_config=factors, seed=job.seed
+        )
+    sample = SAMPLE if job.matrix.shape[0] > LARGE else None
     return error_table(
-        weight, configs, ranks, effort=settings.menu, factor_config=factors, seed=seed, sample=sample
+        weight,
+        configs,
+        job.ranks,
+        effort=settings.menu,
+        factor_config=factors,
+        seed=job.seed,
+        sample=sample,
     )
 
 
@@ -149,26 +200,60 @@ def exact_tables(
     So is what the best single format costs. Finished ones are read back from ``folder``; they lie beside the sampled
     ones, from which an interrupted run makes the same choice again.
     """
-    found: list[ErrorTable] = []
+    paths = {
+        choice.matrix.module: folder / f"{choice.matrix.module}.exact.json"
+        for choice, table in zip(allocation.choices, tables, strict=True)
+        if table.sample is not None
+    }
+    done = sum(path.is_file() for path in paths.values())
+
     with context.reporter.bar("exact errors") as progress:
-        for choice, table in zip(allocation.choices, tables, strict=True):
-            path = folder / f"{choice.matrix.module}.exact.json"
-            if table.sample is not None and not path.is_file():
+
+        def keep(job: ExactJob, table: ErrorTable) -> None:
+            nonlocal done
+            write_json(paths[job.matrix.module], table.to_dict())
+            done += 1
+
+        def asked() -> Iterator[ExactJob]:
+            sampled = [
+                (choice, table)
+                for choice, table in zip(allocation.choices, tables, strict=True)
+                if choice.matrix.module in paths and not paths[choice.matrix.module].is_file()
+            ]
+            for choice, table in largest_first(sampled, lambda pair: pair[0].matrix.numel):
+                progress(done, len(paths), choice.matrix.module)
                 entries = [_entry(table, choice.config, choice.rank)]
                 if allocation.plain is not None:
                     entries.append(_entry(table, QuantConfig.from_dict(allocation.plain["config"]), 0))
-                exact = refined(
-                    table,
-                    read_matrix(model, choice.matrix),
-                    entries,
-                    effort=settings.menu,
-                    factor_config=factor_format(settings),
+                yield ExactJob(
+                    matrix=choice.matrix,
+                    weight=read_matrix(model, choice.matrix),
+                    settings=settings,
+                    table=table,
+                    entries=entries,
                     seed=context.common.seed,
                 )
-                write_json(path, exact.to_dict())
-            found.append(table if table.sample is None else ErrorTable.from_dict(read_json(path)))
-            progress(len(found), len(tables), choice.matrix.module)
-    return found
+
+        context.engine.run(exact_of, asked(), keep)
+        progress(len(paths), len(paths), "")
+    return [
+        ErrorTable.from_dict(read_json(paths[choice.matrix.module]))
+        if choice.matrix.module in paths
+        else table
+        for choice, table in zip(allocation.choices, tables, strict=True)
+    ]
+
+
+def exact_of(job: ExactJob) -> ErrorTable:
+    """The table with the entries that a job asks for."""
+    return refined(
+        job.table,
+        job.weight,
+        job.entries,
+        effort=job.settings.menu,
+        factor_config=factor_format(job.settings),
+        seed=job.seed,
+    )
 
 
 def _entry(table: ErrorTable, config: QuantConfig, rank: int) -> int:

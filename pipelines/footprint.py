@@ -156,10 +156,11 @@ def quantize_footprint(
 
     Objective ``hessian``: activations of two windows as in ``prune`` for the sensitivities. Then hidden states of at
     most 8,192 calibration tokens for the tables and of all for the rounding, ``N H e``; of a layer's distinct
-    inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and ``24 max(out in)`` of one
+    inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and ``24 max(out in)`` of a
     matrix at work; while rounding ``12 max(w^2) + 32 max(out in)`` and the layer unpacked, ``4 W / L``.
     ``fisher``: the model, one window's activations, ``4`` bytes for every weight of as many layers as 4 GiB take.
     ``frobenius``: one matrix, ``24 max(out in)``; no model.
+    Each ``max`` is the sum over as many of the largest as are worked on at once.
     The end: the input where its perplexity is not known, then the quantized model in float32.
     Disk: packed layers, the result and its last shard; ``fisher`` 4 W.
 
@@ -172,15 +173,17 @@ def quantize_footprint(
     """
     arch = model.arch
     widths = _input_widths(arch)
-    largest = max(prod(arch.at(i).linear_shape(s)) for i in range(arch.layers) for s in arch.linears_at(i))
-    one = {"one matrix": 24.0 * largest}
+    sizes = [[prod(arch.at(i).linear_shape(s)) for s in arch.linears_at(i)] for i in range(arch.layers)]
+    at_once = max(_largest(layer, ground.workers) for layer in sizes)
+    matrices = {"matrices at work": 24.0 * at_once}
     phases: list[Phase] = []
     beside = 0.0
     if settings.objective == "hessian":
         count = max(1, settings.calibration_tokens // ground.length)
         short = max(1, min(settings.calibration_tokens, TABLE_TOKENS) // ground.length)
         squares = [width * width for width in widths]
-        statistics = {"input statistics": 16.0 * sum(squares) + 40.0 * max(squares)}
+        factored = _largest(squares, ground.workers)
+        statistics = {"input statistics": 16.0 * sum(squares) + 40.0 * factored}
         weights = held(model, ground)
         phases += [
             loading(model, ground),
@@ -191,13 +194,14 @@ def quantize_footprint(
             Phase(
                 name="error tables",
                 device={**weights, "hidden states": hidden_states(arch, short, ground), **statistics},
-                host=one,
+                host=matrices,
             ),
             Phase(
                 name="round",
                 device={**weights, "hidden states": hidden_states(arch, count, ground), **statistics},
                 host={
-                    "one matrix": 12.0 * max(squares) + 32.0 * largest,
+                    "matrices at work": 12.0 * min(ground.workers, len(sizes[0])) * max(squares)
+                    + 32.0 * at_once,
                     "one layer unpacked": 4.0 * model.linears / arch.layers,
                 },
             ),
@@ -213,10 +217,10 @@ def quantize_footprint(
         phases += [
             loading(model, whole),
             Phase(name="Fisher information", device={**terms, "Fisher information": float(max(rounds))}),
-            Phase(name="round", host={**one, "Fisher information": 8.0 * model.linears / arch.layers}),
+            Phase(name="round", host={**matrices, "Fisher information": 8.0 * model.linears / arch.layers}),
         ]
     else:
-        phases.append(Phase(name="round", host=one))
+        phases.append(Phase(name="round", host=matrices))
     if not known:
         before = scoring(model, ground, length=ground.length, windows=ground.windows)
         phases.append(Phase(name="perplexity of its input", device=before.device))
@@ -363,6 +367,11 @@ def _refitted(arch: Architecture, small: Architecture) -> tuple[int, float]:
                 inputs = 1.5 * columns * kept + 2 * kept * kept
                 system = max(system, 8.0 * (rows * columns + inputs + 2 * rows * kept))
     return changed, system
+
+
+def _largest(sizes: list[int], count: int) -> int:
+    """The sum of the largest ones."""
+    return sum(sorted(sizes, reverse=True)[:count])
 
 
 def _input_widths(arch: Architecture) -> list[int]:

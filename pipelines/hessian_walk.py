@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
 from compress.pipelines.allocate import SHARED_INPUT, VOCABULARY
+from compress.pipelines.engine import LocalEngine
 from compress.pipelines.measure import calibration_windows, summed_loss
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
@@ -62,7 +63,7 @@ class HessianWalk:
         most: int | None = None,
         way: Way = WHOLE,
     ) -> None:
-        self._arch = model.architecture
+        self._arch, self._engine = model.architecture, LocalEngine(way.workers)
         self._moments = moments
         self._network = way.open(model.path, dtype=dtype, device=device)
         windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
@@ -97,7 +98,16 @@ class HessianWalk:
         wanted = dict.fromkeys(first.values())
         with gathered_grams(self._walk.layers[layer], wanted, only=not advance) as grams:
             (self._walk.advance if advance else self._walk.look)(layer)
-        found = {name: input_statistics(grams.pop(spec).div_(self.tokens)) for name, spec in first.items()}
+        found: dict[str, InputStatistics] = {}
+
+        def moments() -> Iterator[tuple[str, Tensor]]:
+            for name, spec in sorted(first.items(), key=lambda item: -len(grams[item[1]])):
+                yield name, grams.pop(spec).div_(self.tokens)
+
+        def keep(job: tuple[str, Tensor], statistics: InputStatistics) -> None:
+            found[job[0]] = statistics
+
+        self._engine.run(_named_statistics, moments(), keep)
         return {
             self._arch.module_name(layer, spec): found[SHARED_INPUT.get(spec.role, spec.name)]
             for spec in self._arch.linears_at(layer)
@@ -120,6 +130,10 @@ class HessianWalk:
                     parameter = self._network.get_parameter(f"{name}.weight")
                     parameter.copy_(weights[name].t() if spec.transposed else weights[name])
             self._walk.advance(layer)
+
+
+def _named_statistics(job: tuple[str, Tensor]) -> InputStatistics:
+    return input_statistics(job[1])
 
 
 def sensitivities(

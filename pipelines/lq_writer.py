@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import safe_open
@@ -16,17 +18,48 @@ from compress.durable import replacing
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
 from compress.pipelines.allocate import VOCABULARY, Allocation, Choice, layer_name, read_matrix
-from compress.pipelines.error_tables import LayerKnowledge
+from compress.pipelines.engine import largest_first
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
+from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.quantize.checkpoint import MatrixRecord, lq_config, lq_tensors
 from compress.quantize.decompose import Decomposition, decompose
 from compress.quantize.fisher_decompose import decompose_fisher
+from compress.quantize.hessian import InputStatistics
 from compress.quantize.linear import LQLinear
 from compress.quantize.output_aware import decompose_outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixJob:
+    """A matrix to be decomposed.
+
+    Attributes:
+        choice: What it is given.
+        weight: The matrix [out, in].
+        settings: Iterations of the alternation (objectives ``fisher`` and ``frobenius``).
+        seed: Of randomized parts.
+        known: What calibration text told.
+        counted: Whether the budget counts it.
+    """
+
+    choice: Choice
+    weight: Tensor
+    settings: QuantizeSettings
+    seed: int
+    known: MatrixKnowledge
+    counted: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decomposed:
+    """What became of a matrix: the tensors that are stored, and its record."""
+
+    tensors: Mapping[str, Tensor]
+    record: Mapping[str, Any]
 
 
 def decompose_layers(
@@ -59,32 +92,85 @@ def decompose_layers(
     layers = [
         list(group) for _, group in groupby(allocation.everything, key=lambda choice: choice.matrix.layer)
     ]
-    records: list[dict[str, Any]] = []
+    total, parts = len(layers), _LayerParts(folder)
     with context.reporter.bar("decompose") as progress:
-        for done, choices in enumerate(layers, start=1):
+
+        def asked(
+            choices: list[Choice], statistics: Mapping[str, InputStatistics] = MappingProxyType({})
+        ) -> Iterator[MatrixJob]:
+            """The matrices of a layer."""
             layer = choices[0].matrix.layer
-            path = layer_file(folder, layer)
-            if not path.is_file():
-                known = LayerKnowledge(
-                    statistics=walk.statistics(layer) if walk is not None else {},
-                    minds=minds,
-                    fisher=fisher.layer(layer) if fisher is not None and layer != VOCABULARY else {},
+            known = layer_knowledge(
+                context.engine,
+                [choice.matrix.module for choice in choices],
+                statistics=statistics,
+                minds=minds,
+                fisher=fisher.layer(layer) if fisher is not None and layer != VOCABULARY else {},
+            )
+            parts.begin(choices)
+            for choice in largest_first(choices, lambda choice: choice.matrix.numel):
+                yield MatrixJob(
+                    choice=choice,
+                    weight=read_matrix(model, choice.matrix),
+                    settings=settings,
+                    seed=context.common.seed,
+                    known=known[choice.matrix.module],
+                    counted=choice in allocation.choices,
                 )
-                _decompose_layer(
-                    model,
-                    choices,
-                    settings,
-                    context.common.seed,
-                    path,
-                    known,
-                    counted=choices[0] in allocation.choices,
-                )
-            with safe_open(path, framework="pt") as file:
-                records += json.loads(file.metadata()["matrices"])
-            if walk is not None:
-                walk.advance(layer, read_layer(path, choices))
-            progress(done, len(layers), layer_name(layer))
+
+        def missing() -> Iterator[list[Choice]]:
+            """Layers that are not there yet; a stop that was asked for takes effect in front of one."""
+            for at, choices in enumerate(layers):
+                layer = choices[0].matrix.layer
+                progress(at, total, layer_name(layer))
+                if not layer_file(folder, layer).is_file():
+                    yield choices
+                if walk is not None:
+                    walk.advance(layer, read_layer(layer_file(folder, layer), choices))
+
+        if walk is None:
+            jobs = (job for choices in missing() for job in asked(choices))
+            context.engine.run(decomposed, jobs, parts.keep)
+        else:
+            for choices in missing():
+                statistics = walk.statistics(choices[0].matrix.layer)
+                context.engine.run(decomposed, asked(choices, statistics), parts.keep)
+        progress(total, total, "")
+    records: list[dict[str, Any]] = []
+    for choices in layers:
+        with safe_open(layer_file(folder, choices[0].matrix.layer), framework="pt") as file:
+            records += json.loads(file.metadata()["matrices"])
     return records
+
+
+class _LayerParts:
+    """Collects what became of matrices; a layer's file is written once all of its own are there.
+
+    Args:
+        folder: Where the files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._layers: dict[int, dict[str, Decomposed | None]] = {}
+
+    def begin(self, choices: list[Choice]) -> None:
+        """A layer, with its matrices in the order of the file."""
+        self._layers[choices[0].matrix.layer] = dict.fromkeys(choice.matrix.module for choice in choices)
+
+    def keep(self, job: MatrixJob, result: Decomposed) -> None:
+        """What a job came to."""
+        layer = job.choice.matrix.layer
+        parts = self._layers[layer]
+        parts[job.choice.matrix.module] = result
+        known = [part for part in parts.values() if part is not None]
+        if len(known) < len(parts):
+            return
+        tensors = {name: tensor for part in known for name, tensor in part.tensors.items()}
+        records = json.dumps([part.record for part in known])
+        with replacing(layer_file(self._folder, layer)) as temporary:
+            save_file(tensors, temporary, metadata={"matrices": records})
+        del self._layers[layer]
 
 
 def read_layer(path: Path, choices: list[Choice]) -> dict[str, Tensor]:
@@ -114,82 +200,45 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / ("vocabulary.safetensors" if layer == VOCABULARY else f"{layer:04d}.safetensors")
 
 
-def _decompose_layer(
-    model: ModelInput,
-    choices: list[Choice],
-    settings: QuantizeSettings,
-    seed: int,
-    path: Path,
-    known: LayerKnowledge,
-    *,
-    counted: bool,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    records: list[dict[str, Any]] = []
-    for choice in choices:
-        result, own_error = _decomposed(read_matrix(model, choice.matrix), choice, settings, seed, known)
-        tensors |= lq_tensors(choice.matrix.module, result)
-        records.append(
-            {
-                "name": choice.matrix.module,
-                "bits": choice.config.bits,
-                "scale_bits": choice.config.scale_bits,
-                "block_size": choice.config.block_size,
-                "group_size": choice.config.group_size,
-                "codebook": choice.config.codebook,
-                "rank": result.rank,
-                "stored_bits": result.storage_bits,
-                "bits_per_weight": result.storage_bits / choice.matrix.numel,
-                "squared_error": result.error,
-                "relative_error": _root_share(result.error, result.weight_norm),
-                **own_error,
-                "counted": counted,
-            }
-        )
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"matrices": json.dumps(records)})
+def decomposed(job: MatrixJob) -> Decomposed:
+    """The matrix of a job as it is stored, and how well that is done."""
+    choice, config = job.choice, job.choice.config
+    result, own_error = _by_objective(job)
+    record = {
+        "name": choice.matrix.module,
+        "bits": config.bits,
+        "scale_bits": config.scale_bits,
+        "block_size": config.block_size,
+        "group_size": config.group_size,
+        "codebook": config.codebook,
+        "rank": result.rank,
+        "stored_bits": result.storage_bits,
+        "bits_per_weight": result.storage_bits / choice.matrix.numel,
+        "squared_error": result.error,
+        "relative_error": _root_share(result.error, result.weight_norm),
+        **own_error,
+        "counted": job.counted,
+    }
+    return Decomposed(tensors=lq_tensors(choice.matrix.module, result), record=record)
 
 
-def _decomposed(
-    weight: Tensor, choice: Choice, settings: QuantizeSettings, seed: int, known: LayerKnowledge
-) -> tuple[Decomposition, dict[str, float]]:
+def _by_objective(job: MatrixJob) -> tuple[Decomposition, dict[str, float]]:
     """The decomposition for the objective, and the relative error that this objective minds, by its key."""
-    module, config, rank = choice.matrix.module, choice.config, choice.rank
-    if module in known.statistics:
-        aware = decompose_outputs(
-            weight,
-            config,
-            known.statistics[module],
-            rank=rank,
-            factor_config=choice.factor_config,
-            row_weights=known.minds.get(module),
-            seed=seed,
-        )
+    choice, known = job.choice, job.known
+    given: dict[str, Any] = {"rank": choice.rank, "factor_config": choice.factor_config, "seed": job.seed}
+    statistics = known.statistics
+    if statistics is not None:
+        aware = decompose_outputs(job.weight, choice.config, statistics, row_weights=known.minds, **given)
         return aware.decomposition, {
             "relative_output_error": _root_share(aware.output_error, aware.output_norm)
         }
-    if module in known.fisher:
-        weighted = decompose_fisher(
-            weight,
-            config,
-            known.fisher[module],
-            rank=rank,
-            factor_config=choice.factor_config,
-            iterations=settings.iterations,
-            seed=seed,
-        )
+    given["iterations"] = job.settings.iterations
+    if known.fisher is not None:
+        weighted = decompose_fisher(job.weight, choice.config, known.fisher, **given)
         return weighted.decomposition, {
             "relative_weighted_error": _root_share(weighted.weighted_error, weighted.weighted_norm)
         }
-    plain = decompose(
-        weight,
-        config,
-        rank=rank,
-        factor_config=choice.factor_config,
-        iterations=settings.iterations,
-        seed=seed,
-    )
-    return plain, {}
+    return decompose(job.weight, choice.config, **given), {}
 
 
 def _root_share(error: float, norm: float) -> float:

@@ -63,6 +63,7 @@ class Ground:
         windows: Validation windows.
         streamed: Models that are run, not trained, are read layer by layer (`PlannedModel.streamed`).
         ahead: Streamed, the next layer is read meanwhile.
+        workers: Matrices that are worked on at once.
     """
 
     itemsize: int
@@ -70,6 +71,7 @@ class Ground:
     windows: int
     streamed: bool = False
     ahead: bool = True
+    workers: int = 1
 
 
 def held(model: PlannedModel, ground: Ground, itemsize: int | None = None) -> dict[str, float]:

@@ -41,7 +41,7 @@ from compress.pipelines.phase import Footprint, Ground
 from compress.pipelines.plan_loram import loram_rows
 from compress.pipelines.plan_models import PlannedModel, pruned, quantized
 from compress.pipelines.plan_tables import show
-from compress.pipelines.plan_verdict import Limits, verdict
+from compress.pipelines.plan_verdict import Limits, host_peak, verdict
 from compress.pipelines.prune_goal import Goal, default_multiple, parse_targets, requested_goal
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
@@ -56,7 +56,7 @@ from compress.pipelines.settings import (
 )
 from compress.pipelines.training import parse_adapter_targets
 from compress.pipelines.way import WHOLE, Way
-from compress.pipelines.ways import Count, best_fit, limit_of
+from compress.pipelines.ways import Count, best_fit, halves, limit_of
 from compress.prune.shape import ShapePlan
 from compress.solvers.budget import parse_budget
 
@@ -107,17 +107,25 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
         checkpoint=checkpoint,
         architecture=checkpoint_architecture(checkpoint),
     )
-    chain = planned_chain(model, settings, effort, dtype)
     machine = capacity(common.run, device)
     if planned_for is not None:
         machine = replace(machine, device_total=planned_for, device_free=planned_for)
+    workers = (common.threads or torch.get_num_threads()) if device == "cpu" and not elsewhere else 1
+    chain = planned_chain(
+        model,
+        settings,
+        effort,
+        dtype,
+        way=Way(workers=workers),
+        room=None if elsewhere else machine.host_free,
+    )
     speed: Speed | None = None
     if not settings.no_time and not elsewhere:
         speed = measure_speed(common.run, device, dtype)
     limit = limit_of(common)
     limited: list[dict[str, Any] | None] = [None] * len(chain.stages)
     if limit is not None:
-        limited = [*_limited(model, settings, effort, dtype, limit, machine.device_free)]
+        limited = [*_limited(model, settings, effort, dtype, limit, machine.device_free, workers)]
     limits = Limits(device=machine.device_free, host=machine.host_free, disk=machine.disk_free)
     full = chain.models[0]
     sizes = [each.to_dict(full) for each in chain.models]
@@ -156,6 +164,7 @@ def planned_chain(
     *,
     exact: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     way: Way = WHOLE,
+    room: int | None = None,
 ) -> Chain:
     """The chain that the options ask for, stage by stage.
 
@@ -165,7 +174,8 @@ def planned_chain(
         effort: Fills in what is not.
         dtype: In which models compute.
         exact: By verb, options of a stage that ``plan`` does not have; a stage that is named here is planned.
-        way: How stages open models that they run.
+        way: How stages open models that they run, and how many matrices they work on at once where ``room`` allows it.
+        room: Bytes of the host's memory; None: not known.
 
     Raises:
         UsageError, CompressError: As the stages would.
@@ -178,6 +188,7 @@ def planned_chain(
         windows=WINDOWS[effort],
         streamed=way.streamed,
         ahead=way.ahead,
+        workers=way.workers,
     )
     asked = {part: _given(settings, part) for part in (PRUNE, QUANTIZE)}
     everything = not any(asked.values()) and not exact
@@ -212,12 +223,12 @@ def planned_chain(
         )
         known = current is not full
         small = quantized(current, quantize)
-        stages.append(
-            (
-                quantize_footprint(current, small, quantize, ground, known=known),
-                quantize_work(current, small, quantize, ground, known=known),
-            )
-        )
+        for workers in halves(ground.workers):
+            here = replace(ground, workers=workers)
+            footprint = quantize_footprint(current, small, quantize, here, known=known)
+            if room is None or host_peak(footprint, separate=False, returned=way.streamed)[0] <= room:
+                break
+        stages.append((footprint, quantize_work(current, small, quantize, ground, known=known)))
         current = small
         models.append(current)
         used["quantize"] = asdict(quantize)
@@ -249,11 +260,16 @@ def _limited(
     dtype: torch.dtype,
     limit: int,
     device_free: int | None,
+    workers: int,
 ) -> Iterator[dict[str, Any]]:
     """What each stage makes of ``--memory-limit``, as JSON values: the way it opens models, or what to change."""
-    ways = (WHOLE, Way(streamed=True), Way(streamed=True, ahead=False))
+    ways = (
+        Way(workers=workers),
+        *(Way(streamed=True, ahead=ahead, workers=workers) for ahead in (True, False)),
+    )
     chains = {
-        (way.streamed, way.ahead): planned_chain(model, settings, effort, dtype, way=way) for way in ways
+        (way.streamed, way.ahead): planned_chain(model, settings, effort, dtype, way=way, room=limit)
+        for way in ways
     }
     ground = Ground(itemsize=dtype.itemsize, length=LENGTH, windows=WINDOWS[effort])
 

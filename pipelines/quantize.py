@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -85,8 +87,16 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
     }
 
     way = choose_way(
-        context, "quantize", model, device, dtype, quantize_count(context, model, settings), source=source
+        context,
+        "quantize",
+        model,
+        device,
+        dtype,
+        quantize_count(context, model, settings),
+        source=source,
+        workers=torch.get_num_threads() if device == "cpu" else 1,
     )
+    context = replace(context, engine=context.engine.at_most(way.workers))
 
     def work(folder: Path) -> Mapping[str, Any]:
         validation = validation_windows(context, model.path, source)

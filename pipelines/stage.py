@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
+from compress.pipelines.engine import Engine, LocalEngine
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
@@ -29,6 +30,7 @@ class Context:
     common: Common
     workspace: Workspace
     reporter: Reporter
+    engine: Engine = dataclasses.field(default_factory=LocalEngine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

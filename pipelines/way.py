@@ -21,11 +21,13 @@ class Way:
         streamed: Each layer is read when it runs, not the whole model at once.
         ahead: Streamed, the next layer is read meanwhile.
         room: Where hidden states of calibration text are kept when they are many; None: in memory.
+        workers: How many matrices are worked on at once.
     """
 
     streamed: bool = False
     ahead: bool = True
     room: Room | None = None
+    workers: int = 1
 
     def open(
         self, path: Path, *, dtype: torch.dtype | str, device: torch.device | str = "cpu"

@@ -84,6 +84,7 @@ def choose_way(
     *,
     source: str | None = None,
     streams: bool = True,
+    workers: int = 1,
 ) -> Way:
     """How ``verb`` opens models: whole where that fits into ``--memory-limit``, else layer by layer.
 
@@ -98,6 +99,7 @@ def choose_way(
         count: The stage's footprint on a ground.
         source: Text source; a model that writes its own text has to be in memory whole.
         streams: Whether the stage can open models layer by layer.
+        workers: Matrices that could be worked on at once.
 
     Raises:
         UsageError: The limit is no memory size.
@@ -115,6 +117,7 @@ def choose_way(
         device_free=machine.device_free,
         room=room,
         streams=streams,
+        workers=workers,
     )
     refuse(context.common, verb, found)
     way = found.way
@@ -157,10 +160,12 @@ def best_fit(
     device_free: int | None,
     room: Room | None = None,
     streams: bool = True,
+    workers: int = 1,
 ) -> Fit:
     """The first of three ways that fits: whole, streamed with the next layer read ahead, streamed.
 
-    Where none does, the last.
+    Each is tried with as many matrices at once as there may be, then with half of them, down to one. Where none fits,
+    the last.
 
     Args:
         count: The stage's footprint on a ground.
@@ -170,13 +175,14 @@ def best_fit(
         device_free: Of a device of its own; None: the host computes, or not known.
         room: For hidden states, where models are streamed.
         streams: Whether the stage can open models layer by layer.
+        workers: Matrices that could be worked on at once.
     """
     ways = [WHOLE]
     if streams:
         ways += [Way(streamed=True, ahead=ahead, room=room) for ahead in (True, False)]
     tried = []
-    for way in ways:
-        footprint = count(replace(ground, streamed=way.streamed, ahead=way.ahead))
+    for way in (replace(way, workers=number) for way in ways for number in halves(workers)):
+        footprint = count(replace(ground, streamed=way.streamed, ahead=way.ahead, workers=way.workers))
         needs, phase, terms, _ = host_peak(
             footprint,
             separate=device_free is not None,
@@ -203,6 +209,14 @@ def best_fit(
         if fits is not False:
             break
     return tried[-1]
+
+
+def halves(workers: int) -> list[int]:
+    """The number, half of it, and so on down to one."""
+    found = [workers]
+    while found[-1] > 1:
+        found.append(found[-1] // 2)
+    return found
 
 
 def ground_of(model: ModelInput, effort: str, dtype: torch.dtype) -> Ground:
