@@ -37,6 +37,7 @@ CORE := $(VENV)/.installed-core
 MODEL := $(VENV)/.installed-model
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
+CLUSTER := $(VENV)/.installed-cluster
 PEERS_VENV := .venv-peers
 
 .PHONY: help demo test test-all lint types docs docs-serve bench peers format clean
@@ -64,6 +65,11 @@ $(MODEL): $(CORE)
 $(DEV): $(CORE)
 	@echo "Installing the development tools"
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(CLUSTER): $(DEV)
+	@echo "Installing Ray"
+	$(PIP) install -c constraints.txt -e '.[cluster]'
 	touch $@
 
 # The extra alone, without the project: the reference is read from the sources, so torch is not needed.
@@ -99,7 +105,7 @@ demo: $(MODEL)
 test: lint types $(MODEL)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=10 $(PYTEST_ARGS)
 
-test-all: lint types docs $(MODEL)
+test-all: lint types docs $(MODEL) $(CLUSTER)
 	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 $(PYTEST_ARGS)
 
 lint: $(DEV)

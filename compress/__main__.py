@@ -13,6 +13,7 @@ import typer
 
 from compress.cli import stages as stages
 from compress.cli.options import (
+    CLUSTER,
     COMPUTE,
     EVERYWHERE,
     OUTPUT,
@@ -274,7 +275,7 @@ def doctor() -> None:
     """Say what is installed and at hand, what would be used and why, and what to do about what is wrong."""
 
 
-@verb("run", EVERYWHERE)
+@verb("run", CLUSTER, EVERYWHERE)
 def run_recipe(
     recipe: Annotated[
         str, typer.Argument(help="A recipe file, or the name of one that ships with compress.")

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from compress.errors import system_failure
+from compress.pipelines.engines import opened_engine
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
     AlignSettings,
@@ -127,8 +128,11 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], reporter: Reporter
         common = apply_shared(recipe, common)
     common = dataclasses.replace(common, effort=common.effort or default_effort())
     prepare_torch(common)
-    context = Context(common=common, workspace=workspace, reporter=reporter)
-    with contextlib.nullcontext() if common.dry_run else workspace.locked():
+    with (
+        contextlib.nullcontext() if common.dry_run else workspace.locked(),
+        opened_engine(common, reporter.say) as engine,
+    ):
+        context = Context(common=common, workspace=workspace, reporter=reporter, engine=engine)
         if recipe is not None:
             return run_recipe(context, recipe)
         return dict(run_stage_verb(context, verb, given).summary())

@@ -47,6 +47,7 @@ class Common:
     redo: bool = False
     dry_run: bool = False
     memory_limit: str | None = None
+    engine: str = "local"
 
     def __post_init__(self) -> None:
         if self.effort is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli import complete
+from compress.pipelines.engines import ENGINES
 from compress.pipelines.setting_values import EFFORTS
 from compress.pipelines.settings import DEFAULT_RUN
 
@@ -70,6 +71,14 @@ MemoryLimit = Annotated[
     typer.Option(
         help="Most memory of the host that a stage may take, such as 4GiB: models are read layer by layer where they "
         "do not fit, and what does not fit even so is refused. Default: what is free, nothing refused.",
+        rich_help_panel=COMMON,
+    ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="Who quantizes matrices: local (the threads of this machine) or ray (the workers of a Ray cluster).",
+        autocompletion=complete.among(ENGINES),
         rich_help_panel=COMMON,
     ),
 ]
@@ -137,6 +146,8 @@ COMPUTE = Shared(
     }
 )
 """For a verb that opens models and makes no stage."""
+CLUSTER = Shared({"engine": (Engine, "local")})
+"""For a verb with work that many machines can share."""
 RECIPE = Shared(
     {
         **{name: EVERYWHERE.options[name] for name in ("data", "device", "dtype", "seed", "effort")},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from compress.cli.options import ADAPTER, EVERYWHERE, LOOP
+from compress.cli.options import ADAPTER, CLUSTER, EVERYWHERE, LOOP
 from compress.cli.verb import verb
 
 
@@ -120,7 +120,7 @@ def align(
     """Train the pruned model's own weights on text, the output matrix frozen, before adapters are trained."""
 
 
-@verb("quantize", EVERYWHERE)
+@verb("quantize", CLUSTER, EVERYWHERE)
 def quantize(
     budget: Annotated[
         str | None,
