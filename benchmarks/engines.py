@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from compress.benchmarks.protocol import host, versions, write_json
+from compress.engine import Engine, LocalEngine, largest_first
 from compress.pipelines.allocate import Choice, Matrix
-from compress.pipelines.engine import Engine, LocalEngine, largest_first
 from compress.pipelines.engine_ray import opened
 from compress.pipelines.error_tables import TableJob, table_of
 from compress.pipelines.knowledge import MatrixKnowledge

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from compress.engine import Engine, Handle
 from compress.errors import CompressError
 from compress.machine import processor_name
-from compress.pipelines.engine import Engine, Handle
 from compress.pipelines.stage import versions
 from compress.stopping import SIGNALS
 

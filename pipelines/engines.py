@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from compress.engine import Engine, LocalEngine
 from compress.errors import UsageError, choose
-from compress.pipelines.engine import Engine, LocalEngine
 from compress.pipelines.settings import Common
 
 ENGINES = ("local", "ray")

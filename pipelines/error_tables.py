@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compress.engine import largest_first
 from compress.pipelines.allocate import (
     VOCABULARY,
     Allocation,
@@ -18,7 +19,6 @@ from compress.pipelines.allocate import (
     offered,
     read_matrix,
 )
-from compress.pipelines.engine import largest_first
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge

@@ -42,6 +42,7 @@ from compress.pipelines.phase import (
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.settings import AlignSettings, PruneSettings, QuantizeSettings, TrainSettings
 from compress.pipelines.training import parse_adapter_targets
+from compress.prune.compensate import REFITS
 from compress.quantize.fisher_collect import layer_rounds
 
 
@@ -52,11 +53,11 @@ def prune_footprint(
 
     Scoring with ``obs``: ``T (8 H + 2 e (Q + KV) + 3 e C)`` activations a layer for the gradients of two windows at
     once; ``8 L H^2`` curvature at the outputs (``8 L 1024 H`` for hidden sizes above 1024); hidden states of all
-    calibration windows, ``N H e``; ``8 (Q^2 + C^2) + 40 max(Q, C)^2`` second moments of a layer's inputs and
-    their inverses, ``24 min(H, 1024) max(Q, C)`` roots times weights. ``gradients`` hold ``e W``. Training while it
-    scores is that of ``train``.
+    calibration windows, ``N H e``; ``48 (Q^2 + C^2)`` second moments of a layer's inputs and their inverses,
+    ``24 min(H, 1024) (Q + C)`` roots times weights. ``gradients`` hold ``e W``. Training while it scores is that of
+    ``train``.
     Refit: ``4 L H (Q + C)`` new weights, while shapes are tried ``e L H (Q + C)`` more in the model, and
-    ``8 (H C + 1.5 C K + 2 K^2 + 2 H K)`` of one system with K kept columns.
+    ``8 (H C + 1.5 C K + 2 K^2 + 2 H K)`` of each of two systems with K kept columns.
     Streamed, backward keeps the inputs of the layers and the activations of one of them, hidden states beyond
     `ROOM` go to disk, and so do the new weights.
     Repair: as ``train``, with the full model (e P) and four float32 chunks of logits when it distils.
@@ -92,7 +93,7 @@ def prune_footprint(
         network = {} if kept_on_disk else {**held(full, ground), "hidden states": hidden}
         if ground.streamed:
             written, changed = 4.0 * changed, _widest_output(arch)
-        solved = {"refitted weights": 4.0 * changed, "least squares": system}
+        solved = {"refitted weights": 4.0 * changed, "least squares": REFITS * system}
         phases.append(Phase(name="refit", device=network, host=solved))
         if settings.trials > 1:
             tried = scoring(full, ground, length=ground.length, windows=count).device
@@ -321,9 +322,9 @@ def _curvature(full: PlannedModel, ground: Ground, tokens: int, hidden: float) -
     arch, e = full.arch, ground.itemsize
     rows = min(arch.hidden, SKETCH_ROWS)
     sums = {**held(full, ground), "output curvature": 8.0 * arch.layers * rows * arch.hidden}
-    widest = max(arch.heads * arch.head_dim, arch.channels)
-    moments = 8.0 * ((arch.heads * arch.head_dim) ** 2 + arch.channels**2)
-    inverse = 40.0 * widest**2 + 24.0 * rows * widest
+    widths = (arch.heads * arch.head_dim, arch.channels)
+    moments = 8.0 * sum(width**2 for width in widths)
+    inverse = sum(40.0 * width**2 + 24.0 * rows * width for width in widths)
     passed = max(1, tokens // ground.length // 2) * ground.length
     return [
         Phase(name="output gradients", device={**sums, **gradients(arch, passed, ground)}),

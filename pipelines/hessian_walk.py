@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.engine import LocalEngine
 from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
 from compress.pipelines.allocate import SHARED_INPUT, VOCABULARY
-from compress.pipelines.engine import LocalEngine
 from compress.pipelines.measure import calibration_windows, summed_loss
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings

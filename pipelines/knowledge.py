@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
-from compress.pipelines.engine import Engine, Handle
+from compress.engine import Engine, Handle
 from compress.quantize.fisher import Fisher
 from compress.quantize.hessian import InputStatistics
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.durable import replacing
+from compress.engine import largest_first
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
 from compress.pipelines.allocate import VOCABULARY, Allocation, Choice, layer_name, read_matrix
-from compress.pipelines.engine import largest_first
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge

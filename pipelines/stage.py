@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from compress.engine import Engine, LocalEngine
 from compress.errors import UsageError
-from compress.pipelines.engine import Engine, LocalEngine
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from compress.engine import LocalEngine
 from compress.errors import UsageError
 from compress.importance import CRITERIA
 from compress.importance.base import CriterionConfig, GroupScores, LayerRise, LayerScores, Loss
@@ -156,14 +158,25 @@ def rank_groups(
             }
         if store is not None:
             store.put(index, grams)
-        for spec in list(weights):
-            weight_KC = gradients.root(index, spec) @ weights.pop(spec).double()
-            inverse_CC = damped_inverse(grams.pop(spec) / tokens, config.damping)
-            if spec.role == "o":
-                scores, rise = _heads(weight_KC, inverse_CC, arch, scores, rise, greedy=ranked is None)
-            else:
-                scores, rise = _channels(weight_KC, inverse_CC, config, scores, rise, greedy=ranked is None)
-        return GroupScores(layers=(scores,), rises=(rise,)).to_tensors()
+        found: dict[str, tuple[LayerScores, LayerRise]] = {}
+
+        def branches() -> Iterator[_Branch]:
+            for spec in sorted(weights, key=lambda spec: -len(grams[spec])):
+                yield _Branch(
+                    role="o" if spec.role == "o" else "down",
+                    weight_KC=gradients.root(index, spec) @ weights[spec].double(),
+                    gram_CC=grams.pop(spec).div_(tokens),
+                    arch=arch,
+                    config=config,
+                    scores=scores,
+                    rise=rise,
+                    greedy=ranked is None,
+                )
+
+        LocalEngine(1 if device.type != "cpu" else 2).run(
+            _ranked, branches(), lambda branch, result: found.__setitem__(branch.role, result)
+        )
+        return _joined(found, scores, rise).to_tensors()
 
     layers: list[LayerScores] = []
     rises: list[LayerRise] = []
@@ -177,6 +190,41 @@ def rank_groups(
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return GroupScores(layers=tuple(layers), rises=tuple(rises))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Branch:
+    """Attention or MLP of a layer, to be ranked: what goes in, and what is known of the layer without it."""
+
+    role: Literal["o", "down"]
+    weight_KC: Tensor
+    gram_CC: Tensor
+    arch: Architecture
+    config: ObsConfig
+    scores: LayerScores
+    rise: LayerRise
+    greedy: bool
+
+
+def _ranked(branch: _Branch) -> tuple[LayerScores, LayerRise]:
+    inverse_CC = damped_inverse(branch.gram_CC, branch.config.damping)
+    given = branch.weight_KC, inverse_CC
+    if branch.role == "o":
+        return _heads(*given, branch.arch, branch.scores, branch.rise, greedy=branch.greedy)
+    return _channels(*given, branch.config, branch.scores, branch.rise, greedy=branch.greedy)
+
+
+def _joined(
+    found: Mapping[str, tuple[LayerScores, LayerRise]], scores: LayerScores, rise: LayerRise
+) -> GroupScores:
+    """Heads of the one branch, channels of the other; of one that was not ranked, what was known before."""
+    heads, heads_rise = found.get("o", (scores, rise))
+    channels, channels_rise = found.get("down", (scores, rise))
+    both = LayerScores(kv_groups=heads.kv_groups, channels=channels.channels, query_heads=heads.query_heads)
+    return GroupScores(
+        layers=(both,),
+        rises=(LayerRise(attention=heads_rise.attention, channels=channels_rise.channels),),
+    )
 
 
 def head_order(weight_KC: Tensor, inverse_CC: Tensor, arch: Architecture) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from compress.engine import LocalEngine, single_thread
 from compress.errors import UsageError
 from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS
@@ -27,6 +29,8 @@ from compress.model.resident import Unit, enclosing_unit, resident
 from compress.progress import Progress
 from compress.structure import LayerStructure, StructureMap, kept_columns
 
+REFITS = 2
+"""Matrices that are refitted at once."""
 DAMPING = 0.02
 """Ridge of the refit: on validation text 0.03 was best of 16,384 calibration tokens, 0.01 of 32,768; both are flat."""
 
@@ -217,29 +221,47 @@ def refit_from_store(
     """
     _check_damping(damping)
     found: MutableMapping[str, Tensor] = {} if into is None else into
-    for index, layer in enumerate(structure.layers):
-        for spec, columns in _columns(arch, torch.device("cpu"), layer, removed=False).items():
-            if len(columns):
-                name = arch.module_name(index, spec)
-                solve = partial(_solved, weight_of, name, store, index, spec, columns, damping)
-                width = arch.at(index).linear_shape(spec)[1]
-                found[name] = _widened(kept.tensors(name, solve)["kept"], columns, width)
-        if progress is not None:
-            progress(index + 1, arch.layers, f"layer {index}")
-    return found
+    cpu = torch.device("cpu")
+
+    def systems() -> Iterator[_System]:
+        for index, layer in enumerate(structure.layers):
+            for spec, columns in _columns(arch, cpu, layer, removed=False).items():
+                name, width = arch.module_name(index, spec), arch.at(index).linear_shape(spec)[1]
+                if kept.has(name):
+                    found[name] = _widened(kept.get(name)["kept"], columns, width)
+                elif len(columns):
+                    gram_CK = store.get(index, spec)[:, columns]
+                    yield _System(name, weight_of(name), gram_CK, columns, width, damping)
+            if progress is not None:
+                progress(index + 1, arch.layers, f"layer {index}")
+
+    def keep(system: _System, weight_OK: Tensor) -> None:
+        kept.put(system.name, {"kept": weight_OK})
+        found[system.name] = _widened(weight_OK, system.columns, system.width)
+
+    LocalEngine(REFITS).run(_solved, systems(), keep)
+    return {name: found[name] for name in _names(arch, structure) if name in found} if into is None else found
 
 
-def _solved(
-    weight_of: Callable[[str], Tensor],
-    name: str,
-    store: GramStore,
-    index: int,
-    spec: LinearSpec,
-    columns: Tensor,
-    damping: float,
-) -> dict[str, Tensor]:
-    gram_CK = store.get(index, spec)[:, columns]
-    return {"kept": refit(weight_of(name), gram_CK, columns, damping).float()}
+def _names(arch: Architecture, structure: StructureMap) -> Iterator[str]:
+    for index in range(len(structure.layers)):
+        yield from (arch.module_name(index, spec) for spec in arch.linears_at(index) if spec.role in OUTPUTS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _System:
+    """A matrix to be refitted, with the columns that stay of the second moment of its inputs."""
+
+    name: str
+    weight_OC: Tensor
+    gram_CK: Tensor
+    columns: Tensor
+    width: int
+    damping: float
+
+
+def _solved(system: _System) -> Tensor:
+    return refit(system.weight_OC, system.gram_CK, system.columns, system.damping).float()
 
 
 def _widened(weight_OK: Tensor, columns: Tensor, width: int) -> Tensor:
@@ -299,11 +321,10 @@ def compensate(
                 walk.advance(index)
             weights = {spec: _weight(layer, spec).detach() for spec in kept}
         for spec, columns in kept.items():
-            found[arch.module_name(index, spec)] = _widened(
-                refit(weights.pop(spec), grams.pop(spec), columns, damping),
-                columns,
-                arch.at(index).linear_shape(spec)[1],
-            )
+            with single_thread():
+                refitted = refit(weights.pop(spec), grams.pop(spec), columns, damping)
+            width = arch.at(index).linear_shape(spec)[1]
+            found[arch.module_name(index, spec)] = _widened(refitted, columns, width)
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from compress.engine import Handle
 from compress.errors import CompressError
 from compress.pipelines import engine_ray
 from compress.pipelines.dispatch import run_verb
-from compress.pipelines.engine import Handle
 from compress.pipelines.engine_ray import Node, RayEngine, opened
 from compress.pipelines.settings import Common
 from compress.stopping import Stopped

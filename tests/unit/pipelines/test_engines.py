@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from compress.engine import LocalEngine
 from compress.errors import CompressError, UsageError
-from compress.pipelines.engine import LocalEngine
 from compress.pipelines.engines import opened_engine
 from compress.pipelines.settings import Common
 

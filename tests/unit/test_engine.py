@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.engine import Here, LocalEngine, largest_first, single_thread
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.allocate import Choice, matrices_of
-from compress.pipelines.engine import Here, LocalEngine, largest_first, single_thread
 from compress.pipelines.error_tables import TableJob, table_of
 from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge
 from compress.pipelines.lq_writer import Decomposed, MatrixJob, decomposed
