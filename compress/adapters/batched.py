@@ -16,7 +16,7 @@ copy back, and what the caller does with results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -144,7 +144,7 @@ def fitting_windows(
         limit //= 2
 
 
-def run_batched(jobs: Sequence[Job], lanes: Lanes, *, limit: int = LIMIT) -> Iterator[tuple[Tensor, ...]]:
+def run_batched(jobs: Sequence[Job], lanes: Lanes, *, limit: int = LIMIT) -> Generator[tuple[Tensor, ...]]:
     """The results of jobs in their order, on the host; valid until the next ones are asked for.
 
     Holds two buffers for inputs and two for results of a window on the host, two for inputs on the device.

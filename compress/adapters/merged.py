@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ class Request:
 
 def merged_tensors(
     requests: Sequence[Request], file: AdapterFile, lanes: Lanes | None = None, *, limit: int = LIMIT
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """Each tensor with its change, in the order of the requests; valid until the next is asked for.
 
     Sums are taken in float32 and rounded once. Without lanes one tensor is in memory at a time, and the float32 change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 import torch
@@ -53,7 +53,7 @@ class Trained:
 
 def recompressed(
     deltas: Sequence[Trained], rank: int | None, lanes: Lanes | None = None, *, limit: int = LIMIT
-) -> Iterator[Recompressed]:
+) -> Generator[Recompressed]:
     """Each delta with its norm, cut to ``rank`` where it has more, in the order given.
 
     Args:

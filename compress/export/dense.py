@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -145,35 +146,37 @@ def _write(
 
     def request(target: str, source: str, adapter: AdapterFile) -> Request:
         quantized = view.is_quantized(source)
-        module = target.removesuffix(".weight")
-        masked = masks is not None and module in masks.packed
         return Request(
             change=changes[target],
             shape=view.shape(source),
             dtype=torch.float32 if quantized else view.stored_dtype(source),
             read=partial(view.read, source),
             transposed=adapter.transposed and not quantized and target not in outside,
-            mask=partial(_mask, masks, module) if masked else None,
+            mask=_mask(masks, target.removesuffix(".weight")),
             stored=view.stored_dtype(source),
         )
 
-    results = None
+    results: Generator[Tensor] = (_ for _ in ())
     if file is not None:
         requests = [request(target, source, file) for target, source in written if target in changes]
         results = merged_tensors(requests, file, device_lanes(device))
-    with (
-        CheckpointWriter(out, config=config) as writer,
-        nullcontext() if results is None else closing(results),
-    ):
+    with CheckpointWriter(out, config=config) as writer, closing(results):
         for index, (target, source) in enumerate(written):
-            changed = results is not None and target in changes
+            changed = target in changes
             tensor = next(results) if changed else view.read(source).to(view.stored_dtype(source))
             writer.add(target, tensor.t().contiguous() if view.is_transposed(source) else tensor)
             if progress is not None:
                 progress(index + 1, len(written), target)
 
 
-def _mask(masks: WeightMasks, module: str) -> Tensor:
-    found = masks.mask(module)
-    assert found is not None
-    return found
+def _mask(masks: WeightMasks | None, module: str) -> Callable[[], Tensor] | None:
+    """Unpacks the mask of a module when it is asked to; None for a module that is whole."""
+    if masks is None or module not in masks.packed:
+        return None
+
+    def unpacked() -> Tensor:
+        found = masks.mask(module)
+        assert found is not None
+        return found
+
+    return unpacked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -82,8 +83,8 @@ def test_windows_hold_every_job_once_in_order(kinds: list[tuple[int, bool, float
             assert batch.inputs_end <= window.input_bytes
             assert all(start % ALIGNED == 0 for start in (*batch.inputs, *batch.outputs))
         spans.sort()
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
-    for first, second in zip(windows, windows[1:], strict=False):  # no window could have taken one more
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    for first, second in itertools.pairwise(windows):  # no window could have taken one more
         assert sum(_padded(jobs[i]) for i in first.jobs) + _padded(jobs[second.jobs[0]]) > limit
 
 
