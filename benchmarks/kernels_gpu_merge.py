@@ -52,15 +52,15 @@ class Matrices:
         return sum(factor.numel() * factor.itemsize for factor in (*self.lefts, *self.rights))
 
 
-def random_matrices(shape: Shape, count: int, seed: int = 0) -> Matrices:
-    """Normal weights and factors."""
+def random_matrices(shape: Shape, count: int, seed: int = 0, *, weights: bool = True) -> Matrices:
+    """Normal weights and factors, or factors alone."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
         return torch.empty(size, dtype=DTYPE).normal_(0.0, 0.02, generator=generator)
 
     return Matrices(
-        weights=[draw(*shape) for _ in range(count)],
+        weights=[draw(*shape) for _ in range(count if weights else 0)],
         lefts=[draw(shape[0], RANK) for _ in range(count)],
         rights=[draw(RANK, shape[1]) for _ in range(count)],
     )
@@ -197,11 +197,11 @@ def cut_case(
     device: torch.device, shape: Shape, count: int, known: dict[str, float], rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Seconds of cutting ``count`` deltas from rank 16 to 8: on the host, and in batches."""
-    matrices = random_matrices(shape, count)
+    matrices = random_matrices(shape, count, weights=False)
     jobs = cut_jobs(matrices)
 
     def on_host() -> None:
-        for _, left, right in _each(matrices):
+        for left, right in zip(matrices.lefts, matrices.rights, strict=True):
             recompress(right, left, CUT)
 
     def batched() -> None:

@@ -47,7 +47,7 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     with PeakMemory(device) as peak:
         began = time.monotonic()
-        merge_adapter(full, folder / "adapter", out, **({} if device == "cpu" else {"device": device}))
+        merge_adapter(full, folder / "adapter", out, device=device)
         seconds = time.monotonic() - began
     check(full, folder / "adapter", Checkpoint(out), exact=device == "cpu")
     shutil.rmtree(out)
@@ -72,7 +72,9 @@ def check(full: Checkpoint, adapter: Path, merged: Checkpoint, *, exact: bool) -
             weight = full.read(name)
             expected, found = (weight.float() + change).to(weight.dtype), merged.read(name)
             same = torch.equal(found, expected)
-            if not same and (exact or not torch.allclose(found.float(), expected.float(), rtol=2**-7, atol=1e-6)):
+            if not same and (
+                exact or not torch.allclose(found.float(), expected.float(), rtol=2**-7, atol=1e-6)
+            ):
                 raise CompressError(f"The merged {name} is not W + s B A.", "Report it.")
 
 
@@ -86,7 +88,9 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="where the model goes and stays (default: a temporary folder)")
+    parser.add_argument(
+        "--work", type=Path, help="where the model goes and stays (default: a temporary folder)"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
     arguments = parser.parse_args(given)
@@ -116,7 +120,12 @@ def main(given: list[str] | None = None) -> int:
         "weight_bytes": weight_bytes,
     }
     if arguments.out is not None:
-        identity = {"benchmark": "merging", "shape": shape, "rank": arguments.rank, "device": arguments.device}
+        identity = {
+            "benchmark": "merging",
+            "shape": shape,
+            "rank": arguments.rank,
+            "device": arguments.device,
+        }
         content = {"identity": identity, "versions": versions(), "host": host(), "rows": {"merge": row}}
         write_json(arguments.out, {"format_version": 1, **content})
     print(

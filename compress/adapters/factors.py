@@ -25,6 +25,8 @@ def add_rounded(weight: Tensor, delta: Tensor) -> Tensor:
         weight: [out, in] or any other shape; overwritten.
         delta: float32, of the same shape.
     """
+    if weight.dtype == torch.float32:
+        return weight.add_(delta)
     if weight.dim() == 0:
         return weight.copy_(weight.float() + delta)
     rows = max(1, SLAB * weight.shape[0] // max(1, weight.numel()))
