@@ -5,9 +5,11 @@
 First the kernels are checked against float64 products of the weights that torch dequantizes; a deviation ends the
 run. Then everybody takes turns, on copies of the weights that exceed 200 MB together, so that no cache holds them:
 ``linear`` (4, 3, 2 and 8 bits, blocks of 64, double quantization, bfloat16; as a kernel and as a module; with factors
-of rank 64), ``dequantize``, ``backward``, ``groups`` (q, k and v, or gate and up, in one launch). Seconds are medians,
-eager and from a CUDA graph. A floor is the bytes of the packed weights over the bandwidth measured here, or the
-operations over the measured peak, whichever is longer. What the time limit leaves out is listed, never guessed.
+of rank 64), ``dequantize``, ``backward``, ``groups`` (q, k and v, or gate and up, in one launch), ``merge`` (adapters
+added to weights of the host, and deltas cut to a rank, in batches; checked like the kernels before). Seconds are
+medians, eager and from a CUDA graph. A floor is the bytes of the packed weights over the bandwidth measured here, or
+the operations over the measured peak, whichever is longer; of merging, the bytes that cross over the bandwidth of
+pinned copies. What the time limit leaves out is listed, never guessed.
 
 ``--write-table`` has the part ``table`` run, which measures which kernel is fastest where and writes it beside the
 default table, for GPUs of this name. Without a GPU only ``--quick`` runs: tiny matrices in Triton's interpreter, whose
@@ -28,13 +30,14 @@ from typing import Any
 
 import torch
 
+from compress.benchmarks.kernels_gpu_merge import check_merging, copies, cut_case, merge_case
 from compress.benchmarks.protocol import Rows
 from compress.kernels.triton.launch import installed, interpreted
 
 TAKES = ("minutes", "minutes")
 NEEDS = ("gpu",)
 
-PARTS = ("linear", "dequantize", "backward", "groups", "table")
+PARTS = ("linear", "dequantize", "backward", "groups", "merge", "table")
 SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
 """[out, in]; the first two have 45 M weights."""
 TOKENS = (1, 16, 64, 256, 2048)
@@ -45,6 +48,8 @@ SECONDS = 420.0
 """After which no further case begins."""
 GROUPS = {"q, k, v": ((4096, 4096),) * 3, "gate, up": ((11008, 4096),) * 2}
 QUICK_SHAPE = (48, 96)
+MERGED = {(4096, 4096): 24, (11008, 4096): 8, (576, 576): 200}
+"""Shapes that are merged together, and how many matrices of each."""
 
 
 def floor(weight_bytes: int, operations: float, ceilings: Mapping[str, float]) -> float:
@@ -95,6 +100,9 @@ def benchmark(
     if not rows.has("checks"):
         shape = QUICK_SHAPE if quick else (520, 1000)
         rows.put("checks", cases.check_products(device, shape, (1, 17) if quick else (1, 16, 17, 64, 300)))
+    if "merge" in parts and not rows.has("checks of merging"):
+        mixed = ((24, 40), (40, 24)) if quick else ((1024, 1536), (576, 1536), (1000, 520))
+        rows.put("checks of merging", check_merging(device, mixed))
     if not rows.has("ceilings"):
         rows.put("ceilings", ceilings(device, quick=quick))
     known = rows.get("ceilings")
@@ -124,8 +132,27 @@ def benchmark(
             found = measured(cases.group_case(setting, group, 1), device, rounds)
             operations = 2.0 * sum(shape[0] * shape[1] for shape in group)
             rows.put(key, {"contestants": with_floors(found, operations, known)})
+    if "merge" in parts:
+        left_out += _merging(rows, device, deadline, quick=quick)
     if "table" in parts and due("table"):
         rows.put("table", _table(setting, shapes[0], deadline, quick=quick, save=save))
+    return left_out
+
+
+def _merging(rows: Rows, device: torch.device, deadline: float, *, quick: bool) -> list[str]:
+    """The part ``merge``; returns the cases that time did not allow."""
+    if not rows.has("copies"):
+        rows.put("copies", copies(device, 1 << 20 if quick else 1 << 28))
+    known, left_out = rows.get("copies"), []
+    for shape, count in ({QUICK_SHAPE: 5} if quick else MERGED).items():
+        for name, case in (("merge", merge_case), ("cut", cut_case)):
+            key = f"{name}, {count} x {shape[0]} x {shape[1]}"
+            if rows.has(key):
+                continue
+            if time.monotonic() > deadline:
+                left_out.append(key)
+                continue
+            rows.put(key, {"contestants": case(device, shape, count, known, 1 if quick else 5)})
     return left_out
 
 
@@ -163,6 +190,10 @@ def report(rows: Mapping[str, Mapping[str, Any]], left_out: Sequence[str]) -> st
         lines.append(key)
         if key == "checks":
             lines.append(f"  largest error {max(row.values()):.2g} of the terms, {len(row)} products")
+        elif key == "checks of merging":
+            lines += [f"  {name:8} largest error {error:.2g} of the terms" for name, error in row.items()]
+        elif key == "copies":
+            lines.append(f"  {row['there'] / 1e9:.1f} GB/s to the device, {row['back'] / 1e9:.1f} GB/s back")
         elif key == "ceilings":
             lines.append(
                 f"  {row['bytes_per_second'] / 1e12:.2f} TB/s copied, "

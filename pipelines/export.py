@@ -20,7 +20,7 @@ from compress.model.config import quantization_method
 from compress.model.uneven import is_uneven
 from compress.pipelines.chain_models import MADE, TITLES, ChainModel, chosen, located, names_in, verb_of
 from compress.pipelines.integrity import describe_files, files_below, require_unchanged
-from compress.pipelines.model_input import base_name
+from compress.pipelines.model_input import base_name, device_and_dtype
 from compress.pipelines.reopen import RECORD, TOLERANCE, check_ids, check_reopens, record_logits
 from compress.pipelines.small_files import public_name
 from compress.pipelines.stage import Context, versions
@@ -172,7 +172,8 @@ def _write(
 def _write_dense(context: Context, model: ChainModel, folder: Path) -> None:
     checkpoint = Checkpoint(model.model)
     with context.reporter.bar("export") as progress:
-        write_dense(checkpoint, folder, adapter=model.adapter, progress=progress)
+        device, _ = device_and_dtype(context.common)
+        write_dense(checkpoint, folder, adapter=model.adapter, device=device, progress=progress)
     view = DenseView(checkpoint)
     # Every weight is rounded once: what remains is of the order of the dtype's step.
     tolerance = max(TOLERANCE, 16 * torch.finfo(view.dtype()).eps)

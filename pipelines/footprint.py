@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from compress.adapters.batched import LIMIT as WINDOW_BYTES
 from compress.evaluate.training_memory import (
     HEAD_CHUNK,
     activation_bytes,
@@ -21,6 +22,7 @@ from compress.importance import CRITERIA
 from compress.importance.gram_store import fits
 from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.model.architecture import Architecture
+from compress.model.checkpoint import Checkpoint
 from compress.pipelines.allocate import SHARED_INPUT
 from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
 from compress.pipelines.hessian_walk import BATCH, GRADIENT_BATCH, TABLE_TOKENS
@@ -44,6 +46,9 @@ from compress.pipelines.settings import AlignSettings, PruneSettings, QuantizeSe
 from compress.pipelines.training import parse_adapter_targets
 from compress.prune.compensate import REFITS
 from compress.quantize.fisher_collect import layer_rounds
+
+FACTORS_BESIDE = 1.02
+"""A large matrix with its factors, in matrices."""
 
 
 def prune_footprint(
@@ -256,19 +261,22 @@ def train_footprint(model: PlannedModel, settings: TrainSettings, ground: Ground
     return Footprint(verb="train", phases=phases, disk_peak=28.0 * adapter, disk_kept=4.0 * adapter)
 
 
-def recover_footprint(full: PlannedModel, adapter: int, ground: Ground, *, merged: bool = False) -> Footprint:
+def recover_footprint(
+    full: PlannedModel, adapter: int, ground: Ground, *, merged: bool = False, batched: bool = False
+) -> Footprint:
     """``recover``: factors of one module at a time; then the full model in float32 with its adapter, ``4 (P + A)``.
 
-    Once here and once in a fresh process. It computes on the host whatever device there is. Disk: 4 A; ``merged``
-    the model too, of which one matrix is in memory, in its own type, in float32 and as a product.
+    Once here and once in a fresh process. Models are opened on the host whatever device there is. Disk: 4 A; ``merged``
+    the model too. Of that one matrix is in memory, in its own type (s) and its change in float32; ``batched`` on a
+    device instead two windows of matrices on their way there and two on their way back, each a power of two bytes and
+    of the size of the largest matrix at least, beside a tensor that is only copied.
     """
     here = loading(full, ground, 4, name="record logits")
     terms = {**here.device, "adapters": 4.0 * adapter}
     phases = [Phase(name=here.name, host=terms, pages=here.pages), reopening(full, ground, adapter)[1]]
     size = peak = 4.0 * adapter
     if merged:
-        largest = max(prod(full.input.checkpoint.shape(name)) for name in full.input.checkpoint.names)
-        phases.append(Phase(name="merge", host={"one matrix": 12.0 * largest}))
+        phases.append(Phase(name="merge", host=_merging(full.input.checkpoint, batched=batched)))
         size += full.file_bytes
         peak = size + min(SHARD_BYTES, full.file_bytes)
     return Footprint(verb="recover", phases=tuple(phases), disk_peak=peak, disk_kept=size)
@@ -285,6 +293,18 @@ def eval_footprint(
         name = f"{model.name} + adapter" if adapter else model.name
         phases += [loading(model, ground, name=f"load {name}"), Phase(name=name, device=found.device)]
     return Footprint(verb="eval", phases=tuple(phases), disk_peak=0.0, disk_kept=0.0)
+
+
+def _merging(checkpoint: Checkpoint, *, batched: bool) -> dict[str, float]:
+    largest = max(checkpoint.nbytes(name) for name in checkpoint.names)
+    if not batched:
+        sums = max(checkpoint.nbytes(name) + 4.0 * prod(checkpoint.shape(name)) for name in checkpoint.names)
+        return {"one matrix": sums}
+    # factors lie beside the matrix on its way there, a hundredth of its size or two
+    there, back = (
+        max(WINDOW_BYTES, 1 << (size - 1).bit_length()) for size in (int(FACTORS_BESIDE * largest), largest)
+    )
+    return {"windows of matrices": 2.0 * (there + back), "one matrix": float(largest)}
 
 
 def _training(

@@ -48,6 +48,7 @@ CHANGES = {
     "sensitivities": "--objective frobenius, which loads no model",
     "error tables": "--objective frobenius, which loads no model",
     "Fisher information": "--objective frobenius, which loads no model",
+    "merge": "no --merge, or --device cpu, which holds one matrix at a time",
     "train": "a smaller model (--ratio, --budget), --micro-batch 1, or a shorter --sequence",
 }
 """By phase: what takes less. Phases that are not here load a model whole, and only a larger machine helps."""

@@ -17,7 +17,15 @@ from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.pipelines.integrity import describe_files
-from compress.pipelines.model_input import HUB_NAME, ModelInput, base_name, check_stage, open_model, original
+from compress.pipelines.model_input import (
+    HUB_NAME,
+    ModelInput,
+    base_name,
+    check_stage,
+    device_and_dtype,
+    open_model,
+    original,
+)
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
@@ -59,13 +67,14 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     small = start.checkpoint if stage is None else Checkpoint(stage.path)
     name = base_name(context) if settings.onto is None else HUB_NAME.get(settings.onto, settings.onto)
 
+    device, _ = device_and_dtype(context.common)
     way = choose_way(
         context,
         "recover",
         full,
-        "cpu",
+        "cpu",  # models are opened on the host; the device computes products of factors alone
         torch.float32,
-        recover_count(full, adapter, merged=settings.merge),
+        recover_count(full, adapter, merged=settings.merge, device=device),
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
@@ -79,6 +88,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 full_name=name,
                 small_base=small,
                 compress_rank=settings.compress_rank,
+                device=device,
                 progress=progress,
             )
         network = PeftModel.from_pretrained(way.open(full.path, dtype="float32"), folder).eval()
@@ -88,7 +98,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
         if settings.merge:
             shutil.rmtree(folder / "merged", ignore_errors=True)
             with context.reporter.bar("merge") as progress:
-                merge_adapter(full.checkpoint, folder, folder / "merged", progress=progress)
+                merge_adapter(full.checkpoint, folder, folder / "merged", device=device, progress=progress)
             metrics["merged"] = "merged"
         return metrics | {
             "onto": name,

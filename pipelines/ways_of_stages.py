@@ -158,11 +158,11 @@ def _parameters(adapter: Path, arch: Architecture) -> int:
         )
 
 
-def recover_count(full: ModelInput, adapter: Path, *, merged: bool) -> Count:
+def recover_count(full: ModelInput, adapter: Path, *, merged: bool, device: str = "cpu") -> Count:
     """Of ``recover``: the full model with an adapter as large as the small one's rows and columns become."""
     model, parameters = counted(full), _parameters(adapter, full.architecture)
 
     def count(ground: Ground) -> Footprint:
-        return recover_footprint(model, parameters, ground, merged=merged)
+        return recover_footprint(model, parameters, ground, merged=merged, batched=device != "cpu")
 
     return count

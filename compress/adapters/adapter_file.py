@@ -11,12 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.model.tensor_file import DTYPES
 from compress.structure import StructureMap
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -140,6 +142,23 @@ class AdapterFile:
         tensor: Tensor = self._weights.get_tensor(name)
         return tensor
 
+    def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a stored tensor, from the header alone.
+
+        Raises:
+            CompressError: There is none of that name.
+        """
+        if name not in self.names:
+            raise CompressError(f"The adapter {self.path} has no {name}.", "Save the adapter again.")
+        return _spec(self._weights, name)
+
+    def initial_ranks(self, module: str) -> tuple[int, int] | None:
+        """Ranks of A0 and B0, from the header alone; None where ``B0 A0`` was zero."""
+        names = (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
+        if self._initial is None or names[0] not in self._initial_names:
+            return None
+        return _spec(self._initial, names[0])[0][0], _spec(self._initial, names[1])[0][1]
+
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """(A [r, in], B [out, r]) of ``module``, in their stored dtype.
 
@@ -244,6 +263,11 @@ def write_adapter(
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(ready, str(path), metadata={"format": "pt"})
+
+
+def _spec(file: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    found = file.get_slice(name)
+    return tuple(found.get_shape()), DTYPES[found.get_dtype()]
 
 
 def _open(path: Path) -> Any:

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+SLAB = 1 << 18
+"""Numbers that are summed at a time: what a core's cache holds."""
 
 
 def factor_product(factor_a: Tensor, factor_b: Tensor, scaling: float) -> Tensor:
     """``scaling * B A`` in float32, [out, in]."""
-    return torch.mul(factor_b.float() @ factor_a.float(), scaling)
+    return (factor_b.float() @ factor_a.float()).mul_(scaling)
+
+
+def add_rounded(weight: Tensor, delta: Tensor) -> Tensor:
+    """``weight + delta`` in the memory of ``weight``: summed in float32, rounded once to its dtype.
+
+    A few rows at a time, so that neither a float32 copy of the weight nor the sums take memory of their own.
+
+    Args:
+        weight: [out, in] or any other shape; overwritten.
+        delta: float32, of the same shape.
+    """
+    if weight.dtype == torch.float32:
+        return weight.add_(delta)
+    if weight.dim() == 0:
+        return weight.copy_(weight.float() + delta)
+    rows = max(1, SLAB * weight.shape[0] // max(1, weight.numel()))
+    for part, change in zip(weight.split(rows), delta.split(rows), strict=True):
+        part.copy_(part.float() + change)
+    return weight
 
 
 def scatter_rows(small: Tensor, kept: Tensor | None, size: int) -> Tensor:
@@ -30,21 +54,34 @@ def difference_factors(
     )
 
 
-def recompress(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recompressed:
+    """Factors A [rank, in] and B [out, rank], ``||B A||_F^2`` before they were cut, and what of it is lost."""
+
+    a: Tensor
+    b: Tensor
+    norm: float
+    lost: float
+
+
+def recompress(factor_a: Tensor, factor_b: Tensor, rank: int) -> Recompressed:
     """The best rank-``rank`` factors of ``B A``, by QR of both factors and SVD of the r x r core in float64.
 
     The square root of each singular value goes to either side. Dtype kept.
-
-    Returns:
-        A [rank, in], B [out, rank], and the squared Frobenius norm of what was cut off.
     """
     left_q, left_r = torch.linalg.qr(factor_b.double())
     right_q, right_r = torch.linalg.qr(factor_a.double().T)
-    core_u, values, core_vh = torch.linalg.svd(left_r @ right_r.T, full_matrices=False)
+    core = left_r @ right_r.T
+    core_u, values, core_vh = torch.linalg.svd(core, full_matrices=False)
     root = values[:rank].sqrt()
     cut_a = root[:, None] * (core_vh[:rank] @ right_q.T)
     cut_b = (left_q @ core_u[:, :rank]) * root
-    return cut_a.to(factor_a.dtype), cut_b.to(factor_b.dtype), float(values[rank:].square().sum())
+    return Recompressed(
+        a=cut_a.to(factor_a.dtype),
+        b=cut_b.to(factor_b.dtype),
+        norm=float(core.square().sum()),
+        lost=float(values[rank:].square().sum()),
+    )
 
 
 def squared_norm(factor_a: Tensor, factor_b: Tensor) -> float:

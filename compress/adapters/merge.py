@@ -1,14 +1,17 @@
-"""Merge an adapter into a model, one tensor at a time."""
+"""Merge an adapter into a model, tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
-from compress.adapters.adapter_file import PREFIX, AdapterFile, owner
-from compress.adapters.factors import factor_product
+from compress.adapters.adapter_file import AdapterFile, owner
+from compress.adapters.lanes import device_lanes
+from compress.adapters.merged import Request, merged_tensors
 from compress.errors import CompressError
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import (
@@ -21,21 +24,30 @@ from compress.model.writer import CheckpointWriter
 from compress.progress import Progress
 
 
-def merge_adapter(full: Checkpoint, adapter: Path, out: Path, *, progress: Progress | None = None) -> Path:
+def merge_adapter(
+    full: Checkpoint,
+    adapter: Path,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Path:
     """Write ``W + scaling * B A`` for every adapted linear of ``full`` as a plain Hugging Face folder.
 
-    One tensor is in memory at a time; sums are taken in float32 and rounded once to the stored dtype. An adapter on
-    an output matrix that is tied to the embedding makes it a matrix of its own.
+    Sums are taken in float32 and rounded once to the stored dtype. An adapter on an output matrix that is tied to the
+    embedding makes it a matrix of its own. On the CPU one tensor is in memory at a time, and its change in float32.
 
     Args:
         full: The model the adapter belongs to, not quantized.
         adapter: PEFT folder (LoRA on linears and embeddings, LoRA biases, whole trained tensors).
         out: Folder to write, without weights in it.
+        device: Where products are computed; on a CUDA device matrices of equal shapes together, while the next are
+            read and those before are written.
         progress: Called after each tensor.
 
     Raises:
         CompressError: The adapter does not fit the model, is a DoRA, holds a part of another base, or changes
-            one side of tied embeddings; or the model is quantized.
+            one side of tied embeddings; the model is quantized; or the device has no room for its largest matrix.
     """
     require_dense(full, allow_lq=False)
     arch = checkpoint_architecture(full)
@@ -45,20 +57,48 @@ def merge_adapter(full: Checkpoint, adapter: Path, out: Path, *, progress: Progr
         # a changed output matrix cannot be the embedding any more
         untied = arch.tied and arch.lm_head in changes and arch.lm_head not in full.names
         config = {**full.config, "tie_word_embeddings": False} if untied else full.config
-        with CheckpointWriter(out, config=config) as writer:
-            for index, name in enumerate(full.names):
-                weight = full.read(name)
-                if name in changes:
-                    transposed = file.transposed and name not in (arch.lm_head, arch.embedding)
-                    weight = merged(weight, file, changes[name], transposed=transposed)
-                writer.add(name, weight)
-                if untied and name == arch.embedding:
-                    head = merged(weight, file, changes[arch.lm_head], transposed=False)
-                    writer.add(arch.lm_head, head)
+
+        def request(target: str, source: str) -> Request:
+            return Request(
+                change=changes[target],
+                shape=full.shape(source),
+                dtype=full.dtype(source),
+                read=partial(full.read, source),
+                read_into=partial(full.read_into, source),
+                transposed=file.transposed and target not in (arch.lm_head, arch.embedding),
+            )
+
+        written = writing_order(full.names, arch.embedding, arch.lm_head, untied=untied)
+        requests = [request(target, source) for target, source in written if target in changes]
+        with (
+            CheckpointWriter(out, config=config) as writer,
+            closing(merged_tensors(requests, file, device_lanes(device))) as changed,
+        ):
+            for index, (target, source) in enumerate(written):
+                writer.add(target, next(changed) if target in changes else full.read(source))
                 if progress is not None:
-                    progress(index + 1, len(full.names), name)
+                    progress(index + 1, len(written), target)
     copy_side_files(full.path, out)
     return out
+
+
+def writing_order(
+    names: Collection[str], embedding: str, head: str, *, untied: bool
+) -> list[tuple[str, str]]:
+    """The tensors to write, each with the stored one it comes from: those of the model, in its order.
+
+    Args:
+        names: Of the model's tensors.
+        embedding: Name of the embedding.
+        head: Name of the output matrix.
+        untied: The output matrix is made of the embedding and follows it.
+    """
+    order = []
+    for name in names:
+        order.append((name, name))
+        if untied and name == embedding:
+            order.append((head, name))
+    return order
 
 
 def _require_whole(file: AdapterFile) -> None:
@@ -100,45 +140,3 @@ def adapter_changes(names: Collection[str], arch: Architecture, file: AdapterFil
         if not kind.endswith(("lora_A.weight", "lora_embedding_A")):
             changes[target] = name
     return changes
-
-
-def merged(
-    weight: Tensor, file: AdapterFile, name: str, *, transposed: bool, mask: Tensor | None = None
-) -> Tensor:
-    """``weight`` changed by the adapter tensor ``name`` (and its partner); the sum in float32, the dtype kept.
-
-    Args:
-        weight: What the adapter's base computes with; its initial factors, where there are any, are in it.
-        file: The adapter.
-        name: One of the values of :func:`adapter_changes`.
-        transposed: The weight lies [in, out].
-        mask: Bool [out, in], False where the base's weight was removed and stays removed.
-
-    Raises:
-        CompressError: The shapes differ.
-    """
-    module, kind = owner(name)
-    replaces = kind in ("weight", "bias")
-    change = file.read(name) if replaces else _change(file, module, kind)
-    if mask is not None and change.shape == mask.shape and not replaces:
-        change = change * mask
-    if transposed and not replaces:
-        change = change.T
-    if change.shape != weight.shape:
-        raise CompressError(
-            f"The adapter of {module} is made for {tuple(change.shape)}, not for {tuple(weight.shape)}.",
-            "Give the model the adapter was made for.",
-        )
-    return (change if replaces else weight.float() + change).to(weight.dtype)
-
-
-def _change(file: AdapterFile, module: str, kind: str) -> Tensor:
-    """The float32 summand of a weight or bias."""
-    scaling = file.scaling(module).value
-    if kind == "lora_B.bias":
-        return file.read(f"{PREFIX}{module}.{kind}").float() * scaling
-    if kind == "lora_embedding_B":  # A [r, vocab], B [hidden, r]
-        factor_a, factor_b = (file.read(f"{PREFIX}{module}.lora_embedding_{side}") for side in "AB")
-        return factor_product(factor_a, factor_b, scaling).T
-    delta, start = factor_product(*file.factors(module), scaling), file.initial_factors(module)
-    return delta if start is None else delta - factor_product(*start, scaling)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import (
@@ -19,7 +21,9 @@ from compress.adapters.adapter_file import (
     write_adapter,
 )
 from compress.adapters.carried import carried_over, check_kind, check_origin
-from compress.adapters.factors import difference_factors, recompress, scatter_rows, squared_norm
+from compress.adapters.factors import Recompressed, scatter_rows
+from compress.adapters.lanes import device_lanes
+from compress.adapters.recompressed import Trained, recompressed
 from compress.errors import CompressError, UsageError
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
@@ -88,6 +92,7 @@ def recover_adapter(
     full_name: str,
     small_base: Checkpoint | None = None,
     compress_rank: int | None = None,
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> RecoveryReport:
     """Write to ``out`` the adapter for the full model that corresponds to one trained on the pruned model.
@@ -108,6 +113,7 @@ def recover_adapter(
             are copied, which is right only where the two models have the same.
         compress_rank: Cut deltas of a larger rank back to this one, by QR of both factors and SVD of the
             core.
+        device: Where deltas are measured and cut; on a CUDA device those of equal shapes together.
         progress: Called after each module.
 
     Raises:
@@ -130,11 +136,14 @@ def recover_adapter(
         changed = {module for module, place in places.items() if place.changed}
         tensors = carried_over(small, changed, full, small_base)
         for module in small.modules:
-            place = places.get(module) or _outside(full, arch_full, module, transposed)
-            found[module] = _recover_module(small, module, place, compress_rank)
-            tensors |= found[module].tensors
-            if progress is not None:
-                progress(len(found), len(small.modules), module)
+            places[module] = places.get(module) or _outside(full, arch_full, module, transposed)
+        made = [_trained(small, module, places[module]) for module in small.modules]
+        with closing(recompressed(made, compress_rank, device_lanes(device))) as deltas:
+            for one, delta in zip(made, deltas, strict=True):
+                found[one.module] = _recovered(small, one, places[one.module], delta)
+                tensors |= found[one.module].tensors
+                if progress is not None:
+                    progress(len(found), len(made), one.module)
         if not found:
             raise CompressError(f"The adapter {small_adapter} has no LoRA factors.", "Train a LoRA.")
         config = {**small.config, "base_model_name_or_path": full_name, "revision": None}
@@ -158,28 +167,32 @@ def recover_adapter(
     )
 
 
-def _recover_module(small: AdapterFile, module: str, place: _Place, compress_rank: int | None) -> _Recovered:
-    factor_a, factor_b = small.factors(module)
+def _trained(small: AdapterFile, module: str, place: _Place) -> Trained:
+    """What training left of a module; its factors are read when they are asked for.
+
+    Raises:
+        CompressError: They are not what the config and the structure say.
+    """
+    shapes = [small.spec(f"{PREFIX}{module}.lora_{side}.weight")[0] for side in "AB"]
     scaling = small.scaling(module)
-    if not factor_a.shape[0] == factor_b.shape[1] == scaling.rank:
+    if not shapes[0][0] == shapes[1][1] == scaling.rank:
         raise CompressError(
-            f"The factors of {module} have rank {factor_a.shape[0]}, the config says {scaling.rank}.",
+            f"The factors of {module} have rank {shapes[0][0]}, the config says {scaling.rank}.",
             "Save the adapter again.",
         )
-    _check_fits(module, factor_b.shape[0], place.rows, place.shape[0], "rows")
-    _check_fits(module, factor_a.shape[1], place.columns, place.shape[1], "columns")
-    initial = small.initial_factors(module)
-    if initial is not None:
-        factor_a, factor_b = difference_factors(factor_a, factor_b, *initial)
-        scaling = scaling.with_rank(factor_a.shape[0])
-    norm, lost = squared_norm(factor_a, factor_b), 0.0
-    if compress_rank is not None and factor_a.shape[0] > compress_rank:
-        # before the scatter: zero rows and columns change no singular value
-        factor_a, factor_b, lost = recompress(factor_a, factor_b, compress_rank)
-        scaling = scaling.with_rank(compress_rank)
+    _check_fits(module, shapes[1][0], place.rows, place.shape[0], "rows")
+    _check_fits(module, shapes[0][1], place.columns, place.shape[1], "columns")
+    return Trained(small, module)
+
+
+def _recovered(small: AdapterFile, made: Trained, place: _Place, found: Recompressed) -> _Recovered:
+    # after the cut: the zero rows and columns that are put in change no singular value
+    module, scaling = made.module, small.scaling(made.module)
+    for rank in (made.rank, found.a.shape[0]):
+        scaling = scaling if rank == scaling.rank else scaling.with_rank(rank)
     tensors = {
-        f"{PREFIX}{module}.lora_A.weight": scatter_rows(factor_a.T, place.columns, place.shape[1]).T,
-        f"{PREFIX}{module}.lora_B.weight": scatter_rows(factor_b, place.rows, place.shape[0]),
+        f"{PREFIX}{module}.lora_A.weight": scatter_rows(found.a.T, place.columns, place.shape[1]).T,
+        f"{PREFIX}{module}.lora_B.weight": scatter_rows(found.b, place.rows, place.shape[0]),
     }
     bias = f"{PREFIX}{module}.lora_B.bias"
     if bias in small.names:
@@ -188,9 +201,9 @@ def _recover_module(small: AdapterFile, module: str, place: _Place, compress_ran
     return _Recovered(
         tensors=tensors,
         scaling=scaling,
-        difference=initial is not None,
-        norm=square * norm,
-        lost=square * lost,
+        difference=made.started,
+        norm=square * found.norm,
+        lost=square * found.lost,
     )
 
 

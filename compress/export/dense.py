@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import AdapterFile
-from compress.adapters.merge import adapter_changes, merged
+from compress.adapters.lanes import device_lanes
+from compress.adapters.merge import adapter_changes, writing_order
+from compress.adapters.merged import Request, merged_tensors
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, CheckpointWriter, checkpoint_architecture, copy_side_files
 from compress.progress import Progress
@@ -65,6 +69,16 @@ class DenseView:
         """Whether a quantized matrix stands for a layer that stores its weight [in, out]."""
         return name in self._transposed
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor as :meth:`read` gives it."""
+        if name not in self._quantized:
+            return self._checkpoint.shape(name)
+        return self._quantized[name][1].shape
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor as it is written."""
+        return self.dtype() if name in self._quantized else self._checkpoint.dtype(name)
+
     def read(self, name: str) -> Tensor:
         """One tensor; a quantized one as float32 [out, in]."""
         if name not in self._quantized:
@@ -83,54 +97,86 @@ class DenseView:
 
 
 def write_dense(
-    checkpoint: Checkpoint, out: Path, *, adapter: Path | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> Path:
     """Write ``checkpoint``, with ``adapter`` merged in, as a folder of plain weights.
 
     Every sum is taken in float32 and rounded once to the dtype of the model. An adapter that started from non-zero
     factors (LQ, PiSSA) changes its base by ``s (B A - B0 A0)`` (METHODS §2.4); on a model with single weights removed
-    the change is multiplied by the mask, as in training. One tensor is in memory at a time.
+    the change is multiplied by the mask, as in training. On the CPU one tensor is in memory at a time, and its change.
 
     Args:
         checkpoint: A model, dense or quantized by this package.
         out: Folder to write, without weights in it.
         adapter: PEFT folder that was trained on ``checkpoint``.
+        device: Where the products of its factors are computed, as in ``merge_adapter``.
         progress: Called after each tensor.
 
     Raises:
-        CompressError: The adapter does not fit the model, is a DoRA, or changes one side of tied embeddings.
+        CompressError: The adapter does not fit the model, is a DoRA, or changes one side of tied embeddings; or the
+            device has no room for its largest matrix.
     """
     view = DenseView(checkpoint)
     masks = load_masks(checkpoint.path)
     with nullcontext() if adapter is None else AdapterFile(adapter) as file:
-        _write(view, file, masks, out, progress)
+        _write(view, file, masks, out, device, progress)
     copy_side_files(checkpoint.path, out)
     return out
 
 
 def _write(
-    view: DenseView, file: AdapterFile | None, masks: WeightMasks | None, out: Path, progress: Progress | None
+    view: DenseView,
+    file: AdapterFile | None,
+    masks: WeightMasks | None,
+    out: Path,
+    device: torch.device | str,
+    progress: Progress | None,
 ) -> None:
-    arch, dtype = view.architecture, view.dtype()
+    arch = view.architecture
     changes = {} if file is None else adapter_changes(view.names, arch, file)
     untied = arch.tied and arch.lm_head in changes and arch.lm_head not in view.names
     config = {**view.config, "tie_word_embeddings": False} if untied else view.config
-    with CheckpointWriter(out, config=config) as writer:
-        for index, name in enumerate(view.names):
-            weight = view.read(name)
-            stored = dtype if view.is_quantized(name) else weight.dtype
-            if file is not None and name in changes:
-                transposed = file.transposed and not view.is_quantized(name)
-                transposed = transposed and name not in (arch.lm_head, arch.embedding)
-                mask = None if masks is None else masks.mask(name.removesuffix(".weight"))
-                changed = merged(weight.float(), file, changes[name], transposed=transposed, mask=mask)
-            else:
-                changed = weight
-            if view.is_transposed(name):
-                changed = changed.t().contiguous()
-            writer.add(name, changed.to(stored))
-            if file is not None and untied and name == arch.embedding:
-                head = merged(weight.float(), file, changes[arch.lm_head], transposed=False)
-                writer.add(arch.lm_head, head.to(stored))
+    written = writing_order(view.names, arch.embedding, arch.lm_head, untied=untied)
+    outside = (arch.lm_head, arch.embedding)
+
+    def request(target: str, source: str, adapter: AdapterFile) -> Request:
+        quantized = view.is_quantized(source)
+        return Request(
+            change=changes[target],
+            shape=view.shape(source),
+            dtype=torch.float32 if quantized else view.stored_dtype(source),
+            read=partial(view.read, source),
+            transposed=adapter.transposed and not quantized and target not in outside,
+            mask=_mask(masks, target.removesuffix(".weight")),
+            stored=view.stored_dtype(source),
+        )
+
+    results: Generator[Tensor] = (_ for _ in ())
+    if file is not None:
+        requests = [request(target, source, file) for target, source in written if target in changes]
+        results = merged_tensors(requests, file, device_lanes(device))
+    with CheckpointWriter(out, config=config) as writer, closing(results):
+        for index, (target, source) in enumerate(written):
+            changed = target in changes
+            tensor = next(results) if changed else view.read(source).to(view.stored_dtype(source))
+            writer.add(target, tensor.t().contiguous() if view.is_transposed(source) else tensor)
             if progress is not None:
-                progress(index + 1, len(view.names), name)
+                progress(index + 1, len(written), target)
+
+
+def _mask(masks: WeightMasks | None, module: str) -> Callable[[], Tensor] | None:
+    """Unpacks the mask of a module when it is asked to; None for a module that is whole."""
+    if masks is None or module not in masks.packed:
+        return None
+
+    def unpacked() -> Tensor:
+        found = masks.mask(module)
+        assert found is not None
+        return found
+
+    return unpacked

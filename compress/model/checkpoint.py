@@ -114,6 +114,10 @@ class Checkpoint:
         """One tensor, on the CPU, in its stored dtype, in memory of its own."""
         return self._entry(name).read()
 
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """One tensor, into memory that is there: on the CPU, contiguous, of its shape and dtype."""
+        self._entry(name).read_into(target)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The weight files, each once."""

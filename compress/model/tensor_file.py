@@ -52,12 +52,21 @@ class TensorEntry:
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
         data = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._read(data)
+        return data.view(self.dtype).reshape(self.shape)
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Read the tensor into memory that is there: on the CPU, contiguous, of its shape and dtype."""
+        assert target.is_contiguous()
+        assert (tuple(target.shape), target.dtype) == (self.shape, self.dtype)
+        self._read(target.reshape(-1).view(torch.uint8))
+
+    def _read(self, data: torch.Tensor) -> None:
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
             got = stream.readinto(data.numpy().data) if self.nbytes else 0
         if got != self.nbytes:
             raise _broken(self.file, "it is shorter than when it was opened")
-        return data.view(self.dtype).reshape(self.shape)
 
     def chunks(self, size: int = 16 << 20) -> Iterator[bytes]:
         """The stored bytes in pieces of at most ``size`` bytes."""

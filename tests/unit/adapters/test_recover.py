@@ -413,11 +413,13 @@ def test_recompression_of_any_factors(rank: int, out: int, into: int, keep: int,
     factor_a = torch.randn(rank, into, generator=generator, dtype=torch.float64)
     factor_b = torch.randn(out, rank, generator=generator, dtype=torch.float64)
     keep = min(keep, rank)
-    cut_a, cut_b, lost = recompress(factor_a, factor_b, keep)
+    found = recompress(factor_a, factor_b, keep)
+    cut_a, cut_b, lost = found.a, found.b, found.lost
     product = factor_b @ factor_a
     tail = torch.linalg.svdvals(product)[keep:].square().sum()
     scale = float(product.square().sum())
     assert squared_norm(factor_a, factor_b) == pytest.approx(scale, rel=1e-9)
+    assert found.norm == squared_norm(factor_a, factor_b)  # bit by bit
     assert lost == pytest.approx(float(tail), abs=1e-9 * scale)
     assert float((product - cut_b @ cut_a).square().sum()) == pytest.approx(lost, abs=1e-9 * scale)
 

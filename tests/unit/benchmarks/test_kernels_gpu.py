@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.benchmarks import kernels_gpu
+from compress.benchmarks import kernels_gpu, kernels_gpu_merge
 from compress.benchmarks.kernels_cpu_cases import Contestant
 from compress.benchmarks.kernels_gpu import floor, report, with_floors
 from compress.benchmarks.protocol import Rows
@@ -41,10 +41,20 @@ def test_every_part_runs_and_the_report_has_every_contestant(tmp_path: Path) -> 
     )
     assert left_out == []
     text = report(rows.rows, left_out)
-    for name in ("checks", "linear, 48 x 96, 20 tokens", "dequantize", "backward", "group quick"):
+    names = (
+        "checks",
+        "linear, 48 x 96, 20 tokens",
+        "dequantize",
+        "backward",
+        "group quick",
+        "merge, 5 x 48 x 96",
+    )
+    for name in (*names, "cut, 5 x 48 x 96", "checks of merging", "GB/s to the device"):
         assert name in text
     contestants = rows.get("linear, 48 x 96, 1 tokens")["contestants"]
     assert set(contestants) == {"nf3", "nf3 module", "dense bfloat16"}
+    assert set(rows.get("merge, 5 x 48 x 96")["contestants"]) == {"host", "one by one", "batched"}
+    assert set(rows.get("cut, 5 x 48 x 96")["contestants"]) == {"host", "batched"}
     (table,) = (tmp_path / "tables").iterdir()
     assert read_table(table).measured
     again = kernels_gpu.benchmark(rows, DEVICE, parts=("linear",), seconds=0, quick=True, save=None)
@@ -58,6 +68,29 @@ def test_what_time_does_not_allow_is_listed(tmp_path: Path, monkeypatch: pytest.
     left_out = kernels_gpu.benchmark(rows, DEVICE, parts=("groups",), seconds=-1, quick=True, save=None)
     assert left_out == ["group quick, 1 token"]
     assert "not measured, the time was up: group quick" in report(rows.rows, left_out)
+
+
+def test_merging_is_left_out_when_the_time_is_up(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.json", {"benchmark": "test"})
+    rows.put("checks", {"nf4": 0.0})
+    rows.put("ceilings", {"bytes_per_second": 1.0, "operations_per_second": 1.0})
+    left_out = kernels_gpu.benchmark(rows, DEVICE, parts=("merge",), seconds=-1, quick=True, save=None)
+    assert left_out == ["merge, 5 x 48 x 96", "cut, 5 x 48 x 96"]
+    assert rows.get("checks of merging")["merged"] < 2**-8
+
+
+@pytest.mark.parametrize("which", ["AddProduct", "Recompress"])
+def test_a_wrong_merge_ends_the_run(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = getattr(kernels_gpu_merge, which)
+    right = operation.__call__
+
+    def wrong(self: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = right(self, *inputs)
+        return (found[0] * 1.05, *found[1:])
+
+    monkeypatch.setattr(operation, "__call__", wrong)
+    with pytest.raises(CompressError, match=r"in batches differs from float64"):
+        kernels_gpu_merge.check_merging(DEVICE, ((24, 40), (40, 24)))
 
 
 def test_a_wrong_kernel_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

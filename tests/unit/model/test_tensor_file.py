@@ -38,6 +38,12 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
             assert torch.equal(found.float(), tensor.float())
     entries, metadata = read_header(tmp_path / "a")
     assert metadata["format"] == "mine"
+    for name, tensor in tensors.items():
+        into = torch.zeros(2, *tensor.shape, dtype=tensor.dtype)
+        entries[name].read_into(into[1])
+        assert torch.equal(into[1].float(), tensor.float())
+        assert not into[0].float().any()
+        assert torch.equal(entries[name].read().float(), tensor.float())
     assert all(entry.offset % entry.dtype.itemsize == 0 for entry in entries.values())
 
 

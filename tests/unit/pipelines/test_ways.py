@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.adapters.batched import LIMIT
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
+from compress.model.planned import PlannedCheckpoint
 from compress.model.resident import unit_of
 from compress.model.streamed import stream_model
+from compress.pipelines import footprint
 from compress.pipelines.footprint import recover_footprint
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.phase import Footprint, Ground, Phase, held
@@ -110,3 +113,21 @@ def test_recover_counts_the_merged_model(tmp_path: Path) -> None:
     plain, merged = (recover_footprint(model, 1000, GROUND, merged=merged) for merged in (False, True))
     assert merged.disk_kept - plain.disk_kept == model.file_bytes
     assert {phase.name for phase in merged.phases} - {phase.name for phase in plain.phases} == {"merge"}
+    largest = max(checkpoint.nbytes(name) for name in checkpoint.names)
+    assert merged.phases[-1].host == {"one matrix": 2 * largest}  # float32 as stored, and its change
+    batched = recover_footprint(model, 1000, GROUND, merged=True, batched=True).phases[-1]
+    assert batched.host == {"windows of matrices": 4 * LIMIT, "one matrix": largest}
+    assert batched.device == {}  # models are opened on the host
+
+
+@pytest.mark.parametrize(
+    ("weights", "there", "back"),
+    [(1 << 22, 1 << 26, 1 << 26), (1 << 25, 1 << 27, 1 << 26), (3 << 25, 1 << 28, 1 << 28)],
+)
+def test_windows_are_powers_of_two_that_hold_the_largest_matrix(weights: int, there: int, back: int) -> None:
+    planned = PlannedCheckpoint(
+        Path("m"), config={}, shapes={"w": (weights,), "n": (8,)}, dtypes=dict.fromkeys("wn", torch.bfloat16)
+    )
+    found = footprint._merging(planned, batched=True)
+    assert found == {"windows of matrices": 2 * (there + back), "one matrix": 2 * weights}
+    assert footprint._merging(planned, batched=False) == {"one matrix": 6 * weights}
