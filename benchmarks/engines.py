@@ -30,7 +30,7 @@ import torch
 from compress.benchmarks.protocol import host, versions, write_json
 from compress.engine import Engine, LocalEngine, largest_first
 from compress.pipelines.allocate import Choice, Matrix
-from compress.pipelines.engine_ray import opened
+from compress.pipelines.engine_ray import RayEngine
 from compress.pipelines.error_tables import TableJob, table_of
 from compress.pipelines.knowledge import MatrixKnowledge
 from compress.pipelines.lq_writer import Decomposed, MatrixJob, decomposed
@@ -129,9 +129,9 @@ def ray_workers(count: int) -> Iterator[Engine]:
 
     ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        with opened(print) as engine:
-            engine.run(_begun, range(2 * count), lambda job, result: None)
-            yield engine
+        engine = RayEngine(count)
+        engine.run(_begun, range(2 * count), lambda job, result: None)
+        yield engine
     finally:
         ray.shutdown()
 
@@ -158,10 +158,14 @@ def ways(most: int) -> dict[str, Callable[[list[MatrixJob]], tuple[float, str]]]
         return run
 
     found = {DIVIDED: local(most, None)}
-    found |= {f"{count} threads": local(count, LocalEngine()) for count in sorted({1, most})}
+    found |= {_named(count, "thread"): local(count, LocalEngine()) for count in sorted({1, most})}
     if importlib.util.find_spec("ray") is not None:
-        found |= {f"ray, {count} workers": clustered(count) for count in sorted({1, most})}
+        found |= {f"ray, {_named(count, 'worker')}": clustered(count) for count in sorted({1, most})}
     return found
+
+
+def _named(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def main() -> int:
@@ -184,7 +188,7 @@ def main() -> int:
             took, digest = run(jobs)
             seconds[name].append(took)
             digests[name].add(digest)
-    first = "1 threads"
+    first = "1 thread"
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "benchmark": "engines",
