@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def serve(launch: Launch) -> int:
     Nothing is printed, unless this process failed and the first cannot say so. Requests to stop are left to the first
     process while both train, and end this one while it waits.
     """
+    try:
+        return _serve(launch)
+    finally:
+        with suppress(RuntimeError):  # the first process may be gone
+            launch.post(f"left/{launch.rank}", {})
+
+
+def _serve(launch: Launch) -> int:
     stop, number = Stop(), 0
     with stop.listening():
         quiet_libraries()
@@ -93,7 +102,6 @@ def serve(launch: Launch) -> int:
 def _left(launch: Launch) -> int:
     end = launch.note("end") or {}
     code = int(end.get("code", 1))
-    launch.post(f"left/{launch.rank}", {})
     if code == 0:
         launch.leave()
     return code

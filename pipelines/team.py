@@ -34,7 +34,7 @@ from compress.pipelines.settings import (
 
 VERBS = ("prune", "align", "train", "run")
 """Verbs that several processes can do together."""
-TOLD = 10.0
+TOLD = 5.0
 """Seconds for the reason of a failure to arrive, and for the others to end."""
 
 
@@ -160,7 +160,7 @@ class Team:
         if code == 0 or self._launch.gloo:
             self._launch.leave()
         if not self._launch.hosted:  # with this process goes the board that the others read it from
-            self._launch.wait_all([f"left/{rank}" for rank in range(1, self.size)], 2 * TOLD)
+            self._launch.wait_all([f"left/{rank}" for rank in range(1, self.size)], TOLD)
 
 
 def prune_trains(settings: PruneSettings) -> bool:

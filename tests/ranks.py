@@ -152,9 +152,10 @@ def _call(name: str) -> None:
     module, _, function = name.partition(":")
     launch = join()
     getattr(importlib.import_module(module), function)(launch.ranks("cpu"))
-    launch.post(f"done/{launch.rank}", {})
-    launch.wait_all([f"done/{rank}" for rank in range(launch.size)], 60.0)
     launch.leave()
+    launch.post(f"done/{launch.rank}", {})
+    if launch.rank == 0:  # it keeps the board
+        launch.wait_all([f"done/{rank}" for rank in range(launch.size)], 60.0)
 
 
 def _free_port() -> int:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,11 @@ from safetensors.torch import load_file
 
 from compress.model.checkpoint import Checkpoint
 from compress.pipelines.settings import Common
-from tests.commands import Ran, cli
+from compress.pipelines.team import VERBS
+from tests.commands import Ran, cli, parsed
 from tests.integration.common import run
 from tests.ranks import Answer, RankForks, Request
+from tests.sources import ROOT
 from tests.tiny import tiny_checkpoint
 
 LOOP = ("--steps", "6", "--sequence", "32", "--lr", "1e-3")
@@ -24,13 +32,6 @@ ODD = ("--micro-batch", "3", "--accumulation", "3")
 SHORT: dict[str, Any] = {"ratio": 0.4, "criterion": "magnitude", "repair": "none", "trials": 1}
 
 pytestmark = pytest.mark.usefixtures("forked_reopen")
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[RankForks]:
-    server = RankForks()
-    yield server
-    server.close()
 
 
 class Place:
@@ -69,8 +70,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, text_file: Path, forks: RankForks) -> Place:
-    return Place(tmp_path, text_file, forks)
+def place(tmp_path: Path, text_file: Path, rank_forks: RankForks) -> Place:
+    return Place(tmp_path, text_file, rank_forks)
 
 
 def assert_well(answer: Answer) -> None:
@@ -128,9 +129,9 @@ def test_an_adapter_is_the_one_of_one_process(place: Place) -> None:
     ],
 )
 def test_aligned_weights_are_those_of_one_process(
-    kind: str, size: int, loss: str, tmp_path: Path, text_file: Path, forks: RankForks
+    kind: str, size: int, loss: str, tmp_path: Path, text_file: Path, rank_forks: RankForks
 ) -> None:
-    place = Place(tmp_path, text_file, forks, kind)
+    place = Place(tmp_path, text_file, rank_forks, kind)
     words = ("align", *LOOP, *ODD, "--loss", loss)
     for name in ("one", "several"):
         place.pruned(name)
@@ -177,7 +178,8 @@ def test_a_killed_training_goes_on_with_another_number_of_processes(
     assert_same_numbers(left, right)
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 1)])
 def test_a_stopped_alignment_goes_on_with_another_number_of_processes(
     first: int, second: int, place: Place
 ) -> None:
@@ -198,7 +200,7 @@ def test_a_stopped_alignment_goes_on_with_another_number_of_processes(
     assert_same_numbers(left, right, place.folder / "whole" / "01-prune" / WEIGHTS)
 
 
-@pytest.mark.parametrize("verb", ["train", "align"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("align", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["fail", pytest.param("bug", marks=pytest.mark.slow)])
 def test_what_fails_in_another_process_ends_all(verb: str, kind: str, place: Place) -> None:
     words = TRAIN if verb == "train" else ("align", *LOOP, *ODD)
@@ -295,3 +297,80 @@ def test_a_recipe_is_done_by_all_of_them_where_it_trains(size: int, place: Place
     )
     assert all(torch.equal(left[name], right[name]) for name in right)
     assert (place.folder / "several" / "05-recover" / "stage.json").is_file()
+
+
+PAGE = (ROOT / "docs" / "how-to" / "several-devices.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^torchrun --nproc-per-node \d+ -m -- (compress .+)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_page_are_taken(command: str) -> None:
+    assert parsed(command).verb in VERBS
+
+
+def test_the_page_shows_every_verb_that_several_processes_do() -> None:
+    assert {command.split()[1] for command in COMMANDS} == set(VERBS)
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_adapter_of_one_process(place: Place) -> None:
+    """The launcher itself, and a fresh process that opens what was written, which none of the launched ones is."""
+    assert place.one("one", *TRAIN).code == 0
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*launcher, "compress", *place.words("two", *TRAIN)], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("held-out loss") == 1
+    assert_same_curve(place.metrics("two/01-train"), place.metrics("one/01-train"))
+    again = subprocess.run(
+        [*launcher, "compress", *place.words("two", "quantize", "--budget", "4bit")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 1  # torchrun's own
+    assert again.stderr.count("compress quantize is done by one") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_when_it_is_asked_to(place: Place) -> None:
+    words = place.words("run", *TRAIN, "--steps", "100000")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+    ]
+    process = subprocess.Popen(
+        [*launcher, "compress", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    state = place.folder / "run" / "01-train.partial" / "training" / "fit-state.safetensors"
+    until = time.monotonic() + 240
+    while not state.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    assert state.exists()
+    before = saved_steps(place, "run", "01-train")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("Finished work is kept") == 1
+    assert saved_steps(place, "run", "01-train") > before
