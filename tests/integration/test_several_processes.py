@@ -270,7 +270,7 @@ def test_a_thinned_model_is_aligned_by_one_process(place: Place) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2])
 def test_a_recipe_is_done_by_all_of_them_where_it_trains(size: int, place: Place) -> None:
     """Scores and masks of the criterion lora, repair, alignment and an adapter; the rest by the first alone."""
     recipe = place.folder / "chain.yaml"
