@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
 
 from compress.adapters.align import release_weights, write_weights
 from compress.adapters.masked import MaskedWeights
 from compress.adapters.optimizer import require_galore
-from compress.adapters.train import Distillation, fit
+from compress.adapters.train import Distillation
 from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
@@ -30,10 +32,13 @@ from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import AlignSettings
 from compress.pipelines.small_files import carry, is_small
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.training import fit_config, training_metrics
+from compress.pipelines.training import announced, fit_config, train_model, training_metrics
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import align_count
 from compress.prune.weight_masks import load_masks
+
+if TYPE_CHECKING:  # one process needs none of it
+    from compress.adapters.ranks import Ranks
 
 DRAW = 1000
 """Which draw of the training text alignment reads: another one than scoring, repair and ``train``."""
@@ -69,6 +74,11 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         raise UsageError(
             "GaLore's updates would fill the zeros of a thinned model.", "Use --optimizer adamw."
         )
+    if masks is not None and context.team is not None:
+        raise UsageError(
+            f"{model.name} is thinned, and its zeros are kept in whole matrices, of which each process has a part.",
+            "Run align without torchrun.",
+        )
     transposed = any(spec.transposed for spec in model.architecture.linears)
     check_length(model.path, settings.sequence)
     device, dtype = device_and_dtype(context.common)
@@ -97,25 +107,29 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
             folder / MEASURES / "before.json",
             lambda: known_perplexity(context, model, validation, dtype, device),
         )
-        network = load_model(model.path, dtype="float32", device=device)
-        trainable = release_weights(network)
+        what: dict[str, Any] = {
+            "path": str(model.path),
+            "teacher": None if settings.loss == "text" else str(full),
+            "text_share": TEXT_SHARE[settings.loss],
+            "dtype": config["dtype"],
+        }
+        ranks = announced(context, "align", device, what)
+        network, trainable, distillation = weights_to_train(device=device, ranks=ranks, **what)
         hooks = [] if masks is None else [MaskedWeights(network, masks, transposed=transposed)]
-        share = TEXT_SHARE[settings.loss]
-        distillation = None
-        if share < 1:
-            teacher = load_model(full, dtype=dtype, device=device)
-            distillation = Distillation(teacher=teacher, text_share=share)
         with context.reporter.bar("align") as progress:
-            result = fit(
+            result = train_model(
+                context,
                 network,
                 windows,
                 fit_config(settings, context.common),
+                ranks=ranks,
                 hooks=hooks,
+                sharded=ranks is not None,
                 state_dir=folder / "training",
                 progress=progress,
                 distillation=distillation,
             )
-        write_weights(network, model.checkpoint, folder)
+        write_weights(network, model.checkpoint, folder, ranks=ranks)
         carry(model.path, folder)
         del network, distillation
         after = record_and_score(
@@ -151,6 +165,36 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
+
+
+def weights_to_train(
+    *, path: str, teacher: str | None, text_share: float, dtype: str, device: str, ranks: Ranks | None
+) -> tuple[PreTrainedModel, int, Distillation | None]:
+    """A model whose weights ask for gradients, how many numbers those are, and what it is trained towards.
+
+    Args:
+        path: Folder of the model, held in float32.
+        teacher: Folder of the full model; None: the text is all there is.
+        text_share: The text's share of the targets.
+        dtype: In which the teacher computes.
+        device: Where both are.
+        ranks: The processes, each of which is left its part of both; None: this one has them whole.
+    """
+    # What is cut moves to the device part by part.
+    place = device if ranks is None else "cpu"
+    network = load_model(path, dtype="float32", device=place)
+    trainable = release_weights(network)
+    distillation = None
+    if ranks is not None:
+        from compress.adapters.sharded import shard
+
+        shard(network, ranks)
+    if teacher is not None:
+        teaching = load_model(teacher, dtype=dtype, device=place)
+        if ranks is not None:
+            shard(teaching.requires_grad_(False), ranks)
+        distillation = Distillation(teacher=teaching, text_share=text_share)
+    return network, trainable, distillation
 
 
 def show(context: Context, metrics: Mapping[str, Any]) -> None:

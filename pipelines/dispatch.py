@@ -7,7 +7,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -15,6 +15,7 @@ from compress.errors import system_failure
 from compress.pipelines.engines import opened_engine
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
+    VERBS,
     AlignSettings,
     Common,
     EvalSettings,
@@ -30,6 +31,9 @@ from compress.pipelines.tool_settings import ExportSettings, GenerateSettings, I
 from compress.pipelines.workspace import Workspace
 from compress.stopping import Stop
 
+if TYPE_CHECKING:
+    from compress.pipelines.team import Team
+
 
 def run_verb(
     verb: str,
@@ -38,6 +42,7 @@ def run_verb(
     *,
     quiet: bool = False,
     stop: Stop | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Run one verb and return its result as JSON values.
 
@@ -47,6 +52,7 @@ def run_verb(
         given: The verb's own options; None means not given. ``init`` takes ``meanings`` too: what ``--help`` says.
         quiet: Print nothing.
         stop: Whether to end after the layer or step at work.
+        team: The processes that were launched to train together.
 
     Returns:
         The stage's record with its ``path``; on a dry run the ``verb`` and the ``config`` it would have. Verbs that
@@ -57,7 +63,9 @@ def run_verb(
         CompressError: Whatever the verb or the operating system refuses, with cause and remedy.
     """
     try:
-        return _run(verb, common, given, Reporter(quiet=quiet, stop=stop))
+        if team is not None:
+            team.require(verb, common)
+        return _run(verb, common, given, Reporter(quiet=quiet, stop=stop), team)
     except (OSError, SafetensorError) as error:
         refused = system_failure(error if isinstance(error, OSError) else _os_error(error))
         if refused is None:
@@ -71,7 +79,9 @@ def _os_error(error: SafetensorError) -> OSError:
     return OSError(int(number[1]) if number else 0, str(error))
 
 
-def _run(verb: str, common: Common, given: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+def _run(
+    verb: str, common: Common, given: Mapping[str, Any], reporter: Reporter, team: Team | None
+) -> dict[str, Any]:
     if verb == "doctor":
         from compress.pipelines.doctor import doctor
 
@@ -128,11 +138,18 @@ def _run(verb: str, common: Common, given: Mapping[str, Any], reporter: Reporter
         common = apply_shared(recipe, common)
     common = dataclasses.replace(common, effort=common.effort or default_effort())
     prepare_torch(common)
+    if team is not None:
+        steps = [(verb, given)] if recipe is None else recipe.steps
+        effort = common.effort or "quick"
+        settled: list[tuple[str, Any]] = [
+            (name, resolve(VERBS[name], own, effort)) for name, own in steps if name in VERBS
+        ]
+        team.require_training(settled, effort)
     with (
         contextlib.nullcontext() if common.dry_run else workspace.locked(),
         opened_engine(common, reporter.say) as engine,
     ):
-        context = Context(common=common, workspace=workspace, reporter=reporter, engine=engine)
+        context = Context(common=common, workspace=workspace, reporter=reporter, engine=engine, team=team)
         if recipe is not None:
             return run_recipe(context, recipe)
         return dict(run_stage_verb(context, verb, given).summary())

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.adapters.attach import attach_lora, lora_delta
-from compress.adapters.train import fit
+from compress.adapters.train import StepHook
 from compress.data.windows import Windows
 from compress.importance.base import Criterion, GroupScores, create_criterion
 from compress.importance.collect import collect
@@ -19,12 +20,13 @@ from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
 from compress.importance.obs import ObsConfig, ObsCriterion, rank_groups
 from compress.kept import NOTHING_KEPT, Kept
+from compress.model.architecture import Architecture
 from compress.model.int8 import to_int8
 from compress.pipelines.measure import calibration_windows, summed_loss, training_windows
 from compress.pipelines.prune_goal import Goal, parse_options
 from compress.pipelines.prune_place import BATCH, Place
 from compress.pipelines.prune_trial import try_shapes
-from compress.pipelines.training import fit_config, training_metrics
+from compress.pipelines.training import announced, fit_config, train_model, training_metrics
 from compress.prune.controller import PruneController
 from compress.prune.schedule import PruningSchedule
 from compress.prune.select import select
@@ -148,26 +150,38 @@ def _train(
     place: Place, goal: Goal, network: PreTrainedModel, criterion: Criterion, state_dir: Path
 ) -> Found:
     """One loop scores, closes the masks and trains the adapter (LoRAPrune, arXiv 2305.18403, algorithm 1)."""
-    settings, model, seed = goal.settings, goal.model, place.context.common.seed
+    settings, model = goal.settings, goal.model
     arch = model.architecture
     windows = training_windows(place.context, model.path, place.source, settings)
-    if settings.int8:
-        to_int8(network, arch)
-    adapted = attach_lora(
-        network, arch, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed
-    )
+    what: dict[str, Any] = {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "dropout": settings.dropout,
+        "int8": settings.int8,
+        "seed": place.context.common.seed,
+    }
+    beside = {"path": str(model.path), "dtype": str(place.dtype).removeprefix("torch."), "adapter": what}
+    ranks = announced(place.context, "score", place.device, beside)
+    adapted = scored_adapter(network, arch, **what)
     schedule = PruningSchedule(total_steps=settings.steps)
 
     def choose(scores: GroupScores) -> ShapePlan:
         return goal.choose(scores, lambda known: _measured(place, goal, known))
 
     hook = PruneController(adapted, arch, criterion, schedule, choose, one_shot=settings.one_shot)
+    hooks: list[StepHook] = [hook]
+    if ranks is not None:
+        from compress.adapters.followed import MaskLeader
+
+        hooks.append(MaskLeader(hook, ranks))
     with hook, place.context.reporter.bar("score and mask") as progress:
-        result = fit(
+        result = train_model(
+            place.context,
             adapted,
             windows,
             fit_config(settings, place.context.common),
-            hooks=[hook],
+            ranks=ranks,
+            hooks=hooks,
             state_dir=state_dir,
             progress=progress,
         )
@@ -182,3 +196,19 @@ def _train(
             "data_protocol": dict(windows.protocol),
         },
     )
+
+
+def scored_adapter(
+    network: PreTrainedModel,
+    arch: Architecture,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    int8: bool,
+    seed: int,
+) -> PeftModel:
+    """The network with the LoRA that trains while groups are scored, on 8-bit weights if that is wanted."""
+    if int8:
+        to_int8(network, arch)
+    return attach_lora(network, arch, rank=rank, alpha=alpha, dropout=dropout, seed=seed)

@@ -7,21 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor
 
 from compress.adapters.attach import attach_lora, save_adapter
 from compress.adapters.merge import merge_adapter
-from compress.adapters.train import Distillation, fit
+from compress.adapters.train import Distillation
 from compress.importance.gram_store import GramStore
 from compress.kept import Kept
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
+from compress.model.load import load_model
 from compress.pipelines.measure import calibration_windows, training_windows
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_find import Deltas
 from compress.pipelines.prune_place import BATCH, Place
 from compress.pipelines.prune_refit import refitted, stored_weight
 from compress.pipelines.settings import PruneSettings
-from compress.pipelines.training import fit_config, training_metrics
+from compress.pipelines.training import announced, fit_config, train_model, training_metrics
 from compress.prune.compensate import mean_biases
 from compress.structure import StructureMap
 
@@ -92,29 +94,26 @@ def train_repair(
         steps=settings.repair_steps,
         lr=settings.repair_lr,
         rank=settings.repair_rank,
-        alpha=2 * settings.repair_rank,
-        dropout=0.0,
     )
     windows = training_windows(place.context, cut, place.source, training, offset=offset)
-    adapted = attach_lora(
-        place.load_whole(cut),
-        checkpoint_architecture(checkpoint),
-        rank=training.rank,
-        alpha=training.alpha,
-        dropout=training.dropout,
-        seed=seed + offset,
-    )
-    share = TEXT_SHARE[settings.repair_loss]
-    distillation = None
-    if share < 1:
-        distillation = Distillation(
-            teacher=place.load_whole(full), text_share=share, feature_weight=settings.repair_features
-        )
+    what: dict[str, Any] = {
+        "path": str(cut),
+        "teacher": None if settings.repair_loss == "text" else str(full),
+        "text_share": TEXT_SHARE[settings.repair_loss],
+        "feature_weight": settings.repair_features,
+        "rank": training.rank,
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "seed": seed + offset,
+    }
+    ranks = announced(place.context, "repair", place.device, what)
+    adapted, distillation = repair_to_train(device=place.device, **what)
     with place.context.reporter.bar("repair") as progress:
-        result = fit(
+        result = train_model(
+            place.context,
             adapted,
             windows,
             fit_config(training, place.context.common),
+            ranks=ranks,
             state_dir=state_dir,
             progress=progress,
             distillation=distillation,
@@ -122,3 +121,44 @@ def train_repair(
     save_adapter(adapted, state_dir / "adapter", base_name=cut.name)
     merge_adapter(checkpoint, state_dir / "adapter", out)
     return {**training_metrics(result), "data_protocol": dict(windows.protocol)}
+
+
+def repair_to_train(
+    *,
+    path: str,
+    teacher: str | None,
+    text_share: float,
+    feature_weight: float,
+    rank: int,
+    dtype: str,
+    seed: int,
+    device: str,
+) -> tuple[PeftModel, Distillation | None]:
+    """A pruned model with a fresh LoRA, and what it is trained towards.
+
+    Args:
+        path: Folder of the pruned model.
+        teacher: Folder of the full one; None: the text is all there is.
+        text_share: The text's share of the targets.
+        feature_weight: Weight of the hidden states.
+        rank: Of the LoRA; its alpha is twice that.
+        dtype: In which both models compute.
+        seed: Of the factors.
+        device: Where they are.
+    """
+    adapted = attach_lora(
+        load_model(path, dtype=dtype, device=device),
+        checkpoint_architecture(Checkpoint(path)),
+        rank=rank,
+        alpha=2 * rank,
+        dropout=0.0,
+        seed=seed,
+    )
+    distillation = None
+    if teacher is not None:
+        distillation = Distillation(
+            teacher=load_model(teacher, dtype=dtype, device=device),
+            text_share=text_share,
+            feature_weight=feature_weight,
+        )
+    return adapted, distillation

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.engine import Engine, LocalEngine
 from compress.errors import UsageError
@@ -20,17 +20,28 @@ from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace, differences, stage_id
 
+if TYPE_CHECKING:  # one process needs none of it
+    from compress.pipelines.team import Team
+
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What every verb works with."""
+    """What every verb works with.
+
+    Attributes:
+        common: The options that all verbs share.
+        workspace: The chain.
+        reporter: Says what happens.
+        team: The processes that train together; None where this is the only one.
+    """
 
     common: Common
     workspace: Workspace
     reporter: Reporter
     engine: Engine = dataclasses.field(default_factory=LocalEngine)
+    team: Team | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from compress.adapters.attach import (
     target_modules,
 )
 from compress.adapters.masked import mask_adapters
-from compress.adapters.train import fit
 from compress.data.sources import default_source
 from compress.errors import UsageError
+from compress.model.architecture import Architecture
+from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
 from compress.pipelines.measure import check_length, training_windows, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
@@ -29,7 +31,13 @@ from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.small_files import is_small, public_name
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.training import fit_config, parse_adapter_targets, training_metrics
+from compress.pipelines.training import (
+    announced,
+    fit_config,
+    parse_adapter_targets,
+    train_model,
+    training_metrics,
+)
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import train_count
 from compress.prune.weight_masks import FILE_NAME as MASKS
@@ -81,15 +89,21 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
     def work(folder: Path) -> Mapping[str, Any]:
         windows = training_windows(context, model.path, source, settings)
         validation = validation_windows(context, model.path, source, length=settings.sequence)
-        network = load_model(model.path, dtype=dtype, device=device)
-        adapted, initial = attach(network, model, settings, context.common.seed)
-        if masks is not None:
-            mask_adapters(adapted, masks)
+        what: dict[str, Any] = {
+            "path": str(model.path),
+            "dtype": config["dtype"],
+            "settings": asdict(settings),
+            "seed": context.common.seed,
+        }
+        ranks = announced(context, "train", device, what)
+        adapted, initial = adapter_to_train(device=device, **what)
         with context.reporter.bar("train") as progress:
-            result = fit(
+            result = train_model(
+                context,
                 adapted,
                 windows,
                 fit_config(settings, context.common),
+                ranks=ranks,
                 state_dir=folder / "training",
                 progress=progress,
                 validation=validation,
@@ -100,7 +114,7 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         if masks is not None:
             masks.save(folder / MASKS)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        del adapted, network
+        del adapted
         reopened = load_adapter(way.open(model.path, dtype="float32", device=device), folder)
         record_logits(reopened, check_ids(model.architecture.vocab, context.common.seed), folder)
         return training_metrics(result) | {
@@ -141,8 +155,29 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
     return outcome
 
 
+def adapter_to_train(
+    *, path: str, dtype: str, settings: Mapping[str, Any], seed: int, device: str
+) -> tuple[PeftModel, dict[str, Tensor] | None]:
+    """A model with adapters as the settings start them, and their initial factors where those are not zero.
+
+    Args:
+        path: Folder of the model.
+        dtype: In which it computes.
+        settings: Those of ``train``, as JSON values.
+        seed: Of the factors.
+        device: Where it is.
+    """
+    wanted = TrainSettings(**settings)
+    network = load_model(path, dtype=dtype, device=device)
+    adapted, initial = attach(network, checkpoint_architecture(Checkpoint(path)), wanted, seed)
+    masks = load_masks(Path(path))
+    if masks is not None:
+        mask_adapters(adapted, masks)
+    return adapted, initial
+
+
 def attach(
-    network: PreTrainedModel, model: ModelInput, settings: TrainSettings, seed: int
+    network: PreTrainedModel, arch: Architecture, settings: TrainSettings, seed: int
 ) -> tuple[PeftModel, dict[str, Tensor] | None]:
     """The network with adapters as the settings start them, and their initial factors where those are not zero."""
     shared: dict[str, Any] = {
@@ -152,10 +187,10 @@ def attach(
         "rank_stabilized": settings.rslora,
     }
     if settings.method == "lq":
-        return attach_factors(network, model.architecture, seed=seed, **shared)
+        return attach_factors(network, arch, seed=seed, **shared)
     if settings.method == "pissa":
-        return attach_pissa(network, model.architecture, **shared)
-    return attach_lora(network, model.architecture, dropout=settings.dropout, seed=seed, **shared), None
+        return attach_pissa(network, arch, **shared)
+    return attach_lora(network, arch, dropout=settings.dropout, seed=seed, **shared), None
 
 
 def is_quantized(model: ModelInput) -> bool:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from compress.adapters.train import FitConfig, FitResult
+from torch import nn
+
+from compress.adapters.train import FitConfig, FitResult, fit
+from compress.data.windows import Windows
 from compress.pipelines.settings import AlignSettings, Common, LoopSettings
+from compress.pipelines.stage import Context
+
+if TYPE_CHECKING:  # one process needs none of it
+    from compress.adapters.ranks import Ranks
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises; at most 100 steps (LoRAM, arXiv 2502.13533, §4)."""
@@ -41,6 +49,38 @@ def training_metrics(result: FitResult) -> dict[str, Any]:
         "train_seconds": round(result.seconds, 2),
         "steps": result.steps,
     }
+
+
+def announced(context: Context, kind: str, device: str, what: Mapping[str, Any]) -> Ranks | None:
+    """Have the other processes build what is trained next; None where this is the only one."""
+    return None if context.team is None else context.team.announce(kind, device, what)
+
+
+def train_model(
+    context: Context,
+    model: nn.Module,
+    windows: Windows,
+    config: FitConfig,
+    *,
+    ranks: Ranks | None,
+    **more: Any,
+) -> FitResult:
+    """``fit``, in as many processes as were launched.
+
+    Args:
+        context: Knows of them.
+        model: As `compress.adapters.train.fit` takes it.
+        windows: The same.
+        config: The same.
+        ranks: What :func:`announced` returned.
+        more: The other arguments of ``fit``.
+
+    Raises:
+        CompressError: What ``fit`` raises, here or in another process.
+    """
+    if context.team is None or ranks is None:
+        return fit(model, windows, config, **more)
+    return context.team.fit(ranks, model, windows, config, **more)
 
 
 def parse_adapter_targets(text: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.fresh import ForkServer  # noqa: E402
+from tests.ranks import RankForks  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: two threads on a busy machine wait for each other, up to 100x slower
 
@@ -35,6 +36,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def rank_forks() -> Iterator[RankForks]:
+    """Commands in several processes."""
+    server = RankForks()
     yield server
     server.close()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.model.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
+
+if TYPE_CHECKING:  # one process needs none of it
+    from compress.adapters.ranks import Ranks
 
 
 def release_weights(model: PreTrainedModel) -> int:
@@ -31,13 +36,17 @@ def release_weights(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def write_weights(model: PreTrainedModel, source: Checkpoint, target: Path) -> None:
+def write_weights(
+    model: PreTrainedModel, source: Checkpoint, target: Path, *, ranks: Ranks | None = None
+) -> None:
     """Write the weights of ``model`` as a checkpoint like ``source``: its names, dtypes and config, rounded once.
 
     Args:
         model: Trained from ``source``, in float32.
         source: What it was loaded from; tensors that are no weights of the model are copied.
         target: Folder without weights.
+        ranks: The processes among which the weights are divided: all call this, and the first writes, one weight put
+            together at a time.
 
     Raises:
         CompressError: A trained weight has no place in ``source``.
@@ -50,10 +59,20 @@ def write_weights(model: PreTrainedModel, source: Checkpoint, target: Path) -> N
             f"{len(lost)} trained weights have other names in {source.path}, first {lost[0]!r}.",
             "Load the model with transformers, save it again with save_pretrained, and use that folder.",
         )
+    together: Callable[[Tensor], Tensor] = Tensor.detach
+    if ranks is not None:
+        from compress.adapters.sharded import whole
+
+        together = partial(whole, ranks=ranks)
+        if not ranks.first:
+            for name in source.names:
+                if name in weights:
+                    together(weights[name])
+            return
     with CheckpointWriter(target, config=source.config) as writer:
         for name in source.names:
             weight = weights.get(name)
-            stored = source.read(name) if weight is None else weight.detach().to("cpu", source.dtype(name))
+            stored = source.read(name) if weight is None else together(weight).to("cpu", source.dtype(name))
             writer.add(name, stored)
         writer.finish()
     copy_side_files(source.path, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,8 +75,18 @@ def make_optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter], config
     return optimizer
 
 
-def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state as CPU tensors: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each name, with GaLore ``projection``."""
+def optimizer_tensors(
+    optimizer: Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    fetched: Callable[[Tensor], Tensor] = Tensor.cpu,
+) -> dict[str, Tensor]:
+    """The state as CPU tensors: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each name, with GaLore ``projection``.
+
+    Args:
+        optimizer: From ``make_optimizer``.
+        trained: What it trains, by name.
+        fetched: Brings a moment to the CPU.
+    """
     found: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         state = optimizer.state.get(parameter, {})
@@ -84,7 +94,7 @@ def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
             continue
         found[f"step.{name}"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
         for moment in _MOMENTS:
-            found[f"{moment}.{name}"] = state[moment].cpu()
+            found[f"{moment}.{name}"] = fetched(state[moment])
         if "projector" in state:
             found[f"projection.{name}"] = state["projector"].ortho_matrix.cpu()
     return found

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -22,6 +22,9 @@ from compress.cli.usage import WrongUsage, usage_error
 from compress.errors import CompressError, UsageError, choose
 from compress.pipelines.settings import Common
 from compress.stopping import Stop, Stopped
+
+if TYPE_CHECKING:
+    from compress.pipelines.team import Team
 
 ORDER = (
     "plan",
@@ -145,6 +148,37 @@ def _common(values: Mapping[str, Any]) -> Common:
 
 
 def execute(verb: str, values: dict[str, Any]) -> None:
+    """Run one verb, in this process and in those that were launched beside it."""
+    from compress.pipelines.launch import launched
+
+    if not launched():
+        _execute(verb, values, None)
+        return
+    from compress.pipelines.launch import join
+
+    try:
+        launch = join()
+    except CompressError as error:
+        complain(error.cause, error.remedy)
+        raise typer.Exit(error.exit_code) from None
+    if launch.rank > 0:
+        from compress.pipelines.serve import serve
+
+        raise typer.Exit(serve(launch))
+    from compress.pipelines.team import Team
+
+    team, code = Team(launch), 1
+    try:
+        _execute(verb, values, team)
+        code = 0
+    except typer.Exit as end:
+        code = end.exit_code
+        raise
+    finally:
+        team.end(code)
+
+
+def _execute(verb: str, values: dict[str, Any], team: Team | None) -> None:
     """Run one verb; map every failure to one sentence of cause, one of remedy and an exit code."""
     as_json, debug = values.pop("json_"), values.pop("debug")
     given = {name: value for name, value in values.items() if name not in Common.__dataclass_fields__}
@@ -153,7 +187,7 @@ def execute(verb: str, values: dict[str, Any]) -> None:
         from compress.pipelines.dispatch import run_verb
 
         with stop.listening() if verb not in KEEP_NOTHING else nullcontext():
-            result = run_verb(verb, _common(values), given, quiet=as_json, stop=stop)
+            result = run_verb(verb, _common(values), given, quiet=as_json, stop=stop, team=team)
     except CompressError as error:
         if debug:
             raise

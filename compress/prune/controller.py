@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -120,11 +120,7 @@ class PruneController:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Scores, masks and target, for a run that is resumed."""
         state = {f"criterion.{name}": value for name, value in self._criterion.state_dict().items()}
-        for index, layer in enumerate(self._alive):
-            state[f"alive.{index}.kv_groups"] = layer.kv_groups
-            state[f"alive.{index}.channels"] = layer.channels
-            if layer.query_heads is not None:
-                state[f"alive.{index}.query_heads"] = layer.query_heads
+        state |= alive_tensors(self._alive)
         if self._chosen is not None:  # from the same scores the function chooses the same shape again
             state.update({f"chosen.{name}": value for name, value in self._chosen[1].to_tensors().items()})
         return state
@@ -136,14 +132,7 @@ class PruneController:
         if chosen and not isinstance(self._shape, ShapePlan):
             scores = GroupScores.from_tensors(chosen)
             self._chosen = self._shape(scores), scores
-        self._alive = tuple(
-            LayerStructure(
-                kv_groups=state[f"alive.{index}.kv_groups"],
-                channels=state[f"alive.{index}.channels"],
-                query_heads=state.get(f"alive.{index}.query_heads"),
-            )
-            for index in range(self._arch.layers)
-        )
+        self._alive = alive_layers(state, self._arch.layers)
         self._masks.update(self._alive)
 
     def close(self) -> None:
@@ -164,6 +153,29 @@ class PruneController:
         ):
             self._alive = select(self._arch, self._criterion.scores(), shapes, alive=self._alive)
             self._masks.update(self._alive)
+
+
+def alive_tensors(layers: Sequence[LayerStructure]) -> dict[str, torch.Tensor]:
+    """What masks keep, as tensors ``alive.{layer}.kv_groups``, ``channels`` and ``query_heads``."""
+    state = {}
+    for index, layer in enumerate(layers):
+        state[f"alive.{index}.kv_groups"] = layer.kv_groups
+        state[f"alive.{index}.channels"] = layer.channels
+        if layer.query_heads is not None:
+            state[f"alive.{index}.query_heads"] = layer.query_heads
+    return state
+
+
+def alive_layers(state: Mapping[str, torch.Tensor], layers: int) -> tuple[LayerStructure, ...]:
+    """What :func:`alive_tensors` was given, of so many layers."""
+    return tuple(
+        LayerStructure(
+            kv_groups=state[f"alive.{index}.kv_groups"],
+            channels=state[f"alive.{index}.channels"],
+            query_heads=state.get(f"alive.{index}.query_heads"),
+        )
+        for index in range(layers)
+    )
 
 
 def _asks_less(arch: Architecture, shape: LayerShape, layer: LayerStructure) -> bool:

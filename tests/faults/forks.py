@@ -30,7 +30,7 @@ COUNTED = {
     "scored layer": "compress.importance.gram_store:GramStore.put",
     "trial": "compress.pipelines.prune_trial:mean_loss",
     "refitted matrix": "compress.prune.compensate:refit",
-    "training step": "compress.adapters.train:_Run.update",
+    "training step": "compress.adapters.run:Run.update",
     "sensitivities": "compress.pipelines.quantize:sensitivities",
     "error table": "compress.pipelines.error_tables:_table",
     "decomposed matrix": "compress.pipelines.lq_writer:_decomposed",

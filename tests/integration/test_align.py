@@ -125,7 +125,7 @@ def test_interrupted_alignment_goes_on_where_it_was(tmp_path: Path, text_file: P
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.adapters.train.trained_tokens", _counting(stopping))
+        patch.setattr("compress.adapters.run.trained_tokens", _counting(stopping))
         with pytest.raises(KeyboardInterrupt):
             run("align", broken, **steps)
     state = next((tmp_path / "broken").glob("02-align.partial/training/*.safetensors"))
