@@ -32,11 +32,11 @@ COUNTED = {
     "refitted matrix": "compress.prune.compensate:refit",
     "training step": "compress.adapters.run:Run.update",
     "sensitivities": "compress.pipelines.quantize:sensitivities",
-    "error table": "compress.pipelines.error_tables:_table",
-    "decomposed matrix": "compress.pipelines.lq_writer:_decomposed",
+    "error table": "compress.pipelines.error_tables:table_of",
+    "decomposed matrix": "compress.pipelines.lq_writer:decomposed",
     "perplexity": "compress.pipelines.measure:perplexity",
-    "recovered module": "compress.adapters.recover:_recover_module",
-    "merged matrix": "compress.adapters.merge:merged",
+    "recovered module": "compress.adapters.recover:_recovered",
+    "merged matrix": "compress.adapters.merged:merged",
 }
 """What is counted, by the function whose end completes one."""
 

@@ -14,7 +14,7 @@ import torch
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores, LayerRise
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines import prune_place
+from compress.pipelines import prune_place, way
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
@@ -358,6 +358,7 @@ def test_what_cannot_be_had_is_said_before_a_weight_is_read(
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(prune_place, "load_model", read)
+    monkeypatch.setattr(way, "load_model", read)
     monkeypatch.setattr(Checkpoint, "read", read)
     common = Common(run=tmp_path / "run", model=str(model), data=str(tmp_path / "text.txt"), threads=1)
     with pytest.raises(CompressError) as refused:
@@ -373,7 +374,7 @@ def test_a_run_that_is_allowed_does_read_weights(tmp_path: Path, monkeypatch: py
     def read(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(prune_place, "load_model", read)
+    monkeypatch.setattr(way, "load_model", read)
     common = Common(
         run=tmp_path / "run", model=str(plain(tmp_path)), data=str(tmp_path / "text.txt"), threads=1
     )
