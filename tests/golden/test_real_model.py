@@ -54,7 +54,6 @@ def test_perplexity_of_the_dequantized_model_in_float32(
     folder: Path, dequantized: dict[str, torch.Tensor]
 ) -> None:
     """The golden value is of the GGUF's own values; the cached checkpoint rounds them to bfloat16."""
-    torch.set_num_threads(2)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder), dtype=torch.float32
     )
