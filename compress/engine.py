@@ -7,7 +7,7 @@ more cores busy than one piece whose small steps are divided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 J = TypeVar("J")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Handle(Protocol):
@@ -92,40 +93,64 @@ class LocalEngine:
                     keep(job, work(job))
                 return
             with ThreadPoolExecutor(workers) as pool:
-                _in_turns(pool, workers, work, iter(jobs), keep)
+
+                def begin(job: J) -> Future[R]:
+                    return pool.submit(work, job)
+
+                in_turns(jobs, keep, most=workers, begin=begin, ended=_ended, result=Future.result)
 
 
-def _in_turns(
-    pool: ThreadPoolExecutor,
-    workers: int,
-    work: Callable[[J], R],
-    jobs: Iterator[J],
+def in_turns(
+    jobs: Iterable[J],
     keep: Callable[[J, R], None],
+    *,
+    most: int,
+    begin: Callable[[J], T],
+    ended: Callable[[Collection[T]], Iterable[T]],
+    result: Callable[[T], R],
 ) -> None:
-    running: dict[Future[R], J] = {}
+    """What every engine with several workers does: see :meth:`Engine.run`.
 
-    def begin() -> None:
-        while len(running) < workers:
+    Args:
+        jobs: In the order in which they begin.
+        keep: Takes a job and its result.
+        most: Jobs that are under way at once.
+        begin: Has a job computed, and returns a ticket for it.
+        ended: Waits until one of the tickets' jobs has ended, and returns the tickets of all that have.
+        result: What a job came to, once it has ended; raises what it raised.
+    """
+    running: dict[T, J] = {}
+    waiting = iter(jobs)
+
+    def fill() -> None:
+        while len(running) < most:
             try:
-                job = next(jobs)
+                job = next(waiting)
             except StopIteration:
                 return
-            running[pool.submit(work, job)] = job
+            running[begin(job)] = job
 
     try:
-        begin()
+        fill()
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, result = running.pop(future), future.result()
+            for ticket in ended(running.keys()):
+                job, found = running.pop(ticket), result(ticket)
                 try:
-                    begin()
+                    fill()
                 finally:
-                    keep(job, result)
+                    keep(job, found)
     except BaseException:
-        for future, job in running.items():
-            if future.exception() is None:
-                keep(job, future.result())
+        for ticket, job in running.items():
+            try:
+                found = result(ticket)
+            except Exception:
+                continue
+            keep(job, found)
         raise
+
+
+def _ended(running: Collection[Future[R]]) -> Iterable[Future[R]]:
+    return wait(running, return_when=FIRST_COMPLETED).done
 
 
 @contextmanager

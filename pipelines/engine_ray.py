@@ -12,14 +12,14 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from compress.engine import Engine, Handle
+from compress.engine import Engine, Handle, in_turns
 from compress.errors import CompressError
 from compress.machine import processor_name
 from compress.pipelines.stage import versions
@@ -85,34 +85,19 @@ class RayEngine:
         import ray
 
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_alone)
-        queue, most = iter(jobs), self.workers + math.ceil(AHEAD * self.workers)
-        running: dict[Any, J] = {}
 
-        def begin() -> None:
-            while len(running) < most:
-                try:
-                    job = next(queue)
-                except StopIteration:
-                    return
-                running[remote.remote(work, job)] = job
+        def ended(running: Collection[Any]) -> list[Any]:
+            done: list[Any] = ray.wait(list(running), num_returns=1)[0]
+            return done
 
-        try:
-            begin()
-            while running:
-                (done,), _ = ray.wait(list(running), num_returns=1)
-                job, result = running.pop(done), _result(done)
-                try:
-                    begin()
-                finally:
-                    keep(job, result)
-        except BaseException:
-            for reference, job in running.items():
-                try:
-                    result = _result(reference)
-                except Exception:
-                    continue
-                keep(job, result)
-            raise
+        in_turns(
+            jobs,
+            keep,
+            most=self.workers + math.ceil(AHEAD * self.workers),
+            begin=lambda job: remote.remote(work, job),
+            ended=ended,
+            result=_result,
+        )
 
 
 def _alone(work: Callable[[J], R], job: J) -> R:

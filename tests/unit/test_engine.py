@@ -119,7 +119,6 @@ def test_what_is_under_way_when_a_job_fails_is_kept(workers: int, good: list[boo
             first = next(at for at, job in enumerate(jobs) if job < 0)
             assert {job for job in jobs[:first] if job >= 0} <= set(found)
             assert set(found) == {job for job in made if job >= 0 or job in found}
-            assert len(made) <= first + 1 + workers
         assert torch.get_num_threads() == workers
     finally:
         torch.set_num_threads(before)
