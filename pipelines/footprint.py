@@ -34,6 +34,7 @@ from compress.pipelines.phase import (
     gradients,
     held,
     hidden_states,
+    largest,
     loading,
     loss_bytes,
     one_layer,
@@ -180,7 +181,7 @@ def quantize_footprint(
     arch = model.arch
     widths = _input_widths(arch)
     sizes = [[prod(arch.at(i).linear_shape(s)) for s in arch.linears_at(i)] for i in range(arch.layers)]
-    at_once = max(_largest(layer, ground.workers) for layer in sizes)
+    at_once = max(largest(layer, ground.workers) for layer in sizes)
     matrices = {"matrices at work": 24.0 * at_once}
     phases: list[Phase] = []
     beside = 0.0
@@ -188,7 +189,7 @@ def quantize_footprint(
         count = max(1, settings.calibration_tokens // ground.length)
         short = max(1, min(settings.calibration_tokens, TABLE_TOKENS) // ground.length)
         squares = [width * width for width in widths]
-        factored = _largest(squares, ground.workers)
+        factored = largest(squares, ground.workers)
         statistics = {"input statistics": 16.0 * sum(squares) + 40.0 * factored}
         weights = held(model, ground)
         phases += [
@@ -296,15 +297,15 @@ def eval_footprint(
 
 
 def _merging(checkpoint: Checkpoint, *, batched: bool) -> dict[str, float]:
-    largest = max(checkpoint.nbytes(name) for name in checkpoint.names)
+    widest = max(checkpoint.nbytes(name) for name in checkpoint.names)
     if not batched:
         sums = max(checkpoint.nbytes(name) + 4.0 * prod(checkpoint.shape(name)) for name in checkpoint.names)
         return {"one matrix": sums}
     # factors lie beside the matrix on its way there, a hundredth of its size or two
     there, back = (
-        max(WINDOW_BYTES, 1 << (size - 1).bit_length()) for size in (int(FACTORS_BESIDE * largest), largest)
+        max(WINDOW_BYTES, 1 << (size - 1).bit_length()) for size in (int(FACTORS_BESIDE * widest), widest)
     )
-    return {"windows of matrices": 2.0 * (there + back), "one matrix": float(largest)}
+    return {"windows of matrices": 2.0 * (there + back), "one matrix": float(widest)}
 
 
 def _training(
@@ -388,11 +389,6 @@ def _refitted(arch: Architecture, small: Architecture) -> tuple[int, float]:
                 inputs = 1.5 * columns * kept + 2 * kept * kept
                 system = max(system, 8.0 * (rows * columns + inputs + 2 * rows * kept))
     return changed, system
-
-
-def _largest(sizes: list[int], count: int) -> int:
-    """The sum of the largest ones."""
-    return sum(sorted(sizes, reverse=True)[:count])
 
 
 def _input_widths(arch: Architecture) -> list[int]:

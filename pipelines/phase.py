@@ -164,3 +164,8 @@ def unpacked(model: PlannedModel) -> float:
     arch = model.arch
     sizes = [prod(arch.at(i).linear_shape(s)) for i in range(arch.layers) for s in arch.linears_at(i)]
     return 0.0 if model.packed is None else 4.0 * max(sizes)
+
+
+def largest(sizes: list[int], count: int) -> int:
+    """The sum of the ``count`` largest ones."""
+    return sum(sorted(sizes, reverse=True)[:count])
