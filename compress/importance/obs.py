@@ -31,6 +31,9 @@ from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
 from compress.progress import Progress
 
+WIDE = 4096
+"""Inputs beyond which factorizations are divided among threads, though their last bits then depend on the number."""
+
 # Shapes: N windows, S tokens, K rows of a root, C columns.
 
 
@@ -173,9 +176,14 @@ def rank_groups(
                     greedy=ranked is None,
                 )
 
-        LocalEngine(1 if device.type != "cpu" else 2).run(
-            _ranked, branches(), lambda branch, result: found.__setitem__(branch.role, result)
-        )
+        def keep(branch: _Branch, result: tuple[LayerScores, LayerRise]) -> None:
+            found[branch.role] = result
+
+        if device.type == "cpu" and max(len(gram) for gram in grams.values()) <= WIDE:
+            LocalEngine(2).run(_ranked, branches(), keep)
+        else:
+            for branch in branches():
+                keep(branch, _ranked(branch))
         return _joined(found, scores, rise).to_tensors()
 
     layers: list[LayerScores] = []
