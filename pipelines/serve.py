@@ -88,11 +88,9 @@ def _serve(launch: Launch) -> int:
                 time.sleep(POLL)
                 continue
             try:
-                _take_part(launch, note)
-            except KeyboardInterrupt:  # the first process has decided to stop, and saved
-                pass
-            except Broken:  # another failed, and says why
-                pass
+                # on an interrupt the first process has saved; of a failure elsewhere another says why
+                with suppress(KeyboardInterrupt, Broken):
+                    _take_part(launch, note)
             except Exception as error:
                 return _failed(launch, error, meets=note["kind"] in MEETING)
             number += 1
