@@ -38,3 +38,16 @@ def opened_engine(common: Common, say: Callable[[str], None]) -> Iterator[Engine
 
     with opened(say) as engine:
         yield engine
+
+
+def require_processors(common: Common, device: str) -> None:
+    """Refuse a cluster where this machine computes on a GPU: its workers compute on processors, with other last bits.
+
+    Raises:
+        UsageError: Both are asked for.
+    """
+    if common.engine != "local" and device != "cpu":
+        raise UsageError(
+            f"--engine {common.engine} computes matrices on processors, and this machine on {device}.",
+            "Give --device cpu, or leave --engine out.",
+        )

@@ -24,6 +24,7 @@ from compress.pipelines.allocate import (
     matrices_of,
     parse_rank,
 )
+from compress.pipelines.engines import require_processors
 from compress.pipelines.error_tables import build_tables, exact_tables
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import TABLE_TOKENS, HessianWalk, sensitivities
@@ -79,6 +80,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         uncounted = eight_bit_choices(vocabulary_matrices(model))
     limit = limit_in_bits(budget, model, matrices, settings, fixed_rank, uncounted)
     device, dtype = device_and_dtype(context.common)
+    require_processors(context.common, device)
     source = context.common.data or default_source()
     config = settings_dict(settings) | {
         "data": source,

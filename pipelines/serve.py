@@ -119,7 +119,7 @@ def _failed(launch: Launch, error: Exception, *, meets: bool) -> int:
         if isinstance(error, CompressError)
         else "Run it without torchrun and with --debug, and report what that shows."
     )
-    try:
+    with suppress(RuntimeError):  # when the notes are gone
         launch.post_first(
             "failed",
             {"rank": launch.rank, "cause": f"{cause.rstrip('.')}.", "remedy": remedy, "code": code},
@@ -130,8 +130,6 @@ def _failed(launch: Launch, error: Exception, *, meets: bool) -> int:
             launch.leave()
         if launch.wait(("heard", "end"), HEARD) is not None:
             return code
-    except RuntimeError:  # the notes are gone
-        pass
     sys.stderr.write(f"error: Process {launch.rank} of {size} failed: {cause.rstrip('.')}.\n{remedy}\n")
     return code
 

@@ -8,7 +8,7 @@ import pytest
 
 from compress.engine import LocalEngine
 from compress.errors import CompressError, UsageError
-from compress.pipelines.engines import opened_engine
+from compress.pipelines.engines import opened_engine, require_processors
 from compress.pipelines.settings import Common
 
 
@@ -38,3 +38,10 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(kind) as error, opened_engine(common, print):
         raise AssertionError("opened")
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_cluster_is_for_processors() -> None:
+    require_processors(Common(engine="ray"), "cpu")
+    require_processors(Common(), "cuda")
+    with pytest.raises(UsageError, match="--device cpu"):
+        require_processors(Common(engine="ray"), "cuda")
