@@ -28,7 +28,7 @@ from compress.importance.collect import collect
 from compress.importance.gram_store import GramStore
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.model.load import load_model, load_tokenizer, preferred_dtype, resolve
+from compress.model.load import load_model, load_tokenizer, resolve
 from compress.pipelines.dispatch import prepare_torch, quiet_libraries
 from compress.pipelines.measure import CALIBRATION_SEED, summed_loss
 from compress.pipelines.prune_refit import stored_weight
@@ -51,6 +51,8 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "lora": {},
     "obs": {},
 }
+DTYPE = torch.float32
+"""Of scoring and of the test, whatever the machine prefers: curves of different machines can share a picture."""
 SHORT = 128
 REFIT = "obs + refit"
 
@@ -66,9 +68,9 @@ class _Observer:
         self._criterion.observe(self._model)
 
 
-def scores_of(name: str, path: Path, arch: Architecture, windows: Windows, dtype: torch.dtype) -> GroupScores:
+def scores_of(name: str, path: Path, arch: Architecture, windows: Windows) -> GroupScores:
     """Scores of one criterion on the full model; ``lora`` reads the same tokens in shorter windows while it trains."""
-    network = load_model(path, dtype=dtype)
+    network = load_model(path, dtype=DTYPE)
     criterion = create_criterion(name, arch, **CRITERIA[name])
     if criterion.needs == "adapters":
         ids = windows.ids.view(-1, SHORT)
@@ -91,9 +93,9 @@ def curve(
     say: Callable[[str], None],
 ) -> None:
     """Every row that is not there yet; the moments for the refit go into ``store``."""
-    checkpoint, dtype = Checkpoint(path), preferred_dtype("cpu")
+    checkpoint = Checkpoint(path)
     arch = checkpoint_architecture(checkpoint)
-    network = load_model(path, dtype=dtype)
+    network = load_model(path, dtype=DTYPE)
 
     def weight_of(module: str) -> Tensor:
         return stored_weight(checkpoint, arch, module)
@@ -105,7 +107,7 @@ def curve(
         wanted = [(label, r) for label in labels for r in ratios if not rows.has(f"{r} {label} 0")]
         if not wanted:
             continue
-        scores = scores_of(name, path, arch, windows, dtype)
+        scores = scores_of(name, path, arch, windows)
         if any(label == REFIT for label, _ in wanted):
             gather_moments(network, arch, windows.ids, store)
         for label, ratio in wanted:
@@ -140,7 +142,11 @@ def main() -> int:
     tokens, scored = (2048, 2048) if arguments.quick else (16_384, TOKENS)
     windows = calibration(tokenizer, "wikitext2", tokens, CALIBRATION_SEED)
     test = test_windows(tokenizer, tokens=scored)
-    identity = {"benchmark": "pruning curve", "model": Checkpoint(path).fingerprint()}
+    identity = {
+        "benchmark": "pruning curve",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "model": Checkpoint(path).fingerprint(),
+    }
     rows = Rows(arguments.out, {**identity, "calibration": dict(windows.protocol), "test_length": LENGTH})
     ratios = [float(part) for part in arguments.ratios.split(",")]
     with tempfile.TemporaryDirectory() as folder:
