@@ -102,11 +102,17 @@ def _recipes() -> dict[str, Recipe]:
             found[f"{name}, no ranks {bits}"] = lq(bits, rank="0", **given)
     for bits in (4, 3, 2):
         found[f"gptqmodel {bits}"] = Recipe(peer="gptqmodel", quantize={"bits": bits})
+    for bits in (4, 3):
+        found[f"gptqmodel {bits}, zero points"] = Recipe(
+            peer="gptqmodel", quantize={"bits": bits, "symmetric": False}
+        )
     found["bitsandbytes nf4"] = Recipe(peer="bitsandbytes")
     for bits in (4, 3, 2):
         found[f"hqq {bits}"] = Recipe(peer="hqq", quantize={"bits": bits})
     for bits in (4, 3):
-        found[f"autoround {bits}"] = Recipe(peer="autoround", quantize={"bits": bits, "iterations": 20})
+        found[f"autoround {bits}, 20 steps a layer"] = Recipe(
+            peer="autoround", quantize={"bits": bits, "iterations": 20}
+        )
     found["ours 2.75, trained"] = trained(2.75)
     found["ours 2.75, rank 8, trained"] = trained(2.75, rank="8")
     found["lq-lora 2.75, rank 8, trained"] = trained(2.75, rank="8", **PAPER)

@@ -23,11 +23,12 @@ def quantize_with_gptqmodel(
     *,
     bits: int = 4,
     group_size: int = 64,
+    symmetric: bool = True,
     environment: Path = ENVIRONMENTS / "gptqmodel",
     threads: int = 1,
     timeout: float = TIMEOUT,
 ) -> PeerResult:
-    """GPTQ with GPTQModel's defaults: symmetric, columns ordered inside the groups, damping 0.05.
+    """GPTQ with GPTQModel's defaults: columns ordered inside the groups, damping 0.05.
 
     Args:
         model: Dense checkpoint.
@@ -35,6 +36,7 @@ def quantize_with_gptqmodel(
         out: New folder for the result.
         bits: 2, 3, 4 or 8.
         group_size: Weights of a row that share a scale.
+        symmetric: No zero points of their own, its default.
         environment: Made by ``make peers``.
         threads: Of torch.
         timeout: Seconds until it is given up.
@@ -48,7 +50,7 @@ def quantize_with_gptqmodel(
         model,
         windows,
         out,
-        settings={"bits": bits, "group_size": group_size},
+        settings={"bits": bits, "group_size": group_size, "symmetric": symmetric},
         distributions=("gptqmodel",),
         environment=environment,
         threads=threads,

@@ -14,13 +14,16 @@ def load(model: Path, settings: dict[str, Any]) -> Any:
     gptqmodel = import_module("gptqmodel")
     import_module("gptqmodel.extension").is_available("pack_block_cpu")
     config = gptqmodel.GPTQConfig(
-        bits=settings["bits"], group_size=settings["group_size"], offload_to_disk=False
+        bits=settings["bits"],
+        group_size=settings["group_size"],
+        sym=settings["symmetric"],
+        offload_to_disk=False,
     )
     return gptqmodel.GPTQModel.load(str(model), config, device="cpu")
 
 
 def quantize(loaded: Any, ids_NS: torch.Tensor, linears: list[str], settings: dict[str, Any]) -> Any:
-    """GPTQ with GPTQModel's defaults, one window a sample."""
+    """GPTQ with GPTQModel's defaults but for the zero points, one window a sample."""
     samples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids_NS.tolist()]
     loaded.quantize(samples, batch_size=1)
     return loaded

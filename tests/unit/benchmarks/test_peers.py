@@ -46,7 +46,12 @@ def call(name: str, model: Path, out: Path, **given: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "given", "settings"),
     [
-        ("gptqmodel", {"bits": 3, "group_size": 32}, {"bits": 3, "group_size": 32}),
+        (
+            "gptqmodel",
+            {"bits": 3, "group_size": 32},
+            {"bits": 3, "group_size": 32, "symmetric": True},
+        ),
+        ("gptqmodel", {"symmetric": False}, {"bits": 4, "group_size": 64, "symmetric": False}),
         (
             "bitsandbytes",
             {"double_quantization": False},
@@ -136,6 +141,7 @@ def by_hand(name: str, state: dict[str, torch.Tensor], bits: int) -> torch.Tenso
     [
         ("gptqmodel", {"bits": 4}),
         ("gptqmodel", {"bits": 3}),
+        ("gptqmodel", {"bits": 4, "symmetric": False}),
         ("bitsandbytes", {"double_quantization": False}),
         ("hqq", {"bits": 4}),
         ("autoround", {"bits": 4, "iterations": 2}),

@@ -185,7 +185,14 @@ def test_only_missing_rows_and_those_that_could_not_run_are_made(
 
 
 def test_rows_are_chosen_by_name_or_pattern() -> None:
-    assert chosen("gptqmodel *; dense", "table") == ["dense", "gptqmodel 4", "gptqmodel 3", "gptqmodel 2"]
+    assert chosen("gptqmodel *; dense", "table") == [
+        "dense",
+        "gptqmodel 4",
+        "gptqmodel 3",
+        "gptqmodel 2",
+        "gptqmodel 4, zero points",
+        "gptqmodel 3, zero points",
+    ]
     assert chosen(None, "headline") == list(HEADLINE)
     with pytest.raises(UsageError, match="no row 'ours 5'"):
         chosen("dense;ours 5", "table")
@@ -246,6 +253,15 @@ def test_checks_hold_missed_goals_and_missing_rows_apart() -> None:
     verdicts = [line.split("  ")[0].strip() for line in checks(rows)]
     assert verdicts == ["missed", "missed", "ok", "missed", "missed"]
     assert checks({}) == checks({"gptqmodel 4": {"not_run": "x"}})
+
+
+def test_goals_are_held_against_the_better_of_a_peers_two_forms() -> None:
+    rows = made_up() | {"gptqmodel 4, zero points": {"perplexity": 34.0}}
+    assert checks(rows)[0].endswith("1.000, bound 0.800")
+    rows["gptqmodel 4, zero points"] = {"perplexity": 37.0}
+    assert checks(rows)[0].endswith("1.000, bound 1.200")
+    rows["gptqmodel 4, zero points"] = {"not_run": "x"}
+    assert checks(rows)[0].endswith("1.000, bound 1.200")
 
 
 def test_the_stopwatch_adds_up_bars_of_one_label() -> None:
