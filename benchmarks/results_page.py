@@ -1,6 +1,8 @@
 """Write docs/results.md: every record of benchmarks/results as tables, each with its protocol, host and versions.
 
-``python -m compress.benchmarks.results_page [--records DIR] [--page FILE] [--check]``
+``python -m compress.benchmarks.results_page [--records DIR] [--page FILE] [--images DIR] [--check]``
+
+Some records are drawn too; see `results_pictures`.
 
 A benchmark with a layout in `results_layouts.py` shows the figures that are named there. Any other record is shown by
 what it holds: rows that hold the same kind of figures share a table, and never two protocols.
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.benchmarks.results_layouts import LAYOUTS, Column, Layout
+from compress.benchmarks.results_pictures import IMAGES, pictures
 from compress.errors import CompressError
 from compress.pipelines.reporter import human_bytes
 from compress.pipelines.workspace import read_json
@@ -254,21 +257,26 @@ def main() -> int:
     )
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the JSON files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the pictures")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where the page is not this"
+        "--check", action="store_true", help="write nothing; exit with 1 where a file is not this"
     )
     arguments = parser.parse_args()
     try:
         text = build(arguments.records, arguments.page)
+        wanted = {arguments.images / name: drawn for name, drawn in pictures(arguments.records).items()}
     except CompressError as error:
         print(f"error: {error.cause}\n{error.remedy}", file=sys.stderr)
         return error.exit_code
+    wanted[arguments.page] = text
     if arguments.check:
-        present = arguments.page.read_text(encoding="utf-8") if arguments.page.is_file() else ""
-        print(f"{arguments.page} is {'up to date' if present == text else 'out of date'}")
-        return int(present != text)
-    arguments.page.write_text(text, encoding="utf-8")
-    print(f"{arguments.page}: {len(text.splitlines())} lines")
+        old = [file for file, new in wanted.items() if not file.is_file() or file.read_text("utf-8") != new]
+        for file in wanted:
+            print(f"{file} is {'out of date' if file in old else 'up to date'}")
+        return int(bool(old))
+    for file, new in wanted.items():
+        file.write_text(new, encoding="utf-8")
+        print(f"{file}: {len(new.splitlines())} lines")
     return 0
 
 

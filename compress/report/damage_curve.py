@@ -24,12 +24,31 @@ def damage_curve(rows: Mapping[str, Any]) -> Html:
     """The figure of pruning results; one for each protocol that they were measured with.
 
     Args:
-        rows: "RATIO METHOD TOKENS" (several seeds: with " seed N" after it) -> a record with ``perplexity``,
-            ``achieved_ratio`` and ``protocol_line``; TOKENS counts those of recovery training. "dense" is the model
-            before pruning. Seeds are averaged. Rows of another form are left out.
+        rows: As `damage_charts` takes them.
 
     Returns:
         Nothing where no row is left.
+    """
+    return join(
+        [
+            figure(
+                chart,
+                "Perplexity (lower is better) against the share of decoder linear parameters removed"
+                + (f": {protocol}." if protocol else "."),
+                name="Perplexity by share removed",
+            )
+            for protocol, chart in damage_charts(rows)
+        ]
+    )
+
+
+def damage_charts(rows: Mapping[str, Any]) -> list[tuple[str, Html]]:
+    """The drawings alone: protocol and SVG.
+
+    Args:
+        rows: "RATIO METHOD TOKENS" (several seeds: with " seed N" after it) -> a record with ``perplexity``,
+            ``achieved_ratio`` and ``protocol_line``; TOKENS counts those of recovery training. "dense" is the model
+            before pruning. Seeds are averaged. Rows of another form are left out.
     """
     protocols: dict[str, Points] = {}
     for key, row in rows.items():
@@ -41,7 +60,7 @@ def damage_curve(rows: Mapping[str, Any]) -> Html:
         name = method if int(tokens) == 0 else f"{method}, {count(int(tokens))} tokens"
         lines = protocols.setdefault(_protocol(row), {})
         lines.setdefault(name, {}).setdefault(ratio, []).append((achieved, value))
-    return join([_figure(protocol, points, rows.get("dense")) for protocol, points in protocols.items()])
+    return [(protocol, _chart(protocol, points, rows.get("dense"))) for protocol, points in protocols.items()]
 
 
 def _perplexity(row: Any) -> float | None:
@@ -54,7 +73,7 @@ def _protocol(row: Any) -> str:
     return line if isinstance(line, str) else ""
 
 
-def _figure(protocol: str, points: Points, dense: Any) -> Html:
+def _chart(protocol: str, points: Points, dense: Any) -> Html:
     lines = [
         Line(name=name, points=sorted(_mean(seeds) for seeds in by_ratio.values()))
         for name, by_ratio in points.items()
@@ -71,18 +90,13 @@ def _figure(protocol: str, points: Points, dense: Any) -> Html:
     ]
     if whole is not None:
         told.append(f"not pruned {fixed(whole)}")
-    return figure(
-        log_chart(
-            lines,
-            mark=("not pruned", whole) if whole is not None else None,
-            alt=f"Perplexity against the share of parameters removed, by method: {'; '.join(told)}.",
-            x_title="decoder linear parameters removed",
-            y_title="perplexity, logarithmic",
-            x_label=short_percent,
-        ),
-        "Perplexity (lower is better) against the share of decoder linear parameters removed"
-        + (f": {protocol}." if protocol else "."),
-        name="Perplexity by share removed",
+    return log_chart(
+        lines,
+        mark=("not pruned", whole) if whole is not None else None,
+        alt=f"Perplexity against the share of parameters removed, by method: {'; '.join(told)}.",
+        x_title="decoder linear parameters removed",
+        y_title="perplexity, logarithmic",
+        x_label=short_percent,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from compress.report.html import Child, Html, h
+from compress.report.html import Child, Html, h, text
 
 COLOURS = 8
 """Colours of the lines of one chart, classes ``c0`` to ``c7``; further lines are dashed."""
@@ -47,6 +47,13 @@ def svg(width: float, height: float, alt: str, drawn: Sequence[Html], *, fit: bo
         aria_label=alt,
         class_="fit" if fit else None,
     )
+
+
+def svg_file(drawing: Html, style: str) -> str:
+    """A drawing of `svg` as a file of its own, with the stylesheet in it and the page's colour behind it."""
+    head, _, rest = drawing.partition(">")
+    rules = text(f"{style}\nsvg {{ background: var(--card); font-family: sans-serif; }}")
+    return f"{head}><style>{rules}</style>{rest}\n"
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:

@@ -18,6 +18,7 @@ import compress
 from compress.__main__ import app
 from compress.benchmarks.model_shapes import CONFIGS
 from compress.benchmarks.results_page import PAGE, RECORDS, build
+from compress.benchmarks.results_pictures import IMAGES, pictures
 from tests.sources import ROOT, modules, tree
 
 DOCS = ROOT / "docs"
@@ -104,6 +105,8 @@ def test_the_results_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)
     remedy = "docs/results.md is out of date: python -m compress.benchmarks.results_page"
     assert PAGE.read_text(encoding="utf-8") == build(RECORDS, PAGE), remedy
+    for name, drawn in pictures(RECORDS).items():
+        assert (IMAGES / name).read_text(encoding="utf-8") == drawn, f"{name} is out of date; {remedy}"
 
 
 def plans() -> list[tuple[str, str, str]]:
