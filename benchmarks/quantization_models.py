@@ -17,10 +17,11 @@ from compress.model.checkpoint import Checkpoint, copy_side_files
 from compress.model.load import load_model, load_tokenizer
 from compress.model.quiet import quiet_transformers
 from compress.model.writer import CheckpointWriter
-from compress.pipelines.allocate import Allocation, Choice, Matrix, limit_in_bits, matrices_of
+from compress.pipelines.allocate import Allocation, Choice, limit_in_bits
 from compress.pipelines.error_tables import build_tables
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
+from compress.pipelines.matrices import Matrix, matrices_of
 from compress.pipelines.model_input import current, device_and_dtype
 from compress.pipelines.quantize import known_sensitivities
 from compress.pipelines.settings import QuantizeSettings

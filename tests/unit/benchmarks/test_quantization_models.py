@@ -27,7 +27,7 @@ from compress.benchmarks.quantization_rows import (
 )
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model
-from compress.pipelines.allocate import Matrix
+from compress.pipelines.matrices import Matrix
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.settings import resolve as resolve_settings
 from compress.quantize.blockwise import quantize_dequantize
