@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from compress.errors import CompressError
+from compress.model.inside import read_json_inside
 
 FILE_NAME = "base.json"
 FORMAT_VERSION = 1
@@ -84,11 +84,12 @@ class BaseRecord:
         """Read a file written by :meth:`save`.
 
         Raises:
-            CompressError: It is no such file, of a newer version, or its fingerprint is not that of its tensors.
+            CompressError: It is no such file, a link out of its folder, of a newer version, or its fingerprint is not
+                that of its tensors.
         """
         remedy = "Take the small model again from where it came."
+        content = read_json_inside(path, remedy)
         try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise CompressError(
@@ -104,7 +105,7 @@ class BaseRecord:
                 },
             )
             whole = record.fingerprint == content["fingerprint"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise CompressError(f"{path} is no record of a base model.", remedy) from error
         if not whole:
             raise CompressError(f"The fingerprint in {path} is not that of its tensors.", remedy)
