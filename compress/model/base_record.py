@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from compress.errors import CompressError
-from compress.model.inside import read_json_inside
+from compress.model.inside import require_inside
 
 FILE_NAME = "base.json"
 FORMAT_VERSION = 1
@@ -88,8 +89,9 @@ class BaseRecord:
                 that of its tensors.
         """
         remedy = "Take the small model again from where it came."
-        content = read_json_inside(path, remedy)
+        require_inside(path.parent, path)
         try:
+            content: Any = json.loads(path.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise CompressError(
@@ -105,7 +107,7 @@ class BaseRecord:
                 },
             )
             whole = record.fingerprint == content["fingerprint"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CompressError(f"{path} is no record of a base model.", remedy) from error
         if not whole:
             raise CompressError(f"The fingerprint in {path} is not that of its tensors.", remedy)

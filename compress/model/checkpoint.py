@@ -87,7 +87,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_config(self.path)
         if (self.path / "adapter_config.json").is_file():
             raise CompressError(
-                f"The folder {self.path} holds an adapter beside the model, which transformers would put on it unasked.",
+                f"The folder {self.path} holds an adapter beside the model; transformers would put it on unasked.",
                 "Move the adapter's files to a folder of their own, or merge it.",
             )
         self._entries = _read_entries(self.path)
