@@ -26,6 +26,7 @@ from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.small_files import write_base
 from compress.pipelines.stage import Context, Outcome, run_stage
+from compress.pipelines.text import text_inputs
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import thin_count
 from compress.prune.local import pruned_layers
@@ -116,7 +117,8 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
 
         return thin_disk(model)
 
-    outcome = run_stage(context, "prune", config=config, inputs={"model": model.id}, work=work, disk=disk)
+    inputs = {"model": model.id} | text_inputs(source)
+    outcome = run_stage(context, "prune", config=config, inputs=inputs, work=work, disk=disk)
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome

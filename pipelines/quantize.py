@@ -37,6 +37,7 @@ from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.small_files import carry
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.text import text_inputs
 from compress.pipelines.tradeoff import tradeoff
 from compress.pipelines.vocabulary import (
     eight_bit_choices,
@@ -193,7 +194,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         context,
         "quantize",
         config=config,
-        inputs={"model": model.id},
+        inputs={"model": model.id} | text_inputs(source),
         work=work,
         scratch=("layers", "tables", "fisher"),
         disk=disk,
