@@ -29,11 +29,12 @@ import torch
 
 from compress.benchmarks.protocol import host, versions, write_json
 from compress.engine import Engine, LocalEngine, largest_first
-from compress.pipelines.allocate import Choice, Matrix
+from compress.pipelines.allocate import Choice
 from compress.pipelines.engine_ray import RayEngine
 from compress.pipelines.error_tables import TableJob, table_of
 from compress.pipelines.knowledge import MatrixKnowledge
 from compress.pipelines.lq_writer import Decomposed, MatrixJob, decomposed
+from compress.pipelines.matrices import Matrix
 from compress.pipelines.settings import QuantizeSettings, resolve
 from compress.pipelines.workspace import FORMAT_VERSION
 from compress.quantize.config import FACTOR_8BIT, QuantConfig

@@ -10,26 +10,22 @@ from typing import Any
 
 import torch
 
-from compress.adapters.adapter_file import AdapterFile
 from compress.adapters.train import FitConfig, fit
 from compress.benchmarks.protocol import calibration
 from compress.model.checkpoint import Checkpoint, copy_side_files
 from compress.model.load import load_model, load_tokenizer
 from compress.model.quiet import quiet_transformers
-from compress.model.writer import CheckpointWriter
-from compress.pipelines.allocate import Allocation, Choice, Matrix, limit_in_bits, matrices_of
+from compress.pipelines.allocate import Allocation, Choice, limit_in_bits
 from compress.pipelines.error_tables import build_tables
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
+from compress.pipelines.matrices import Matrix, matrices_of
 from compress.pipelines.model_input import current, device_and_dtype
 from compress.pipelines.quantize import known_sensitivities
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.workspace import digest, read_json, write_json
-from compress.quantize.blockwise import QuantizedTensor
-from compress.quantize.checkpoint import MatrixRecord, lq_config, read_lq_config
-from compress.quantize.config import FACTOR_8BIT, QuantConfig
-from compress.quantize.decompose import store_factor
+from compress.quantize.config import QuantConfig
 from compress.quantize.error_table import ErrorTable
 from compress.solvers.budget import Budget, parse_budget
 
@@ -123,49 +119,6 @@ def same_for_all(
         plain=None,
         objective=settings.objective,
     )
-
-
-def with_factors(quantized: Path, adapter: Path, out: Path) -> None:
-    """The LQ checkpoint ``quantized`` with a trained adapter's factors, in 8 bits, in place of its own (METHODS §3.5).
-
-    The adapter must have been trained in place of the checkpoint's own factors (``--method lq``), or on a checkpoint
-    without any.
-
-    Args:
-        quantized: LQ checkpoint.
-        adapter: Of that checkpoint.
-        out: New folder.
-    """
-    source = Checkpoint(quantized)
-    records = read_lq_config(source.config["quantization_config"])
-    tensors: dict[str, torch.Tensor] = {}
-    with AdapterFile(adapter) as file:
-        for module in file.modules:
-            root = math.sqrt(file.scaling(module).value)
-            factor_a, factor_b = (factor.float() * root for factor in file.factors(module))
-            for side, factor in (("factor_out", factor_b.T.contiguous()), ("factor_in", factor_a)):
-                stored = store_factor(factor, FACTOR_8BIT)
-                assert isinstance(stored, QuantizedTensor)  # it is given a configuration
-                tensors |= {f"{module}.{side}_{part}": tensor for part, tensor in stored.tensors().items()}
-            old = records[module]
-            records[module] = MatrixRecord(
-                shape=old.shape, config=old.config, rank=factor_a.shape[0], factor_config=FACTOR_8BIT
-            )
-    own = {f"{module}.{part}" for module in records for part in _factor_parts()}
-    with CheckpointWriter(out, config=source.config | {"quantization_config": lq_config(records)}) as writer:
-        for name in source.names:
-            if name not in own:
-                writer.add(name, source.read(name))
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-        writer.finish()
-    copy_side_files(quantized, out)
-
-
-def _factor_parts() -> list[str]:
-    """Endings of the tensors that hold a matrix's factors."""
-    layout = MatrixRecord(shape=(8, 8), config=FACTOR_8BIT, rank=1, factor_config=FACTOR_8BIT).layout()
-    return [part for part in layout if part.startswith("factor_")]
 
 
 def moved_model(model: Path, source: str, work: Path, *, length: int, **given: Any) -> Path:

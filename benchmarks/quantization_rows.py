@@ -21,7 +21,8 @@ from compress.benchmarks.peers.environment_storage import linear_shapes, stored_
 from compress.benchmarks.peers.gptqmodel import quantize_with_gptqmodel
 from compress.benchmarks.peers.hqq import quantize_with_hqq
 from compress.benchmarks.protocol import LENGTH, TOKENS, score, test_windows
-from compress.benchmarks.quantization_models import quantize_uniformly, with_factors
+from compress.benchmarks.quantization_models import quantize_uniformly
+from compress.export.packed import write_packed
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.measure import calibration_windows
@@ -238,7 +239,7 @@ def row_of(bench: Bench, recipe: Recipe) -> dict[str, Any]:
         assert adapter is not None
     record, out = adapter.record, folder / "trained"
     shutil.rmtree(out, ignore_errors=True)
-    with_factors(stage.path, adapter.path, out)
+    write_packed(Checkpoint(stage.path), out, adapter=adapter.path)
     training = {
         "settings": settings_dict(settings),
         "bits_per_weight_before": bench.stored(stage.path)["bits_per_weight"],

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from compress.errors import CompressError, UsageError, choose
+from compress.pipelines.matrices import VOCABULARY, Matrix, fused_groups
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.workspace import FORMAT_VERSION
@@ -29,40 +29,8 @@ COSTS = {
 }
 """What the choice for each objective costs, and the allocation sums."""
 
-SHARED_INPUT = {
-    "q": "attention",
-    "k": "attention",
-    "v": "attention",
-    "qkv": "attention",
-    "gate": "mlp",
-    "up": "mlp",
-}
-"""Roles that read the same hidden states, and so have the same statistics, and may be fused into one matrix."""
 HEADER_BYTES_PER_MATRIX = 1100
 """Upper bound of what a quantized matrix adds to the JSON header of its file: up to ten tensors."""
-
-
-VOCABULARY = -1
-"""The layer number of the embedding and the output matrix, which come before all layers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """One matrix to be quantized."""
-
-    layer: int
-    module: str
-    tensor: str
-    shape: tuple[int, int]
-    transposed: bool = False
-    """Stored [in, out] (Conv1D) instead of [out, in]; ``shape`` is (out, in) either way."""
-    role: str = ""
-    """What it does in its layer: q, k, v, o, gate, up, down, ..., or embedding, head."""
-
-    @property
-    def numel(self) -> int:
-        """Weights in it."""
-        return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,36 +113,8 @@ def factor_format(settings: QuantizeSettings) -> QuantConfig | None:
     return FACTOR_8BIT if settings.factors == "8bit" else None
 
 
-def layer_name(layer: int) -> str:
-    """A layer as progress lines call it."""
-    return "embeddings" if layer == VOCABULARY else f"layer {layer}"
-
-
-def matrices_of(model: ModelInput) -> list[Matrix]:
-    """The decoder linears of a model, layer by layer."""
-    arch = model.architecture
-    return [
-        Matrix(
-            layer=layer,
-            module=arch.module_name(layer, linear),
-            tensor=arch.tensor_name(layer, linear),
-            shape=arch.at(layer).linear_shape(linear),
-            transposed=linear.transposed,
-            role=linear.role,
-        )
-        for layer in range(arch.layers)
-        for linear in arch.linears_at(layer)
-    ]
-
-
-def read_matrix(model: ModelInput, matrix: Matrix) -> Tensor:
-    """The weight of a matrix as [out, in], however it is stored."""
-    weight = model.checkpoint.read(matrix.tensor)
-    return weight.t().contiguous() if matrix.transposed else weight
-
-
 def ranks_for(matrix: Matrix, fixed: int | None) -> tuple[int, ...]:
-    """Ranks a matrix may take: the whole menu, or the fixed one where the matrix is wide enough for it.
+    """Ranks a matrix may take by itself: the menu, or the fixed one, at most the largest below half its smaller side.
 
     Embeddings and output matrices have none: rounding leaves noise, and of noise as narrow as a hidden size a rank
     takes away less than the bits it costs.
@@ -183,7 +123,30 @@ def ranks_for(matrix: Matrix, fixed: int | None) -> tuple[int, ...]:
         return (0,)
     if fixed is None:
         return offered_ranks(matrix.shape, RANKS)
-    return (max(offered_ranks(matrix.shape, (fixed,))),)
+    return (min(fixed, (min(matrix.shape) - 1) // 2),)
+
+
+def ranks_of(matrices: Sequence[Matrix], fixed: int | None, runtime: str) -> list[tuple[int, ...]]:
+    """Ranks each of the matrices may take; what ``runtime`` fuses has one rank, so only what all of it may take."""
+    ranks = [ranks_for(matrix, fixed) for matrix in matrices]
+    for group in fused_groups(matrices) if runtime == "vllm" else ():
+        offers = [ranks[member] for member in group]
+        common = (
+            (min(offers)[0],) if fixed is not None else tuple(sorted(set.intersection(*map(set, offers))))
+        )
+        for member in group:
+            ranks[member] = common
+    return ranks
+
+
+def narrow(matrices: Sequence[Matrix], fixed: int | None, runtime: str) -> dict[str, int]:
+    """The largest rank of every decoder matrix that cannot take the fixed one, by module."""
+    ranks = ranks_of(matrices, fixed, runtime)
+    return {
+        matrix.module: own[0]
+        for matrix, own in zip(matrices, ranks, strict=True)
+        if fixed is not None and matrix.layer != VOCABULARY and own[0] < fixed
+    }
 
 
 def parse_rank(text: str) -> int | None:
@@ -238,9 +201,9 @@ def limit_in_bits(
             "Give a smaller budget.",
         )
     smallest = 0
-    for matrix in matrices:
+    for matrix, ranks in zip(matrices, ranks_of(matrices, fixed_rank, settings.runtime), strict=True):
         least = min(config.storage_bits(matrix.shape) for config in offered(settings))
-        rank = ranks_for(matrix, fixed_rank)[0] if settings.budget_includes == "factors" else 0
+        rank = ranks[0] if settings.budget_includes == "factors" else 0
         smallest += least + factor_bits(matrix.shape, rank, factor_format(settings))
     if limit < smallest:
         least_text = (
@@ -267,11 +230,7 @@ def problem_of(
 ) -> tuple[Problem, list[list[int]]]:
     """The solver's question, and the position in its table of each candidate of every matrix."""
     groups = fused_groups(matrices) if settings.runtime == "vllm" else ()
-    allowed = [set(ranks_for(matrix, fixed_rank)) for matrix in matrices]
-    for group in groups:  # what is fused has one format and one rank, so only ranks that all of it may take
-        common = set.intersection(*(allowed[member] for member in group))
-        for member in group:
-            allowed[member] = common
+    allowed = ranks_of(matrices, fixed_rank, settings.runtime)
     candidates: list[list[int]] = []
     sizes = []
     for matrix, table, ranks in zip(matrices, tables, allowed, strict=True):
@@ -289,15 +248,6 @@ def problem_of(
         equal_groups=groups,
     )
     return problem, candidates
-
-
-def fused_groups(matrices: Sequence[Matrix]) -> tuple[tuple[int, ...], ...]:
-    """Positions of matrices that serving runtimes store as one, as they read one input: q, k and v, and gate and up."""
-    groups: dict[tuple[int, str], list[int]] = {}
-    for at, matrix in enumerate(matrices):
-        if matrix.role in SHARED_INPUT:
-            groups.setdefault((matrix.layer, SHARED_INPUT[matrix.role]), []).append(at)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def allocate(

@@ -10,24 +10,17 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.engine import largest_first
-from compress.pipelines.allocate import (
-    VOCABULARY,
-    Allocation,
-    Matrix,
-    factor_format,
-    layer_name,
-    offered,
-    read_matrix,
-)
+from compress.pipelines.allocate import Allocation, Choice, factor_format, offered, ranks_of
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge
+from compress.pipelines.matrices import VOCABULARY, Matrix, layer_name, read_matrix
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import read_json, write_json
 from compress.quantize.config import QuantConfig
-from compress.quantize.error_table import RANKS, ErrorTable, error_table, refined
+from compress.quantize.error_table import ErrorTable, error_table, refined
 from compress.quantize.fisher_table import fisher_error_table
 from compress.quantize.hessian import InputStatistics
 from compress.quantize.output_table import ROWS, output_error_table
@@ -107,7 +100,8 @@ def build_tables(
         fisher: Fisher information; None for other objectives than ``fisher``.
     """
     folder.mkdir(exist_ok=True)
-    ranks = RANKS if fixed_rank is None else (fixed_rank,)
+    ranks = ranks_of(matrices, fixed_rank, settings.runtime)
+    ranks_by_module = {matrix.module: own for matrix, own in zip(matrices, ranks, strict=True)}
     paths = {matrix.module: folder / f"{matrix.module}.json" for matrix in matrices}
     seed, done = context.common.seed, sum(path.is_file() for path in paths.values())
     by_layer = walk is not None or fisher is not None
@@ -130,7 +124,7 @@ def build_tables(
                     matrix=matrix,
                     weight=read_matrix(model, matrix),
                     settings=settings,
-                    ranks=(0,) if matrix.layer == VOCABULARY else ranks,
+                    ranks=ranks_by_module[matrix.module],
                     seed=seed,
                     known=known[matrix.module],
                 )
@@ -194,16 +188,17 @@ def exact_tables(
     tables: Sequence[ErrorTable],
     settings: QuantizeSettings,
     folder: Path,
+    turn: int = 1,
 ) -> list[ErrorTable]:
     """The tables, sampled ones with what an allocation picked from them computed from all rows.
 
-    So is what the best single format costs. Finished ones are read back from ``folder``; they lie beside the sampled
-    ones, from which an interrupted run makes the same choice again.
+    So is what the best single format costs. Finished ones are read back from ``folder``; those of every turn lie
+    beside the sampled ones, from which an interrupted run makes the same choices again.
     """
     paths = {
-        choice.matrix.module: folder / f"{choice.matrix.module}.exact.json"
+        choice.matrix.module: folder / f"{choice.matrix.module}.exact-{turn}.json"
         for choice, table in zip(allocation.choices, tables, strict=True)
-        if table.sample is not None
+        if _estimated(allocation, choice, table)
     }
     done = sum(path.is_file() for path in paths.values())
 
@@ -222,15 +217,12 @@ def exact_tables(
             ]
             for choice, table in largest_first(sampled, lambda pair: pair[0].matrix.numel):
                 progress(done, len(paths), choice.matrix.module)
-                entries = [_entry(table, choice.config, choice.rank)]
-                if allocation.plain is not None:
-                    entries.append(_entry(table, QuantConfig.from_dict(allocation.plain["config"]), 0))
                 yield ExactJob(
                     matrix=choice.matrix,
                     weight=read_matrix(model, choice.matrix),
                     settings=settings,
                     table=table,
-                    entries=entries,
+                    entries=_estimated(allocation, choice, table),
                     seed=context.common.seed,
                 )
 
@@ -256,6 +248,19 @@ def exact_of(job: ExactJob) -> ErrorTable:
     )
 
 
-def _entry(table: ErrorTable, config: QuantConfig, rank: int) -> int:
-    """The position in the flattened table."""
-    return table.configs.index(config) * len(table.ranks) + table.ranks.index(rank)
+def all_exact(allocation: Allocation, tables: Sequence[ErrorTable]) -> bool:
+    """Whether no cost that an allocation counts comes from a sample."""
+    return not any(
+        _estimated(allocation, choice, table)
+        for choice, table in zip(allocation.choices, tables, strict=True)
+    )
+
+
+def _estimated(allocation: Allocation, choice: Choice, table: ErrorTable) -> list[int]:
+    """Positions of what an allocation gives one matrix, and of the best single format, that come from a sample."""
+    if table.sample is None:
+        return []
+    entries = {table.position(choice.config, choice.rank)}
+    if allocation.plain is not None:
+        entries.add(table.position(QuantConfig.from_dict(allocation.plain["config"]), 0))
+    return sorted(entries - set(table.exact))

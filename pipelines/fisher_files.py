@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from compress.model.load import load_model
-from compress.pipelines.measure import calibration_windows, summed_loss
+from compress.pipelines.measure import full_calibration, summed_loss
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
@@ -49,7 +49,7 @@ class FisherFiles:
             return
         network = load_model(model.path, dtype=dtype, device=device)
         loss = summed_loss(network)
-        windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
+        windows = full_calibration(context, model.path, source, tokens=settings.calibration_tokens)
         folder.mkdir(exist_ok=True)
         for layers in missing:
             with context.reporter.bar(

@@ -23,9 +23,9 @@ from compress.importance.gram_store import fits
 from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
-from compress.pipelines.allocate import SHARED_INPUT
 from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
 from compress.pipelines.hessian_walk import BATCH, GRADIENT_BATCH, TABLE_TOKENS
+from compress.pipelines.matrices import SHARED_INPUT
 from compress.pipelines.phase import (
     SHARD_BYTES,
     Footprint,

@@ -12,8 +12,8 @@ from compress.engine import LocalEngine
 from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
-from compress.pipelines.allocate import SHARED_INPUT, VOCABULARY
-from compress.pipelines.measure import calibration_windows, summed_loss
+from compress.pipelines.matrices import SHARED_INPUT, VOCABULARY
+from compress.pipelines.measure import full_calibration, summed_loss
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
@@ -24,6 +24,7 @@ from compress.quantize.sensitivity import output_sensitivities
 from compress.quantize.vocabulary import MatrixMoments
 
 BATCH = 4
+"""At most so many windows run at once."""
 GRADIENT_BATCH = 2
 GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 4096
 """Share of the calibration windows that go through the backward pass, and at most how many tokens: with 8,192 of them
@@ -66,12 +67,14 @@ class HessianWalk:
         self._arch, self._engine = model.architecture, LocalEngine(way.workers)
         self._moments = moments
         self._network = way.open(model.path, dtype=dtype, device=device)
-        windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
-        self.protocol = dict(windows.protocol)
+        windows = full_calibration(context, model.path, source, tokens=settings.calibration_tokens)
         ids = windows.ids if most is None else windows.ids[: max(1, most // windows.ids.shape[1])]
-        self._ids, self._batch = ids, min(BATCH, len(ids))
+        self._ids = ids
+        self._batch = next(
+            size for size in range(BATCH, 0, -1) if len(ids) % size == 0
+        )  # no window is left over
         self._begun: LayerWalk | None = None
-        self.tokens = len(ids) // self._batch * self._batch * ids.shape[1]
+        self.tokens = ids.numel()
 
     def _begin(self) -> LayerWalk:
         """In front of the first layer, behind the embedding as it now is."""
@@ -102,7 +105,7 @@ class HessianWalk:
 
         def moments() -> Iterator[tuple[str, Tensor]]:
             for name, spec in sorted(first.items(), key=lambda item: -len(grams[item[1]])):
-                yield name, grams.pop(spec).div_(self.tokens)
+                yield name, grams.pop(spec).div_(self.tokens).cpu()  # weights are rounded on the host
 
         def keep(job: tuple[str, Tensor], statistics: InputStatistics) -> None:
             found[job[0]] = statistics
@@ -160,7 +163,7 @@ def sensitivities(
         By module name; and, where embeddings are chosen for, the moments of the embedding and the output matrix.
     """
     network = way.open(model.path, dtype=dtype, device=device)
-    windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
+    windows = full_calibration(context, model.path, source, tokens=settings.calibration_tokens)
     count = max(1, min(round(GRADIENT_SHARE * len(windows)), GRADIENT_TOKENS // windows.ids.shape[1]))
     batches = windows.ids[:count].to(device).split(GRADIENT_BATCH)
     with context.reporter.bar("sensitivities") as progress:

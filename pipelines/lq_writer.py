@@ -18,10 +18,11 @@ from compress.durable import replacing
 from compress.engine import largest_first
 from compress.model.checkpoint import copy_side_files
 from compress.model.writer import CheckpointWriter
-from compress.pipelines.allocate import VOCABULARY, Allocation, Choice, layer_name, read_matrix
+from compress.pipelines.allocate import Allocation, Choice
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge
+from compress.pipelines.matrices import VOCABULARY, layer_name, read_matrix
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
@@ -208,6 +209,7 @@ def decomposed(job: MatrixJob) -> Decomposed:
         "name": choice.matrix.module,
         "bits": config.bits,
         "scale_bits": config.scale_bits,
+        "scale_dtype": config.scale_dtype,
         "block_size": config.block_size,
         "group_size": config.group_size,
         "codebook": config.codebook,
@@ -223,14 +225,16 @@ def decomposed(job: MatrixJob) -> Decomposed:
 
 
 def _by_objective(job: MatrixJob) -> tuple[Decomposition, dict[str, float]]:
-    """The decomposition for the objective, and the relative error that this objective minds, by its key."""
+    """The decomposition for the objective, and by key what this objective minds and what it met."""
     choice, known = job.choice, job.known
     given: dict[str, Any] = {"rank": choice.rank, "factor_config": choice.factor_config, "seed": job.seed}
     statistics = known.statistics
     if statistics is not None:
         aware = decompose_outputs(job.weight, choice.config, statistics, row_weights=known.minds, **given)
         return aware.decomposition, {
-            "relative_output_error": _root_share(aware.output_error, aware.output_norm)
+            "relative_output_error": _root_share(aware.output_error, aware.output_norm),
+            "dead_inputs": statistics.dead,
+            "damping": statistics.damping,
         }
     given["iterations"] = job.settings.iterations
     if known.fisher is not None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.adapters.loss import TokenLoss
+from compress.data.stream import conversation_stream
 from compress.data.windows import Windows, token_windows
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
 from compress.model.checkpoint import Checkpoint
@@ -65,14 +66,35 @@ def calibration_windows(context: Context, model: Path, source: str, *, tokens: i
         source: Text source.
         tokens: How many; rounded down to whole windows, but at least one.
         draw: Draws with other numbers read other windows.
+
+    Returns:
+        Fewer where there is not so much text. No padding: conversations follow one another.
     """
     tokenizer = load_tokenizer(model)
     text = read_text(context, source, "train", model)
     length = min(LENGTH, positions(model))
     count = max(1, tokens // length)
-    return token_windows(
-        text, tokenizer, length=length, count=count, seed=context.common.seed + CALIBRATION_SEED * (1 + draw)
-    )
+    seed = context.common.seed + CALIBRATION_SEED * (1 + draw)
+    if text.conversations:
+        return conversation_stream(text, tokenizer, length=length, count=count, seed=seed)
+    return token_windows(text, tokenizer, length=length, count=count, seed=seed)
+
+
+def full_calibration(context: Context, model: Path, source: str, *, tokens: int) -> Windows:
+    """The same, all of them.
+
+    Raises:
+        CompressError: There is not so much text.
+    """
+    windows = calibration_windows(context, model, source, tokens=tokens)
+    count, length = windows.ids.shape
+    if count < max(1, tokens // length):
+        raise CompressError(
+            f"The training split of {source} fills {count} windows of {length} tokens; "
+            f"calibration asks for {tokens} tokens.",
+            f"Give a longer text, or --calibration-tokens {count * length}.",
+        )
+    return windows
 
 
 def validation_windows(context: Context, model: Path, source: str, *, length: int = LENGTH) -> Windows:

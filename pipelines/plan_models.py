@@ -15,13 +15,12 @@ from compress.model.tensor_file import DTYPE_NAMES
 from compress.pipelines.allocate import (
     HEADER_BYTES_PER_MATRIX,
     Choice,
-    Matrix,
     factor_format,
     limit_in_bits,
-    matrices_of,
     parse_rank,
-    ranks_for,
+    ranks_of,
 )
+from compress.pipelines.matrices import matrices_of
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.vocabulary import eight_bit_choices, vocabulary_matrices
@@ -227,7 +226,11 @@ def quantized(model: PlannedModel, settings: QuantizeSettings) -> PlannedModel:
     share = limit / sum(matrix.numel for matrix in chosen)
     bits = share * sum(matrix.numel for matrix in linears)
     if settings.budget_includes == "none":
-        bits += sum(_factor_bits(matrix, fixed, settings) for matrix in linears)
+        largest = [max(ranks) for ranks in ranks_of(linears, fixed, settings.runtime)]
+        bits += sum(
+            factor_bits(matrix.shape, rank, factor_format(settings))
+            for matrix, rank in zip(linears, largest, strict=True)
+        )
     vocabulary_bits: float | None = None
     if settings.embeddings == "menu":
         vocabulary_bits = share * sum(matrix.numel for matrix in vocabulary)
@@ -245,8 +248,3 @@ def quantized(model: PlannedModel, settings: QuantizeSettings) -> PlannedModel:
 def adapter_size(model: PlannedModel, rank: int, *, head: bool) -> int:
     """Parameters of an adapter on every decoder matrix, and on the output matrix if asked."""
     return adapter_parameters(model.arch, rank, head=head)
-
-
-def _factor_bits(matrix: Matrix, fixed: int | None, settings: QuantizeSettings) -> int:
-    rank = max(ranks_for(matrix, fixed))
-    return factor_bits(matrix.shape, rank, factor_format(settings))

@@ -24,12 +24,13 @@ from compress.pipelines.measure import (
 )
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prove import record_and_score
+from compress.pipelines.prune_bias import bias_additions
 from compress.pipelines.prune_find import find_structure
 from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
 from compress.pipelines.prune_masks import MASKED, thin
 from compress.pipelines.prune_metrics import size_metrics, structure_metrics
 from compress.pipelines.prune_place import Place
-from compress.pipelines.prune_repair import bias_additions, refit_deltas, train_repair
+from compress.pipelines.prune_repair import refit_deltas, train_repair
 from compress.pipelines.reopen import check_reopens
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import PruneSettings
@@ -239,7 +240,9 @@ def _prune_once(
             kept = Kept(here / "refit")
             deltas = refit_deltas(place, model, found.structure, store, settings.calibration_tokens, kept)
         elif settings.repair == "bias":
-            biases = bias_additions(place, model, found.structure, settings.calibration_tokens)
+            biases = bias_additions(
+                place, model, found.structure, settings.calibration_tokens, Kept(here / "scoring")
+            )
         with context.reporter.bar("cut") as progress:
             slice_checkpoint(
                 model.checkpoint,

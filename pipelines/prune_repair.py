@@ -1,8 +1,7 @@
-"""Repair of a pruned model: refit or bias from calibration statistics, then training folded into the weights."""
+"""Repair of a pruned model: the refit from calibration statistics, then training folded into the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from compress.importance.gram_store import GramStore
 from compress.kept import Kept
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
-from compress.pipelines.measure import calibration_windows, training_windows
+from compress.pipelines.measure import training_windows
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_find import Deltas
-from compress.pipelines.prune_place import BATCH, Place
+from compress.pipelines.prune_place import Place
 from compress.pipelines.prune_refit import refitted, stored_weight
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.training import announced, fit_config, train_model, training_metrics
-from compress.prune.compensate import mean_biases
 from compress.structure import StructureMap
 
 TEXT_SHARE = {"distill": 0.0, "both": 0.5, "text": 1.0}
@@ -46,22 +44,6 @@ def refit_deltas(
         )
 
     return delta
-
-
-def bias_additions(
-    place: Place, model: ModelInput, structure: StructureMap, tokens: int
-) -> Mapping[str, Tensor]:
-    """The mean of what the removed inputs of o and down added, by module."""
-    windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
-    with place.context.reporter.bar("mean of what is removed") as progress:
-        return mean_biases(
-            place.load(model.path),
-            model.architecture,
-            structure,
-            windows.ids,
-            batch=min(BATCH, len(windows)),
-            progress=progress,
-        )
 
 
 def train_repair(

@@ -1,4 +1,4 @@
-"""Shapes that a plan cannot tell apart are tried: masked, repaired by statistics, and scored on text."""
+"""Shapes that a plan cannot tell apart are tried: masked, repaired as the cut will be, and scored on text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from compress.importance.base import GroupScores
 from compress.importance.gram_store import GramStore
 from compress.kept import Kept
 from compress.pipelines.measure import calibration_windows
+from compress.pipelines.prune_bias import bias_additions
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.prune_place import BATCH, Place
 from compress.pipelines.prune_refit import refitted
 from compress.prune.compensate import swapped
 from compress.prune.mask import GroupMasks
+from compress.prune.mean_bias import added_biases
 from compress.prune.select import select
 from compress.prune.shape import ShapePlan
 from compress.prune.trials import next_trial
@@ -67,21 +69,31 @@ def try_shapes(
     )
     batch = min(BATCH, len(windows))
 
+    repair, scored_on = goal.settings.repair, goal.settings.calibration_tokens
+
     def loss_of(layers: Sequence[LayerStructure]) -> float:
         weights: Mapping[str, Tensor] = {}
-        if goal.settings.repair == "refit":
-            structure = structure_map(arch, layers, base_fingerprint="")
+        biases: Mapping[str, Tensor] = {}
+        structure = structure_map(arch, layers, base_fingerprint="")
+        if repair == "bias":
+            biases = bias_additions(place, goal.model, structure, scored_on, kept, network)
+        elif repair == "refit":
             weights = refitted(
                 place,
                 goal.model,
                 structure,
                 store,
-                tokens=goal.settings.calibration_tokens,
+                tokens=scored_on,
                 network=network,
             )
-        with swapped(network, arch, weights), GroupMasks(network, arch, layers):
+        with (
+            swapped(network, arch, weights),
+            added_biases(network, arch, biases),
+            GroupMasks(network, arch, layers),
+        ):
             return mean_loss(network, windows, batch_size=batch)
 
+    suffix = "-bias" if repair == "bias" else ""  # once trials left the bias out: what they kept is not this
     found: list[dict[str, Any]] = []
     losses: dict[int, float] = {}
     with place.context.reporter.bar("try shapes") as progress:
@@ -90,7 +102,7 @@ def try_shapes(
             at = next_trial(candidates, {known: loss - whole for known, loss in losses.items()})
             candidate = candidates[at]
             layers = select(arch, scores, [candidate.layer] * arch.layers)
-            losses[at] = kept.number(f"trial-{at:04d}", partial(loss_of, layers))
+            losses[at] = kept.number(f"trial-{at:04d}{suffix}", partial(loss_of, layers))
             shape = {
                 "kv_heads": candidate.kv_heads,
                 "queries": candidate.queries,

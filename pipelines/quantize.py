@@ -21,19 +21,20 @@ from compress.pipelines.allocate import (
     allocate,
     check_solver,
     limit_in_bits,
-    matrices_of,
+    narrow,
     parse_rank,
 )
 from compress.pipelines.engines import require_processors
-from compress.pipelines.error_tables import build_tables, exact_tables
+from compress.pipelines.error_tables import all_exact, build_tables, exact_tables
 from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import TABLE_TOKENS, HessianWalk, sensitivities
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
+from compress.pipelines.matrices import left_dense_of, matrices_of
 from compress.pipelines.measure import known_perplexity, measured_once, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prove import record_and_score
+from compress.pipelines.quantize_tables import show, show_left_out
 from compress.pipelines.reopen import check_reopens
-from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.small_files import carry
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
@@ -55,8 +56,8 @@ from compress.solvers.budget import parse_budget
 
 SENSITIVITIES = "sensitivities.safetensors"
 MOMENTS = "vocabulary.safetensors"
-NEAR = 0.8
-"""Budgets at most so many bits away are printed."""
+TURNS = 8
+"""At most so often costs from a sample that were chosen are computed from all rows, and the choice made again."""
 
 
 def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
@@ -80,6 +81,9 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
     elif settings.embeddings == "8bit":
         uncounted = eight_bit_choices(vocabulary_matrices(model))
     limit = limit_in_bits(budget, model, matrices, settings, fixed_rank, uncounted)
+    left_dense = left_dense_of(model)
+    lower_ranks = narrow(matrices, fixed_rank, settings.runtime)
+    show_left_out(context, left_dense, lower_ranks, fixed_rank)
     device, dtype = device_and_dtype(context.common)
     require_processors(context.common, device)
     source = context.common.data or default_source()
@@ -129,8 +133,10 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             fisher,
         )
         allocation = allocate(matrices, tables, budget, limit, settings, fixed_rank, uncounted=uncounted)
-        if any(table.sample is not None for table in tables):
-            tables = exact_tables(context, model, allocation, tables, settings, folder / "tables")
+        for turn in range(1, TURNS + 1):
+            if all_exact(allocation, tables):
+                break
+            tables = exact_tables(context, model, allocation, tables, settings, folder / "tables", turn)
             known = allocation.plain
             plain = None if known is None else QuantConfig.from_dict(known["config"])
             allocation = allocate(
@@ -182,6 +188,8 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "tradeoff": tradeoff(matrices, tables, settings, fixed_rank),
             "squared_error": sum(record["squared_error"] for record in records),
             "matrices": records,
+            "left_dense": left_dense,
+            "lower_ranks": lower_ranks,
             "reopened_relative_error": reopened,
         }
 
@@ -200,7 +208,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         disk=disk,
     )
     if outcome.fresh and outcome.stage is not None:
-        show(context, outcome.stage.record["metrics"])
+        show(context, outcome.stage.record["metrics"], embeddings=settings.embeddings == "menu")
     return outcome
 
 
@@ -241,43 +249,3 @@ def record_allocation(allocation: Allocation, folder: Path) -> None:
     layers.mkdir(exist_ok=True)
     for path in (known, folder / known.name):
         write_json(path, content)
-
-
-def show(context: Context, metrics: Mapping[str, Any]) -> None:
-    """Print the before and after table."""
-    before, after = metrics["before"], metrics["after"]
-    certificate = metrics["allocation"]
-    context.reporter.table(
-        "quantize",
-        ("", "before", "after"),
-        [
-            ("parameters", human_count(before["parameters"]), human_count(after["parameters"])),
-            ("weight bytes", human_bytes(before["bytes"]), human_bytes(after["bytes"])),
-            (
-                "stored bits per linear weight",
-                f"{before['bits_per_weight']:.3f}",
-                f"{after['bits_per_weight']:.3f}",
-            ),
-            (
-                "file bits per parameter",
-                f"{8 * before['bytes'] / before['parameters']:.3f}",
-                f"{metrics['file_bits_per_parameter']:.3f}",
-            ),
-            ("perplexity (validation)", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"),
-        ],
-    )
-    context.reporter.out.print(f"perplexity: {after['protocol_line']}", markup=False)
-    context.reporter.out.print(
-        f"allocation: {certificate['solver']}, gap {certificate['gap']:.1e}, {certificate['seconds']:.1f} s",
-        markup=False,
-    )
-    own = certificate["objective"]
-    near = [
-        f"{point['bits_per_weight']:.2f} bits {point['cost'] / own:.3g}x"
-        for point in metrics["tradeoff"]["points"]
-        if own > 0 and abs(point["bits_per_weight"] - metrics["stored_bits_per_weight"]) < NEAR
-    ]
-    if near:
-        context.reporter.out.print(
-            f"{metrics['tradeoff']['cost']}: {own:.3g}; other budgets: {', '.join(near)}", markup=False
-        )

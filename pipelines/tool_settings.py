@@ -36,7 +36,7 @@ class ExportSettings:
     """Settings of ``export``, which makes no stage and has no effort."""
 
     what: str | None = None
-    format: Literal["native", "dense"] = "native"
+    format: Literal["native", "dense", "packed"] = "native"
     out: str | None = None
     force: bool = False
     push: str | None = None

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from compress.pipelines.allocate import COSTS, Matrix, problem_of
+from compress.pipelines.allocate import COSTS, problem_of
+from compress.pipelines.matrices import Matrix
 from compress.pipelines.settings import QuantizeSettings
 from compress.quantize.error_table import ErrorTable
 from compress.solvers.pareto import merge, reduce
@@ -28,15 +29,19 @@ def tradeoff(
 
     Returns:
         ``cost``: what is counted, in words; ``points``: ``bits_per_weight`` and ``cost`` of each, both of the
-        allocation found.
+        allocation found. The bits are all that is stored, also where the budget leaves the factors out.
     """
     weights = sum(matrix.numel for matrix in matrices)
-    problem, _ = problem_of(matrices, tables, 0, settings, fixed_rank)
+    problem, candidates = problem_of(matrices, tables, 0, settings, fixed_rank)
     items = reduce(merge(problem))  # by rising size: the first candidates are the smallest, the last the best
     smallest, largest = (sum(int(sizes[end]) for sizes in items.sizes) for end in (0, -1))
     step = round(STEP * weights)
     points = []
     for budget in [*range(smallest, largest, step), largest]:
         found = solve(replace(problem, budget=budget), solver="lagrangian")
-        points.append({"bits_per_weight": found.size / weights, "cost": found.cost})
+        stored = sum(
+            int(table.bits.reshape(-1)[options[picked]])
+            for table, options, picked in zip(tables, candidates, found.choices, strict=True)
+        )
+        points.append({"bits_per_weight": stored / weights, "cost": found.cost})
     return {"cost": COSTS[settings.objective], "points": points}

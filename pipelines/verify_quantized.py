@@ -10,7 +10,7 @@ import torch
 
 from compress.evaluate.memory import file_bytes
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines.allocate import Matrix, matrices_of, read_matrix
+from compress.pipelines.matrices import Matrix, matrices_of, read_matrix
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.verify_target import Finding, Target, Value
 from compress.pipelines.vocabulary import vocabulary_matrices

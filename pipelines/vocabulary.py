@@ -15,7 +15,8 @@ from compress.errors import CompressError
 from compress.model.config import build_config, meta_model
 from compress.model.resident import resident
 from compress.model.uneven import plain_config
-from compress.pipelines.allocate import VOCABULARY, Choice, Matrix
+from compress.pipelines.allocate import Choice
+from compress.pipelines.matrices import VOCABULARY, Matrix
 from compress.pipelines.model_input import ModelInput
 from compress.progress import Progress
 from compress.quantize.config import QuantConfig

@@ -1,4 +1,4 @@
-"""Repair after pruning without training: refit o and down to what they did with all their inputs, or add its mean.
+"""Repair after pruning without training: refit o and down to what they did with all their inputs.
 
 The optimal-brain-surgeon step on whole groups, solved as ridge regression on real activations. Inputs and targets
 both come from the full model: refitting on the drifted inputs of already pruned layers was measured to be far
@@ -24,7 +24,7 @@ from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS
 from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture, LinearSpec
-from compress.model.layerwise import LayerWalk, gathered_grams, gathered_sums
+from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import Unit, enclosing_unit, resident
 from compress.progress import Progress
 from compress.structure import LayerStructure, StructureMap, kept_columns
@@ -59,48 +59,6 @@ def refit(weight_OC: Tensor, gram_CK: Tensor, kept_K: Tensor, damping: float) ->
     return torch.cholesky_solve(right_OK.T, torch.linalg.cholesky(system)).T
 
 
-@torch.no_grad()
-def mean_biases(
-    model: nn.Module,
-    arch: Architecture,
-    structure: StructureMap,
-    ids_NS: Tensor,
-    *,
-    batch: int = 4,
-    progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """Biases of o and down that stand for the mean of what the removed inputs added (FLAP, arXiv 2312.11983 §3).
-
-    Args:
-        model: The full model; left as it is.
-        arch: Its architecture.
-        structure: What is kept.
-        ids_NS: Calibration tokens, int64 [N, S].
-        batch: Windows per forward pass; an incomplete last batch is left out.
-        progress: Called after every layer.
-
-    Returns:
-        Module name -> ``W_removed mean(x_removed)`` [out] in float32, for matrices that lose columns.
-
-    Raises:
-        CompressError: There are fewer windows than one batch.
-    """
-    walk = LayerWalk(model, arch, ids_NS, batch=batch)
-    found: dict[str, Tensor] = {}
-    for index, layer in enumerate(walk.layers):
-        removed = _columns(arch, _device(layer), structure.layers[index], removed=True)
-        with resident(layer):
-            with gathered_sums(layer, tuple(removed)) as sums:
-                walk.advance(index)
-            for spec, columns in removed.items():
-                mean_C = sums[spec].total / sums[spec].tokens
-                weight_OC = _weight(layer, spec)[:, columns].double()
-                found[arch.module_name(index, spec)] = (weight_OC @ mean_C[columns]).float().cpu()
-        if progress is not None:
-            progress(index + 1, arch.layers, f"layer {index}")
-    return found
-
-
 @contextmanager
 def swapped(model: nn.Module, arch: Architecture, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with other ``weights`` (module name -> [out, in]) for a while; then with its own again.
@@ -133,20 +91,13 @@ def swapped(model: nn.Module, arch: Architecture, weights: Mapping[str, Tensor])
             unit.replace(module, "weight", None)
 
 
-def _columns(
-    arch: Architecture, device: torch.device, kept: LayerStructure, *, removed: bool
-) -> dict[LinearSpec, Tensor]:
-    """The kept, or the removed, input columns of those of o and down that lose some."""
+def _columns(arch: Architecture, device: torch.device, kept: LayerStructure) -> dict[LinearSpec, Tensor]:
+    """The kept input columns of those of o and down that lose some."""
     found: dict[LinearSpec, Tensor] = {}
     for spec in arch.linears:
         columns = kept_columns(arch, spec, kept) if spec.role in OUTPUTS else None
-        if columns is None:
-            continue
-        if removed:
-            gone = torch.ones(arch.linear_shape(spec)[1], dtype=torch.bool)
-            gone[columns] = False
-            columns = gone.nonzero().flatten()
-        found[spec] = columns.to(device)
+        if columns is not None:
+            found[spec] = columns.to(device)
     return found
 
 
@@ -225,7 +176,7 @@ def refit_from_store(
 
     def systems() -> Iterator[_System]:
         for index, layer in enumerate(structure.layers):
-            for spec, columns in _columns(arch, cpu, layer, removed=False).items():
+            for spec, columns in _columns(arch, cpu, layer).items():
                 name, width = arch.module_name(index, spec), arch.at(index).linear_shape(spec)[1]
                 if kept.has(name):
                     found[name] = _widened(kept.get(name)["kept"], columns, width)
@@ -312,7 +263,7 @@ def compensate(
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     found: MutableMapping[str, Tensor] = {} if into is None else into
     for index, layer in enumerate(walk.layers):
-        kept = _columns(arch, _device(layer), structure.layers[index], removed=False)
+        kept = _columns(arch, _device(layer), structure.layers[index])
         lost = [spec for spec, columns in kept.items() if len(columns) == 0]
         for spec in lost:  # the branch is gone: there is nothing to refit
             kept.pop(spec)

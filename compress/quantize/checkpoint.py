@@ -108,7 +108,8 @@ def record_of(decomposition: Decomposition) -> MatrixRecord:
     )
 
 
-def _factor_tensors(name: str, factor: Factor) -> dict[str, torch.Tensor]:
+def factor_tensors(name: str, factor: Factor) -> dict[str, torch.Tensor]:
+    """The tensors of a stored factor, ``factor_out`` or ``factor_in``, under their names in the module."""
     if isinstance(factor, torch.Tensor):
         return {name: factor}
     return {f"{name}_{part}": tensor for part, tensor in factor.tensors().items()}
@@ -129,8 +130,8 @@ def lq_tensors(
         if part != "codes":
             stored[f"weight_{part}"] = tensor
     if decomposition.factor_out is not None and decomposition.factor_in is not None:
-        stored |= _factor_tensors("factor_out", decomposition.factor_out)
-        stored |= _factor_tensors("factor_in", decomposition.factor_in)
+        stored |= factor_tensors("factor_out", decomposition.factor_out)
+        stored |= factor_tensors("factor_in", decomposition.factor_in)
     if bias is not None:
         stored["bias"] = bias
     return {f"{prefix}.{name}": tensor for name, tensor in stored.items()}

@@ -51,6 +51,7 @@ class ErrorTable:
             configuration of the same size has the smaller bound; they hold that one's errors and a millionth more,
             so no choice of least cost takes them.
         sample: Share or number of rows that were read; None: all.
+        exact: Positions in the flattened table that were then computed from all rows.
     """
 
     shape: tuple[int, int]
@@ -62,6 +63,11 @@ class ErrorTable:
     method: str
     skipped: tuple[int, ...] = ()
     sample: float | None = None
+    exact: tuple[int, ...] = ()
+
+    def position(self, config: QuantConfig, rank: int) -> int:
+        """The inverse of `choice`."""
+        return self.configs.index(config) * len(self.ranks) + self.ranks.index(rank)
 
     def choice(self, index: int) -> tuple[QuantConfig, int]:
         """Configuration and rank of an entry of the flattened (row-major) tables."""
@@ -81,6 +87,7 @@ class ErrorTable:
             "method": self.method,
             "skipped": list(self.skipped),
             "sample": self.sample,
+            "exact": list(self.exact),
         }
 
     @classmethod
@@ -105,6 +112,7 @@ class ErrorTable:
             method=values["method"],
             skipped=tuple(values.get("skipped", ())),
             sample=values.get("sample"),
+            exact=tuple(values.get("exact", ())),
         )
 
 
@@ -297,4 +305,4 @@ def refined(
     errors = table.errors.copy()
     for config, rank in picked:
         errors[config, rank] = exact.errors[configs.index(config), exact.ranks.index(table.ranks[rank])]
-    return replace(table, errors=errors)
+    return replace(table, errors=errors, exact=tuple(sorted({*table.exact, *entries})))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 
+_MOST_DAMPING = 10.0
 _STRIPE = 384
 """Columns of a whitened matrix that are computed at once, from the rows of the factor that are not zero there."""
 
@@ -31,12 +32,16 @@ class InputStatistics:
         root: M [I, I] float32, upper triangular in that order, with ``H = M M^T``.
         weights: d [I] float32, the squares of M's diagonal, in the matrix's own column order.
         gram: H [I, I] float32, damped, in the matrix's own column order.
+        dead: Columns that no input ever reached.
+        damping: What was added to the diagonal of H, as a share of its mean.
     """
 
     order: Tensor
     root: Tensor
     weights: Tensor
     gram: Tensor
+    dead: int
+    damping: float
 
     def steps(self) -> Tensor:
         """What a unit of one column's error adds to every later column under feedback, negated: float32 [I, I].
@@ -73,10 +78,11 @@ def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatisti
 
     Args:
         gram_II: ``H = X X^T``, summed or averaged over tokens, float64.
-        damping: Added to the diagonal, as a share of its mean. Columns that are never fed count as the weakest.
+        damping: Added to the diagonal, as a share of its mean; ten times as much as often as H is singular all the
+            same. Columns that are never fed count as the weakest.
 
     Raises:
-        CompressError: H is not finite.
+        CompressError: H is not finite, or no second moment.
     """
     diagonal = gram_II.diagonal()
     if not bool(torch.isfinite(gram_II).all()):
@@ -85,12 +91,22 @@ def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatisti
             "Use --dtype float32, or another text.",
         )
     mean = diagonal.mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
+    scale = mean if mean > 0 else torch.ones_like(mean) / damping
     order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = gram_II.clone()
-    damped.diagonal().add_(ridge)
     backwards = order.flip(0)  # with the columns reversed a lower factor is an upper one
-    root = torch.linalg.cholesky(damped[backwards][:, backwards]).flip(0, 1)
+    while True:
+        damped = gram_II.clone()
+        damped.diagonal().add_(damping * scale)
+        lower, failed = torch.linalg.cholesky_ex(damped[backwards][:, backwards])
+        if not bool(failed):
+            break
+        damping *= 10
+        if damping > _MOST_DAMPING:
+            raise CompressError(
+                "The second moment of a matrix's inputs is not positive, whatever is added to its diagonal.",
+                "Use --dtype float32, or another text.",
+            )
+    root = lower.flip(0, 1)
     weights = torch.empty_like(diagonal)
     weights[order] = root.diagonal().square()
     return InputStatistics(
@@ -98,4 +114,6 @@ def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatisti
         root=root.float().contiguous(),
         weights=weights.float(),
         gram=damped.float(),
+        dead=int((diagonal == 0).sum()),
+        damping=damping,
     )

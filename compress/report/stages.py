@@ -225,9 +225,10 @@ def _gap(solver: object) -> str:
 def _against_plain(metrics: Record) -> str:
     """Squared error next to the best single plain configuration within the same limit."""
     plain = number(at(metrics, "plain_rounding", "squared_error"))
-    ours = number(at(metrics, "squared_error"))
-    if ours is None:
-        ours = number(at(metrics, "allocation", "objective"))
+    counted = [row for row in records(metrics.get("matrices")) if row.get("counted", True)]
+    errors = [number(row.get("squared_error")) for row in counted]
+    known = [error for error in errors if error is not None]
+    ours = sum(known) if known else number(at(metrics, "allocation", "objective"))
     if plain is None or ours is None or plain <= 0:
         return DASH
     return f"squared error {general(ours, 3)} instead of {general(plain, 3)} ({change(ours / plain)})"

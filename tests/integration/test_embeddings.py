@@ -14,7 +14,8 @@ from compress.__main__ import app
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
-from compress.pipelines.allocate import limit_in_bits, matrices_of
+from compress.pipelines.allocate import limit_in_bits
+from compress.pipelines.matrices import matrices_of
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import Common, QuantizeSettings, resolve
 from compress.pipelines.vocabulary import vocabulary_matrices

@@ -112,6 +112,67 @@ def test_dense_is_what_the_chain_computes(name: str, tmp_path: Path, text_file: 
     torch.testing.assert_close(logits(alone, IDS), base, rtol=1e-4, atol=1e-4)
 
 
+PACKED = (
+    "lora on quantized",
+    "the factors trained",
+    "a tied head adapted",
+    "everything in 8 bits",
+    "weights stored transposed",
+    "layers differ",
+)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_is_quantized_and_computes_what_the_chain_does(
+    name: str, tmp_path: Path, text_file: Path
+) -> None:
+    kind, chain = CHAINS[name]
+    common = common_of(kind, tmp_path, text_file)
+    for verb, given in chain:
+        run(verb, common, **{k: v for k, v in given.items() if v is not None})
+    folders = {path.name.partition("-")[2]: path for path in common.run.glob("0*-*")}
+    small, adapter = folders["quantize"], folders["train"]
+    base = logits(load_model(small, dtype=torch.float32), IDS)
+    expected = logits(load_adapter(load_model(small, dtype=torch.float32), adapter).eval(), IDS)
+    done = run_verb("export", Common(run=common.run), {"format": "packed"}, quiet=True)
+    assert (done["what"], done["format"]) == ("trained", "packed")
+    folder = Path(done["path"])
+    found = logits(compress.load_model(folder, dtype=torch.float32).eval(), IDS)
+    assert (found - expected).norm() < 0.1 * (base - expected).norm()
+    before, after = (
+        json.loads((path / "config.json").read_text())["quantization_config"]["matrices"]
+        for path in (small, folder)
+    )
+    assert before.keys() == after.keys()
+    rank, own = TRAINING["rank"], 4 if name == "the factors trained" else None
+    for module, record in after.items():
+        if module not in ("model.embed_tokens", "lm_head"):
+            assert record["config"] == before[module]["config"]
+            assert record["rank"] == (own if own is not None else before[module]["rank"] + rank)
+            assert record["factor_config"]["bits"] == 8
+    assert Checkpoint(folder).bytes < Checkpoint(small).bytes + adapter.stat().st_size + sum(
+        path.stat().st_size for path in adapter.glob("*.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("the head in 8 bits adapted", "is quantized and takes no factors"),
+        ("transposed, not quantized", "no adapter on a quantized model"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(name: str, cause: str, tmp_path: Path, text_file: Path) -> None:
+    kind, chain = CHAINS[name]
+    common = common_of(kind, tmp_path, text_file)
+    for verb, given in chain:
+        run(verb, common, **given)
+    ran = cli("export", "--run", common.run, "--format", "packed", "--out", tmp_path / "out")
+    assert ran.code != 0
+    assert cause in ran.complaint[0]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, text_file: Path, fork_server: ForkServer) -> Path:
     """A whole chain in bfloat16 with an evaluation; its model folder has a card with a licence."""
@@ -274,6 +335,7 @@ def test_a_folder_of_something_else_is_never_replaced(chain: Path, here: Path) -
         (("aligned",), "has no aligned model"),
         (("all",), "is not one model"),
         (("pruned", "--format", "gguf"), "no format 'gguf'"),
+        (("quantized", "--format", "packed"), "quantized is no adapter on a quantized model"),
         (("pruned", "--private"), "--private is about an upload"),
         (("pruned", "--push", "a/b/c"), "no name of a repository"),
     ],

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from compress.__main__ import app
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines.allocate import matrices_of, read_matrix
 from compress.pipelines.fisher_files import FisherFiles
+from compress.pipelines.matrices import matrices_of, read_matrix
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, QuantizeSettings, resolve

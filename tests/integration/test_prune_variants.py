@@ -196,8 +196,13 @@ def test_losses_of_repair_lead_to_different_models(common: Common, tmp_path: Pat
     assert found["both"] > (found["distill"] + found["text"]) / 2
 
 
-def test_shapes_of_nearly_one_size_are_tried_and_the_best_is_taken(common: Common, full: Path) -> None:
-    given = BARE | {"ratio": 0.5, "repair": "refit"}
+@pytest.mark.parametrize(
+    ("criterion", "repair"), [("obs", "refit"), ("flap", "bias"), ("wanda", "none")], ids=str
+)
+def test_shapes_of_nearly_one_size_are_tried_and_the_best_is_taken(
+    criterion: str, repair: str, common: Common, full: Path
+) -> None:
+    given = BARE | {"ratio": 0.5, "criterion": criterion, "repair": repair}
     metrics = run("prune", common, **given)["metrics"]
     trials = metrics["trials"]
     assert len(trials) == 4

@@ -51,6 +51,12 @@ def test_the_whole_chain(method: str, tmp_path: Path, text_file: Path) -> None:
     structure = StructureMap.load(pruned / "structure.safetensors")
     assert structure.uniform == LayerShape(kv_heads=4, queries=1, channels=80)
     assert quantized["metrics"]["stored_bits_per_weight"] <= 5
+    stay = quantized["metrics"]["left_dense"]
+    assert len(stay) == 4
+    assert {name.rpartition(".h.")[2].partition(".")[2] for name in stay} == {
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+    }
 
 
 @pytest.mark.parametrize(("objective", "bound"), [("frobenius", 0.15), ("fisher", 0.2), ("hessian", 0.3)])

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from compress.engine import Here, LocalEngine, largest_first, single_thread
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines.allocate import Choice, matrices_of
+from compress.pipelines.allocate import Choice
 from compress.pipelines.error_tables import TableJob, table_of
 from compress.pipelines.knowledge import MatrixKnowledge, layer_knowledge
 from compress.pipelines.lq_writer import Decomposed, MatrixJob, decomposed
+from compress.pipelines.matrices import matrices_of
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings, resolve
 from compress.quantize.config import FACTOR_8BIT, QuantConfig

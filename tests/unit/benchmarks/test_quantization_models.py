@@ -16,7 +16,6 @@ from compress.benchmarks.quantization_models import (
     best_for_all,
     moved_model,
     quantize_uniformly,
-    with_factors,
 )
 from compress.benchmarks.quantization_rows import (
     RECIPES,
@@ -25,9 +24,10 @@ from compress.benchmarks.quantization_rows import (
     chain_name,
     row_of,
 )
+from compress.export.packed import write_packed
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model
-from compress.pipelines.allocate import Matrix
+from compress.pipelines.matrices import Matrix
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.settings import resolve as resolve_settings
 from compress.quantize.blockwise import quantize_dequantize
@@ -65,7 +65,7 @@ def test_a_trained_row_counts_and_scores_its_factors_in_eight_bits(bench: Bench)
     assert row["bits_per_weight"] == pytest.approx((plain + factors) / weights)
     chain = bench.work / chain_name(bench, recipe) / "chain"
     out = bench.work / "folded"
-    with_factors(chain / "01-quantize", chain / "02-train", out)
+    write_packed(Checkpoint(chain / "01-quantize"), out, adapter=chain / "02-train")
     rounded = weights_of(chain / "01-quantize")
     with AdapterFile(chain / "02-train") as file:
         assert set(file.modules) == set(rounded)
@@ -88,7 +88,7 @@ def test_factors_in_place_of_those_that_were_there(bench: Bench, tmp_path: Path)
         adapter = quantization_rows.train(context, settings).stage
     assert quantized is not None
     assert adapter is not None
-    with_factors(quantized.path, adapter.path, tmp_path / "out")
+    write_packed(Checkpoint(quantized.path), tmp_path / "out", adapter=adapter.path)
     before = load_model(quantized.path, dtype=torch.float32)
     with AdapterFile(adapter.path) as file:
         for name, weight in weights_of(tmp_path / "out").items():

@@ -26,8 +26,9 @@ from compress.model.resident import resident, unit_of
 from compress.model.states import Room
 from compress.model.streamed import stream_model
 from compress.pipelines.measure import summed_loss
-from compress.prune.compensate import compensate, mean_biases, swapped
+from compress.prune.compensate import compensate, swapped
 from compress.prune.mask import GroupMasks
+from compress.prune.mean_bias import added_biases, mean_inputs
 from compress.prune.select import select
 from compress.quantize.sensitivity import output_sensitivities
 from compress.structure import structure_map
@@ -217,15 +218,19 @@ def test_walks_repairs_and_masks_are_those_of_the_loaded_model(
         with torch.no_grad():
             again = model(ids[:2], use_cache=False).logits
         assert not torch.equal(masked, again)
-        biases = mean_biases(model, arch, structure, ids, batch=4)
+        means = mean_inputs(model, arch, ids, batch=4)
+        slope = torch.linspace(-1, 1, arch.hidden)
+        with torch.no_grad(), added_biases(model, arch, dict.fromkeys(means, slope)):
+            shifted = model(ids[:2], use_cache=False).logits
         norms = input_norms(model, arch, ids, batch=4)
         found.append(
             {
                 **scores.to_tensors(),
                 **weights,
-                **{f"bias {name}": bias for name, bias in biases.items()},
+                **{f"mean {name}": mean for name, mean in means.items()},
                 **{f"norm {name}": norm for name, norm in norms.items()},
                 "masked": masked,
+                "shifted": shifted,
                 "again": again,
             }
         )

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.allocate import (
-    VOCABULARY,
-    Matrix,
+    allocate,
     limit_in_bits,
-    matrices_of,
+    narrow,
     plain_rounding,
     ranks_for,
+    ranks_of,
 )
+from compress.pipelines.matrices import VOCABULARY, Matrix, matrices_of
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings, resolve
 from compress.quantize.error_table import error_table, menu
@@ -113,10 +115,47 @@ def test_a_rank_is_offered_where_the_matrix_is_wide_enough() -> None:
     matrix = Matrix(layer=0, module="m", tensor="m.weight", shape=(64, 64))
     assert ranks_for(matrix, None) == (0, 4, 8, 16)
     assert ranks_for(matrix, 16) == (16,)
-    assert ranks_for(matrix, 32) == (0,)
-    assert ranks_for(matrix, 0) == (0,)
+    assert ranks_for(matrix, 32) == ranks_for(matrix, 1000) == (31,)
+    assert ranks_for(replace(matrix, shape=(64, 1)), 4) == ranks_for(matrix, 0) == (0,)
     for fixed in (None, 16):
         assert ranks_for(replace(matrix, layer=VOCABULARY), fixed) == (0,)
+
+
+def group(*rows: int) -> list[Matrix]:
+    """q, k and v of one layer with so many rows, and its o."""
+    return [
+        Matrix(layer=0, module=role, tensor=f"{role}.weight", shape=(size, 64), role=role)
+        for role, size in zip(("q", "k", "v", "o"), (*rows, 64), strict=True)
+    ]
+
+
+def test_what_is_fused_gets_the_rank_that_all_of_it_may_take() -> None:
+    matrices = group(64, 20, 20)
+    assert ranks_of(matrices, 16, "any") == [(16,), (9,), (9,), (16,)]
+    assert ranks_of(matrices, 16, "vllm") == [(9,), (9,), (9,), (16,)]
+    assert ranks_of(matrices, None, "vllm") == [(0, 4, 8), (0, 4, 8), (0, 4, 8), (0, 4, 8, 16)]
+    assert narrow(matrices, 16, "any") == {"k": 9, "v": 9}
+    assert narrow(matrices, 16, "vllm") == {"q": 9, "k": 9, "v": 9}
+    assert narrow(matrices, 9, "any") == narrow(matrices, None, "vllm") == {}
+
+
+@pytest.mark.parametrize("runtime", ["any", "vllm"])
+@pytest.mark.parametrize("rank", [4, 12, 500])
+def test_a_fixed_rank_reaches_every_matrix(rank: int, runtime: str) -> None:
+    matrices = group(64, 20, 20)
+    settings = resolve(QuantizeSettings, {"objective": "frobenius", "runtime": runtime}, "quick")
+    generator = torch.Generator().manual_seed(3)
+    tables = [
+        error_table(torch.randn(m.shape, generator=generator), menu("quick"), ranks)
+        for m, ranks in zip(matrices, ranks_of(matrices, rank, runtime), strict=True)
+    ]
+    limit = 30 * sum(matrix.numel for matrix in matrices)
+    found = allocate(matrices, tables, parse_budget("30bit"), limit, settings, rank)
+    ranks = {choice.matrix.module: choice.rank for choice in found.choices}
+    narrowest = min(rank, 9)
+    assert ranks["o"] == min(rank, 31)
+    assert ranks["k"] == ranks["v"] == narrowest
+    assert ranks["q"] == (narrowest if runtime == "vllm" else min(rank, 31))
 
 
 def test_plain_rounding_is_the_best_single_format(model: ModelInput) -> None:

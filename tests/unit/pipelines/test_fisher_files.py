@@ -11,8 +11,8 @@ import torch
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
 from compress.pipelines import fisher_files
-from compress.pipelines.allocate import matrices_of
 from compress.pipelines.fisher_files import FisherFiles
+from compress.pipelines.matrices import matrices_of
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.reporter import Reporter

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines.allocate import Matrix, allocate, fused_groups, matrices_of, problem_of
+from compress.pipelines.allocate import allocate, problem_of
+from compress.pipelines.matrices import Matrix, fused_groups, matrices_of
 from compress.pipelines.settings import QuantizeSettings, resolve
 from compress.pipelines.tradeoff import STEP, tradeoff
 from compress.quantize.error_table import ErrorTable, error_table, menu
@@ -84,3 +85,18 @@ def test_the_curve_falls_from_the_smallest_to_the_best(
     )
     best = solve(problem).cost
     assert best <= points[2]["cost"] <= 1.2 * best
+
+
+def test_the_curve_s_bits_are_all_that_is_stored(case: tuple[list[Matrix], list[ErrorTable]]) -> None:
+    matrices, tables = case
+    curves = {}
+    for includes in ("factors", "none"):
+        given = {"objective": "frobenius", "budget_includes": includes}
+        own = resolve(QuantizeSettings, given, "quick")
+        curves[includes] = tradeoff(matrices, tables, own, 4)["points"]
+    # With one rank for all, budgets with and without factors ask for the same models.
+    assert curves["none"] == curves["factors"]
+    found = allocate(matrices, tables, parse_budget("30bit"), 10**9, own, 4)
+    assert curves["none"][-1]["bits_per_weight"] == pytest.approx(found.bits_per_weight)
+    bare = sum(choice.config.storage_bits(choice.matrix.shape) for choice in found.choices)
+    assert bare < sum(choice.bits for choice in found.choices)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
-from compress.pipelines.allocate import matrices_of
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.hessian_walk import HessianWalk
+from compress.pipelines.matrices import matrices_of
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.reopen import check_ids, check_reopens, record_logits
 from compress.pipelines.reporter import Reporter

@@ -13,7 +13,6 @@ from compress.model.architecture import Architecture, LayerShape, architecture_o
 from compress.prune.compensate import (
     compensate,
     gather_moments,
-    mean_biases,
     refit,
     refit_from_store,
     swapped,
@@ -125,31 +124,6 @@ KINDS = pytest.mark.parametrize("kind", ["llama_gqa", "qwen2", "gemma2", "phi3",
 
 
 @KINDS
-def test_a_bias_is_the_mean_of_what_the_removed_inputs_added(kind: str) -> None:
-    model, arch, structure, ids = mixed(kind)
-    calls: list[tuple[int, int, str]] = []
-    found = mean_biases(model, arch, structure, ids, batch=4, progress=lambda *call: calls.append(call))
-    inputs = linear_inputs(copy.deepcopy(model).double(), arch, ids[:4])  # an incomplete batch is left out
-    expected = {}
-    for index, layer in enumerate(structure.layers):
-        for spec in arch.linears:
-            columns = kept_columns(arch, spec, layer)
-            if columns is None:
-                continue
-            name = arch.module_name(index, spec)
-            weight = stored_weight(model, name, transposed=spec.transposed).clone()
-            weight[:, columns] = 0
-            expected[name] = (inputs[index][spec.role] @ weight.T).mean(dim=0)
-    assert found.keys() == expected.keys()
-    assert len(found) == (4 if arch.prunable_heads else 2)
-    for name, bias in found.items():
-        assert (bias.dtype, bias.shape) == (torch.float32, (arch.hidden,))
-        assert bool(expected[name].any())
-        torch.testing.assert_close(bias.double(), expected[name], rtol=1e-3, atol=1e-5)
-    assert [call[:2] for call in calls] == [(1, 2), (2, 2)]
-
-
-@KINDS
 def test_the_refit_is_the_least_squares_solution_and_a_lost_branch_has_none(kind: str) -> None:
     model, arch, structure, ids = mixed(kind)
     ids = torch.cat([ids] * 8)[:16]
@@ -207,9 +181,6 @@ def test_nothing_is_repaired_where_nothing_is_lost() -> None:
     model, arch, _, ids = mixed("llama_gqa")
     whole = structure_map(arch, [full_layer(arch)] * arch.layers, base_fingerprint="")
     assert compensate(model, arch, whole, ids) == {}
-    assert mean_biases(model, arch, whole, ids) == {}
-    with pytest.raises(CompressError, match="fewer than one batch"):
-        mean_biases(model, arch, whole, ids[:2], batch=4)
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gpt2"])

@@ -73,6 +73,22 @@ def test_columns_that_are_never_fed_do_no_harm() -> None:
     assert bool(input_statistics(torch.zeros(4, 4, dtype=torch.float64)).steps().isfinite().all())
 
 
+def test_what_was_done_about_a_singular_moment_is_told() -> None:
+    _, _, sound = case()
+    assert (sound.dead, sound.damping) == (0, DAMPING)
+    gram = torch.diag(torch.tensor([2.0, 0.0, 3.0, 0.0], dtype=torch.float64))
+    assert (input_statistics(gram).dead, input_statistics(gram).damping) == (2, DAMPING)
+    # Rounding can leave a moment with an eigenvalue below zero: here -0.5 beside a mean diagonal of 1.
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[0, 1] = gram[1, 0] = 1.5
+    found = input_statistics(gram)
+    assert found.damping == pytest.approx(1.0)
+    ordered = gram[found.order][:, found.order] + torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close((found.root @ found.root.T).double(), ordered, rtol=1e-5, atol=1e-6)
+    with pytest.raises(CompressError, match="not positive"):
+        input_statistics(gram + 40 * torch.ones_like(gram).triu(1) + 40 * torch.ones_like(gram).tril(-1))
+
+
 def naive_feedback(
     weight: Tensor, config: QuantConfig, hessian: Tensor, order: Tensor, scales: Tensor
 ) -> Tensor:

@@ -1,0 +1,51 @@
+"""Biases for what pruning removes, for trials and for the cut: the mean inputs are gathered once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.kept import Kept
+from compress.pipelines.measure import calibration_windows
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.prune_place import BATCH, Place
+from compress.pipelines.prune_refit import stored_weight
+from compress.prune.mean_bias import mean_biases, mean_inputs
+from compress.structure import StructureMap
+
+
+def bias_additions(
+    place: Place,
+    model: ModelInput,
+    structure: StructureMap,
+    tokens: int,
+    kept: Kept,
+    network: PreTrainedModel | None = None,
+) -> Mapping[str, Tensor]:
+    """The mean of what the removed inputs of o and down added, by module.
+
+    Args:
+        place: Where to compute and what to read.
+        model: The model that is pruned.
+        structure: What is kept.
+        tokens: Calibration tokens.
+        kept: Has the mean inputs, which serve every structure, or takes them up.
+        network: ``model`` when it is loaded already, without masks.
+    """
+
+    def gather() -> Mapping[str, Tensor]:
+        windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
+        with place.context.reporter.bar("mean inputs of o and down") as progress:
+            return mean_inputs(
+                network or place.load(model.path),
+                model.architecture,
+                windows.ids,
+                batch=min(BATCH, len(windows)),
+                progress=progress,
+            )
+
+    means = kept.tensors("mean-inputs", gather)
+    arch = model.architecture
+    return mean_biases(lambda name: stored_weight(model.checkpoint, arch, name), arch, structure, means)

@@ -1,0 +1,78 @@
+"""What ``compress quantize`` prints: what it leaves out, then the model before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.stage import Context
+
+NEAR = 0.8
+"""Budgets at most so many bits away are printed."""
+NAMED = 3
+"""At most so many matrices are named; their number is told."""
+
+
+def show_left_out(
+    context: Context, left_dense: Sequence[str], lower_ranks: Mapping[str, int], rank: int | None
+) -> None:
+    """Say which decoder matrices stay as they are, and which get a lower rank than the one that was asked for."""
+    if left_dense:
+        context.reporter.out.print(
+            f"{len(left_dense)} decoder matrices stay as they are, as this model type is known in part: "
+            f"{_some(left_dense)}.",
+            markup=False,
+        )
+    if lower_ranks:
+        least, most = min(lower_ranks.values()), max(lower_ranks.values())
+        span = f"{least}" if least == most else f"{least} to {most}"
+        context.reporter.out.print(
+            f"{len(lower_ranks)} matrices are too narrow for rank {rank} and get {span}: "
+            f"{_some(list(lower_ranks))}.",
+            markup=False,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def show(context: Context, metrics: Mapping[str, Any], *, embeddings: bool) -> None:
+    """Print before and after, the certificate and near budgets; ``embeddings``: the budget counts them too."""
+    before, after = metrics["before"], metrics["after"]
+    certificate = metrics["allocation"]
+    context.reporter.table(
+        "quantize",
+        ("", "before", "after"),
+        [
+            ("parameters", human_count(before["parameters"]), human_count(after["parameters"])),
+            ("weight bytes", human_bytes(before["bytes"]), human_bytes(after["bytes"])),
+            (
+                "stored bits per weight" if embeddings else "stored bits per linear weight",
+                f"{before['bits_per_weight']:.3f}",
+                f"{after['bits_per_weight']:.3f}",
+            ),
+            (
+                "file bits per parameter",
+                f"{8 * before['bytes'] / before['parameters']:.3f}",
+                f"{metrics['file_bits_per_parameter']:.3f}",
+            ),
+            ("perplexity (validation)", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"),
+        ],
+    )
+    context.reporter.out.print(f"perplexity: {after['protocol_line']}", markup=False)
+    context.reporter.out.print(
+        f"allocation: {certificate['solver']}, gap {certificate['gap']:.1e}, {certificate['seconds']:.1f} s",
+        markup=False,
+    )
+    own = certificate["objective"]
+    near = [
+        f"{point['bits_per_weight']:.2f} bits {point['cost'] / own:.3g}x"
+        for point in metrics["tradeoff"]["points"]
+        if own > 0 and abs(point["bits_per_weight"] - metrics["stored_bits_per_weight"]) < NEAR
+    ]
+    if near:
+        context.reporter.out.print(
+            f"{metrics['tradeoff']['cost']}: {own:.3g}; other budgets: {', '.join(near)}", markup=False
+        )
