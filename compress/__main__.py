@@ -66,6 +66,10 @@ def plan(
         int | None, typer.Option(help="Calibration tokens of prune and quantize.")
     ] = None,
     train_rank: Annotated[int | None, typer.Option(help="Plan train: adapter rank.")] = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option("--merge", help="Plan recover with the merged full model beside the adapter."),
+    ] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Windows per forward pass, wherever is trained.")
     ] = None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, LayerShape, LinearSpec
+from compress.model.inside import require_inside
 from compress.model.layout import ATTENTION_ROLES
 from compress.model.tensor_file import save_tensors
 
@@ -34,6 +36,8 @@ __all__ = [
 FORMAT_VERSION = "2"
 """Version 2 added query heads and layers that keep nothing; version 1 files are read as they are."""
 FILE_NAME = "structure.safetensors"
+_WIDEST = 1 << 24
+"""Rows of q that a structure may speak of; the widest models have a thousandth of that."""
 
 ROW_ROLES = frozenset({"q", "k", "v", "gate", "up", "qkv", "gate_up"})
 """Roles whose output rows belong to groups; the others ("o", "down") have their input columns in groups."""
@@ -198,15 +202,19 @@ class StructureMap:
         """Read a file written by :meth:`save`.
 
         Raises:
-            CompressError: The file is missing, no structure file, of another version or inconsistent.
+            CompressError: The file is missing, a link out of its folder, no structure file, of another version or
+                inconsistent.
         """
         remedy = "Point to the structure.safetensors of a pruned model, or prune again."
         if not path.is_file():
             raise CompressError(f"There is no structure file {path}.", remedy)
+        require_inside(path.parent, path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = set(file.keys())
+                sizes = _stored_sizes(metadata, names)
+                tensors = {} if sizes is None else {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise CompressError(f"{path} is not a safetensors file ({error}).", remedy) from error
         if metadata.get("format") != "compress-structure":
@@ -216,14 +224,7 @@ class StructureMap:
                 f"{path} has format version {metadata.get('format_version')}, not {FORMAT_VERSION}.",
                 "Use the version of compress that wrote it, or prune again.",
             )
-        sizes = {
-            key: metadata.get(key, "") for key in ("layers", "heads", "kv_heads", "head_dim", "channels")
-        }
-        whole = all(value.isdecimal() and int(value) > 0 for value in sizes.values())
-        count = int(sizes["layers"]) if whole else 0
-        expected = {f"layers.{i}.{kind}" for i in range(count) for kind in ("kv_groups", "channels")}
-        optional = {f"layers.{i}.query_heads" for i in range(count)}
-        if not whole or expected != set(tensors) - optional or int(sizes["heads"]) % int(sizes["kv_heads"]):
+        if sizes is None:
             raise CompressError(f"{path} is incomplete.", remedy)
         return cls(
             layers=tuple(
@@ -232,15 +233,34 @@ class StructureMap:
                     channels=tensors[f"layers.{i}.channels"],
                     query_heads=tensors.get(f"layers.{i}.query_heads"),
                 )
-                for i in range(count)
+                for i in range(sizes["layers"])
             ),
-            heads=int(sizes["heads"]),
-            kv_heads=int(sizes["kv_heads"]),
-            head_dim=int(sizes["head_dim"]),
-            channels=int(sizes["channels"]),
+            heads=sizes["heads"],
+            kv_heads=sizes["kv_heads"],
+            head_dim=sizes["head_dim"],
+            channels=sizes["channels"],
             base_fingerprint=metadata.get("base_fingerprint", ""),
             family=metadata.get("family", ""),
         )
+
+
+def _stored_sizes(metadata: Mapping[str, str], names: Set[str]) -> dict[str, int] | None:
+    """The sizes in a structure file's header; None where they are not there or not those of its tensors.
+
+    They come from a file that anyone may have written, so nothing is made as large as they say before this.
+    """
+    texts = {key: metadata.get(key, "") for key in ("layers", "heads", "kv_heads", "head_dim", "channels")}
+    if not all(re.fullmatch("[0-9]{1,10}", text) for text in texts.values()):
+        return None
+    sizes = {key: int(text) for key, text in texts.items()}
+    layers, heads = sizes["layers"], sizes["heads"]
+    if not all(sizes.values()) or layers > len(names) or sizes["channels"] > torch.iinfo(torch.int32).max:
+        return None
+    if heads % sizes["kv_heads"] or heads * sizes["head_dim"] > _WIDEST:
+        return None
+    expected = {f"layers.{i}.{kind}" for i in range(layers) for kind in ("kv_groups", "channels")}
+    optional = {f"layers.{i}.query_heads" for i in range(layers)}
+    return sizes if expected == names - optional else None
 
 
 def structure_map(

@@ -32,6 +32,7 @@ from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import AlignSettings
 from compress.pipelines.small_files import carry, is_small
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.text import text_inputs
 from compress.pipelines.training import announced, fit_config, train_model, training_metrics
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import align_count
@@ -158,7 +159,9 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
 
         return align_disk(model, model, settings, dtype, context.common.effort or "quick")
 
-    inputs = {"model": model.id} | ({} if settings.loss == "text" else {"teacher": str(known["fingerprint"])})
+    inputs = {"model": model.id} | text_inputs(source)
+    if settings.loss != "text":
+        inputs["teacher"] = str(known["fingerprint"])
     outcome = run_stage(
         context, "align", config=config, inputs=inputs, work=work, scratch=("training", MEASURES), disk=disk
     )

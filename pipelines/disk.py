@@ -10,12 +10,9 @@ import torch
 from compress.adapters.adapter_file import AdapterFile, owner
 from compress.errors import CompressError
 from compress.evaluate.training_memory import adapter_parameters
-from compress.importance import CRITERIA
-from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.model.checkpoint import SIDE_FILES
 from compress.pipelines.footprint import (
     align_footprint,
-    prune_footprint,
     quantize_footprint,
     train_footprint,
 )
@@ -23,6 +20,7 @@ from compress.pipelines.measure import LENGTH, WINDOWS, positions
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.phase import SHARD_BYTES, Ground
 from compress.pipelines.plan_models import PlannedModel, pruned, quantized
+from compress.pipelines.prune_footprint import prune_footprint
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.reporter import human_bytes
 from compress.pipelines.settings import AlignSettings, QuantizeSettings, TrainSettings
@@ -53,31 +51,26 @@ def require_space(root: Path, verb: str, needed: float, partial: Path) -> None:
 
 
 def prune_disk(goal: Goal, dtype: torch.dtype, effort: str) -> float:
-    """Bytes that ``prune`` holds at its peak, with what it keeps for a run that goes on after an interruption.
-
-    That is the curvature at the outputs, ``8 L H min(H, 1024)``, and the refitted weights, ``4 L H (Q' + C')``.
-    """
-    model, settings = goal.model, goal.settings
-    full = PlannedModel(name="", input=model)
-    small = pruned(full, goal.foreseen())
-    peak = prune_footprint(full, small, settings, _ground(model, dtype, effort)).disk_peak
-    arch, kept = model.architecture, 0.0
-    if settings.repair == "refit":
-        kept += sum(
-            4 * arch.hidden * small.arch.at(layer).linear_shape(spec)[1]
-            for layer in range(arch.layers)
-            for spec in small.arch.linears_at(layer)
-            if spec.role in OUTPUTS
-        )
-    if CRITERIA.get(settings.criterion).needs == "moments":
-        kept += 8 * arch.layers * arch.hidden * min(arch.hidden, SKETCH_ROWS)
-    return peak + kept + _beside(model)
+    """Bytes that ``prune`` holds at its peak, with what it keeps for a run that goes on after an interruption."""
+    full = PlannedModel(name="", input=goal.model)
+    try:
+        small = pruned(full, goal.foreseen())
+    except CompressError:  # shapes that only scores decide: as if nothing were removed
+        small = full
+    ground = _ground(goal.model, dtype, effort)
+    copies = 2 * goal.settings.rounds  # a cut and a model of every round
+    return (
+        prune_footprint(full, small, goal.settings, ground).disk_peak + copies * _sides(goal.model) + RECORDS
+    )
 
 
 def thin_disk(model: ModelInput) -> float:
-    """The same where single weights go: a model of the same size, its last shard twice, one bit a weight."""
+    """The same where single weights go: a model of the same size, its last shard twice, two bits a weight.
+
+    One in the masks, and one in those that are kept for a run that goes on after an interruption.
+    """
     size = PlannedModel(name="", input=model).file_bytes
-    return size + min(SHARD_BYTES, size) + model.architecture.decoder_linear_parameters() / 8 + _beside(model)
+    return size + min(SHARD_BYTES, size) + model.architecture.decoder_linear_parameters() / 4 + _beside(model)
 
 
 def align_disk(
@@ -119,5 +112,9 @@ def _ground(model: ModelInput, dtype: torch.dtype, effort: str) -> Ground:
 
 def _beside(model: ModelInput) -> float:
     """Bytes of tokenizer, licence and the like, and of our records."""
+    return RECORDS + _sides(model)
+
+
+def _sides(model: ModelInput) -> float:
     files = (model.path / name for name in SIDE_FILES)
-    return RECORDS + sum(file.stat().st_size for file in files if file.is_file())
+    return float(sum(file.stat().st_size for file in files if file.is_file()))

@@ -22,9 +22,9 @@ from compress.pipelines.measure import WINDOWS, check_length, validation_windows
 from compress.pipelines.model_input import original
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.stage import Context, Outcome, run_stage
-from compress.pipelines.text import read_text
+from compress.pipelines.text import read_text, text_inputs
 from compress.pipelines.ways_of_stages import refuse_evaluation
-from compress.pipelines.workspace import write_json
+from compress.pipelines.workspace import HELD_OUT, write_json
 
 
 def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = None) -> Outcome:
@@ -55,6 +55,8 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
         "held_out_windows": WINDOWS[context.common.effort or "quick"],
     }
 
+    texts = text_inputs(source, "test")
+    texts |= text_inputs(training_source, "validation", name=HELD_OUT)
     measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
     refuse_evaluation(context.common, measured, settings, bench.device, bench.dtype)
 
@@ -71,7 +73,7 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
         context,
         "eval",
         config=config,
-        inputs=identities(bench, entries, reference),
+        inputs=identities(bench, entries, reference) | texts,
         work=work,
         scratch=("rows",),
     )

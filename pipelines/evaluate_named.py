@@ -28,7 +28,7 @@ from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, EvalSettings
 from compress.pipelines.stage import host, show_plan, versions
 from compress.pipelines.ways_of_stages import refuse_evaluation
-from compress.pipelines.workspace import FORMAT_VERSION, stage_id, write_json
+from compress.pipelines.workspace import FORMAT_VERSION, TEXT, stage_id, write_json
 
 
 def evaluate_named(
@@ -82,6 +82,7 @@ def evaluate_named(
     measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
     refuse_evaluation(common, measured, settings, bench.device, bench.dtype)
     config, inputs = configuration(bench, source), identities(bench, entries, reference)
+    inputs[TEXT] = text.sha256
     if common.dry_run:
         show_plan(reporter, "eval", config)
         return {"verb": "eval", "config": config}

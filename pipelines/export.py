@@ -18,6 +18,7 @@ from compress.export.packed import write_packed
 from compress.export.push import check_push, push
 from compress.model.checkpoint import Checkpoint
 from compress.model.config import quantization_method
+from compress.model.inside import require_inside
 from compress.model.load import load_model
 from compress.model.uneven import is_uneven
 from compress.pipelines.chain_models import MADE, TITLES, ChainModel, chosen, located, names_in, verb_of
@@ -234,6 +235,7 @@ def _copy(what: str, model: ChainModel, lineage: Sequence[Stage], folder: Path) 
 def _copy_stage(stage: Stage, folder: Path) -> None:
     for name, path in files_below(stage.path).items():
         if name.partition("/")[0] not in NOT_SHIPPED:
+            require_inside(stage.path, path)  # the workspace may be somebody else's
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)

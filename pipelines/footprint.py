@@ -1,4 +1,6 @@
-"""What every stage holds at its peak, in memory and on disk, counted from what the stages do.
+"""What every stage but ``prune`` holds at its peak, in memory and on disk, counted from what the stages do.
+
+`compress.pipelines.prune_footprint` has that one.
 
 Symbols: P parameters of the model a stage works on, W its decoder weights, L layers, H hidden size, V vocabulary,
 Q width of all query heads, C MLP channels, e bytes of a number in the computation (2 for bfloat16, 4 for float32),
@@ -13,18 +15,13 @@ from math import prod
 
 from compress.adapters.batched import LIMIT as WINDOW_BYTES
 from compress.evaluate.training_memory import (
-    HEAD_CHUNK,
     activation_bytes,
     adapter_parameters,
-    training_memory,
 )
-from compress.importance import CRITERIA
-from compress.importance.gram_store import fits
-from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
 from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
-from compress.pipelines.hessian_walk import BATCH, GRADIENT_BATCH, TABLE_TOKENS
+from compress.pipelines.hessian_walk import GRADIENT_BATCH, TABLE_TOKENS
 from compress.pipelines.matrices import SHARED_INPUT
 from compress.pipelines.phase import (
     SHARD_BYTES,
@@ -37,94 +34,18 @@ from compress.pipelines.phase import (
     largest,
     loading,
     loss_bytes,
-    one_layer,
     reopening,
     scoring,
     spilled,
+    training,
 )
 from compress.pipelines.plan_models import PlannedModel
-from compress.pipelines.settings import AlignSettings, PruneSettings, QuantizeSettings, TrainSettings
+from compress.pipelines.settings import AlignSettings, QuantizeSettings, TrainSettings
 from compress.pipelines.training import parse_adapter_targets
-from compress.prune.compensate import REFITS
 from compress.quantize.fisher_collect import layer_rounds
 
 FACTORS_BESIDE = 1.02
 """A large matrix with its factors, in matrices."""
-
-
-def prune_footprint(
-    full: PlannedModel, small: PlannedModel, settings: PruneSettings, ground: Ground
-) -> Footprint:
-    """``prune``: the full model, scored; the refit of o and down; the small model, trained beside the full one.
-
-    Scoring with ``obs``: ``T (8 H + 2 e (Q + KV) + 3 e C)`` activations a layer for the gradients of two windows at
-    once; ``8 L H^2`` curvature at the outputs (``8 L 1024 H`` for hidden sizes above 1024); hidden states of all
-    calibration windows, ``N H e``; ``48 (Q^2 + C^2)`` second moments of a layer's inputs and their inverses,
-    ``24 min(H, 1024) (Q + C)`` roots times weights. ``gradients`` hold ``e W``. Training while it scores is that of
-    ``train``.
-    Refit: ``4 L H (Q + C)`` new weights, while shapes are tried ``e L H (Q + C)`` more in the model, and
-    ``8 (H C + 1.5 C K + 2 K^2 + 2 H K)`` of each of two systems with K kept columns.
-    Streamed, backward keeps the inputs of the layers and the activations of one of them, hidden states beyond
-    `ROOM` go to disk, and so do the new weights.
-    Repair: as ``train``, with the full model (e P) and four float32 chunks of logits when it distils.
-    Disk: the result and the uncut copy it is trained from, the moments ``4 L (Q^2 + C^2)`` before, 24 bytes for each
-    adapter parameter while training states are replaced.
-    """
-    arch, e = full.arch, ground.itemsize
-    count = max(1, settings.calibration_tokens // ground.length)
-    tokens = min(BATCH, count) * ground.length
-    hidden = hidden_states(arch, count, ground)
-    needs = CRITERIA.get(settings.criterion).needs
-    trains = needs == "adapters" or settings.repair == "lora"
-    whole = replace(ground, streamed=False)
-    phases = [loading(full, whole if trains or needs == "gradients" else ground)]
-    if trains:
-        phases.append(_training("score and mask", full, settings, e, head=False))
-    elif needs == "moments":
-        phases += _curvature(full, ground, tokens, hidden)
-    elif needs == "gradients":
-        kept = tokens * sum(
-            activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)
-        )
-        terms = {"gradients": float(e * full.linears), "activations": float(kept), **held(full, whole)}
-        phases.append(Phase(name="score", device=terms | {"loss": loss_bytes(arch, tokens)}))
-    else:
-        terms = {**held(full, ground), "one layer": one_layer(arch, tokens, e)}
-        phases.append(Phase(name="score", device=terms))
-    stored = moments = written = 0.0
-    if settings.repair == "refit" and not trains:
-        changed, system = _refitted(arch, small.arch)
-        kept_on_disk = fits(arch, OUTPUTS)
-        moments = _moments(arch) if kept_on_disk else 0.0
-        network = {} if kept_on_disk else {**held(full, ground), "hidden states": hidden}
-        if ground.streamed:
-            written, changed = 4.0 * changed, _widest_output(arch)
-        solved = {"refitted weights": 4.0 * changed, "least squares": REFITS * system}
-        phases.append(Phase(name="refit", device=network, host=solved))
-        if settings.trials > 1:
-            tried = scoring(full, ground, length=ground.length, windows=count).device
-            phases.append(
-                Phase(name="try shapes", device={**tried, "shape on trial": float(e * changed)}, host=solved)
-            )
-    if settings.repair_steps > 0:
-        repair = _training("repair", small, settings, e, head=False, rank=settings.repair_rank)
-        extra: dict[str, float] = {}
-        if settings.repair_loss != "text":
-            chunk = 16.0 * min(HEAD_CHUNK, settings.micro_batch * settings.sequence) * arch.vocab
-            extra = {"teacher": full.loaded(e), "teacher's logits": chunk}
-        phases.append(Phase(name=repair.name, device={**repair.device, **extra}))
-        stored = 24.0 * adapter_parameters(small.arch, settings.repair_rank, head=False)
-    phases.append(scoring(full, ground, length=ground.length, windows=ground.windows))
-    phases += reopening(small, ground)
-    size, shard = small.file_bytes, min(SHARD_BYTES, small.file_bytes)
-    cut = moments + written + spilled(arch, count, ground) + size + shard
-    trained = stored + (2 * size + shard if settings.repair_steps else 2 * size)
-    return Footprint(
-        verb="prune",
-        phases=tuple(phases),
-        disk_peak=max(cut, trained) + size * (settings.rounds - 1),
-        disk_kept=size,
-    )
 
 
 def align_footprint(
@@ -251,7 +172,7 @@ def train_footprint(model: PlannedModel, settings: TrainSettings, ground: Ground
     whole, last = replace(ground, streamed=False), loading(model, ground, 4)
     phases = (
         loading(model, whole),
-        _training("train", model, settings, ground.itemsize, head=head),
+        training("train", model, settings, ground.itemsize, head=head),
         Phase(
             name="record logits",
             device={**last.device, "adapters": 4.0 * adapter},
@@ -306,89 +227,6 @@ def _merging(checkpoint: Checkpoint, *, batched: bool) -> dict[str, float]:
         max(WINDOW_BYTES, 1 << (size - 1).bit_length()) for size in (int(FACTORS_BESIDE * widest), widest)
     )
     return {"windows of matrices": 2.0 * (there + back), "one matrix": float(widest)}
-
-
-def _training(
-    name: str,
-    model: PlannedModel,
-    settings: PruneSettings | TrainSettings,
-    itemsize: int,
-    *,
-    head: bool,
-    rank: int | None = None,
-) -> Phase:
-    parts = training_memory(
-        model.arch,
-        model.loaded(itemsize),
-        quantized=model.packed is not None,
-        rank=settings.rank if rank is None else rank,
-        batch=settings.micro_batch,
-        sequence=settings.sequence,
-        head_adapter=head,
-        dropout=rank is None and settings.dropout > 0,
-        itemsize=itemsize,
-    )
-    return Phase(
-        name=name,
-        device={
-            "weights": parts.weights,
-            "adapters": parts.adapters + parts.gradients + parts.optimizer,
-            "activations": parts.activations,
-            "loss": parts.workspace,
-        },
-    )
-
-
-def _curvature(full: PlannedModel, ground: Ground, tokens: int, hidden: float) -> list[Phase]:
-    arch, e = full.arch, ground.itemsize
-    rows = min(arch.hidden, SKETCH_ROWS)
-    sums = {**held(full, ground), "output curvature": 8.0 * arch.layers * rows * arch.hidden}
-    widths = (arch.heads * arch.head_dim, arch.channels)
-    moments = 8.0 * sum(width**2 for width in widths)
-    inverse = sum(40.0 * width**2 + 24.0 * rows * width for width in widths)
-    passed = max(1, tokens // ground.length // 2) * ground.length
-    return [
-        Phase(name="output gradients", device={**sums, **gradients(arch, passed, ground)}),
-        Phase(
-            name="score",
-            device={
-                **sums,
-                "hidden states": hidden,
-                "input moments": moments + inverse,
-                "one layer": one_layer(arch, tokens, e),
-            },
-        ),
-    ]
-
-
-def _widest_output(arch: Architecture) -> int:
-    """Weights of the largest matrix that can be refitted."""
-    return max(
-        prod(arch.at(i).linear_shape(spec))
-        for i in range(arch.layers)
-        for spec in arch.linears_at(i)
-        if spec.role in OUTPUTS
-    )
-
-
-def _moments(arch: Architecture) -> float:
-    widths = [arch.linear_shape(spec)[1] for spec in arch.linears if spec.role in OUTPUTS]
-    return 4.0 * arch.layers * sum(width * width for width in widths)
-
-
-def _refitted(arch: Architecture, small: Architecture) -> tuple[int, float]:
-    """Weights of o and down that lose columns, and bytes of the largest system that refits one of them."""
-    changed, system = 0, 0.0
-    for layer in range(arch.layers):
-        for spec in arch.linears_at(layer):
-            if spec.role not in OUTPUTS:
-                continue
-            (rows, columns), kept = arch.linear_shape(spec), small.at(layer).linear_shape(spec)[1]
-            if kept < columns:
-                changed += rows * columns
-                inputs = 1.5 * columns * kept + 2 * kept * kept
-                system = max(system, 8.0 * (rows * columns + inputs + 2 * rows * kept))
-    return changed, system
 
 
 def _input_widths(arch: Architecture) -> list[int]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from math import prod
 
 from compress.evaluate.perplexity import CHUNK_ELEMENTS
-from compress.evaluate.training_memory import HEAD_CHUNK, frozen_activation_bytes
+from compress.evaluate.training_memory import HEAD_CHUNK, frozen_activation_bytes, training_memory
 from compress.model.architecture import Architecture
 from compress.pipelines.hessian_walk import BATCH
 from compress.pipelines.plan_models import PlannedModel
+from compress.pipelines.settings import PruneSettings, TrainSettings
 
 ROOM = 256 << 20
 """Bytes of hidden states that stay in memory where models are streamed."""
@@ -169,3 +170,35 @@ def unpacked(model: PlannedModel) -> float:
 def largest(sizes: list[int], count: int) -> int:
     """The sum of the ``count`` largest ones."""
     return sum(sorted(sizes, reverse=True)[:count])
+
+
+def training(
+    name: str,
+    model: PlannedModel,
+    settings: PruneSettings | TrainSettings,
+    itemsize: int,
+    *,
+    head: bool,
+    rank: int | None = None,
+) -> Phase:
+    """A step of training adapters on a model that is whole; ``rank`` where it is not the settings' own."""
+    parts = training_memory(
+        model.arch,
+        model.loaded(itemsize),
+        quantized=model.packed is not None,
+        rank=settings.rank if rank is None else rank,
+        batch=settings.micro_batch,
+        sequence=settings.sequence,
+        head_adapter=head,
+        dropout=rank is None and settings.dropout > 0,
+        itemsize=itemsize,
+    )
+    return Phase(
+        name=name,
+        device={
+            "weights": parts.weights,
+            "adapters": parts.adapters + parts.gradients + parts.optimizer,
+            "activations": parts.activations,
+            "loss": parts.workspace,
+        },
+    )

@@ -21,7 +21,6 @@ from compress.model.uneven import plain_config
 from compress.pipelines.footprint import (
     align_footprint,
     eval_footprint,
-    prune_footprint,
     quantize_footprint,
     recover_footprint,
     train_footprint,
@@ -42,6 +41,7 @@ from compress.pipelines.plan_loram import loram_rows
 from compress.pipelines.plan_models import PlannedModel, pruned, quantized
 from compress.pipelines.plan_tables import show
 from compress.pipelines.plan_verdict import Limits, host_peak, verdict
+from compress.pipelines.prune_footprint import prune_footprint
 from compress.pipelines.prune_goal import Goal, default_multiple, parse_targets, requested_goal
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
@@ -118,6 +118,7 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
         dtype,
         way=Way(workers=workers),
         room=None if elsewhere else machine.host_free,
+        batched=device != "cpu" or elsewhere,
     )
     speed: Speed | None = None
     if not settings.no_time and not elsewhere:
@@ -165,6 +166,7 @@ def planned_chain(
     exact: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     way: Way = WHOLE,
     room: int | None = None,
+    batched: bool = False,
 ) -> Chain:
     """The chain that the options ask for, stage by stage.
 
@@ -176,6 +178,7 @@ def planned_chain(
         exact: By verb, options of a stage that ``plan`` does not have; a stage that is named here is planned.
         way: How stages open models that they run, and how many matrices they work on at once where ``room`` allows it.
         room: Bytes of the host's memory; None: not known.
+        batched: Adapters are merged on a device of its own.
 
     Raises:
         UsageError, CompressError: As the stages would.
@@ -235,12 +238,16 @@ def planned_chain(
     train = resolve(TrainSettings, {"rank": settings.train_rank, **loop, **exact.get("train", {})}, effort)
     head = "lm_head" in parse_adapter_targets(train.adapter_targets)
     own, recovered = (adapter_parameters(each.arch, train.rank, head=head) for each in (current, full))
+    merged = settings.merge or bool(exact.get("recover", {}).get("merge"))
     evaluation = resolve(EvalSettings, exact.get("eval", {}), effort)
     entries = [*((each, 0) for each in models), (current, own), (full, recovered)]
     test = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
     stages += [
         (train_footprint(current, train, ground), train_work(current, train, ground)),
-        (recover_footprint(full, recovered, ground), recover_work(full, recovered)),
+        (
+            recover_footprint(full, recovered, ground, merged=merged, batched=batched),
+            recover_work(full, recovered),
+        ),
         (eval_footprint(entries, ground, **test), eval_work(entries, ground, **test)),
     ]
     used |= {"train": asdict(train), "eval": asdict(evaluation)}
@@ -268,7 +275,9 @@ def _limited(
         *(Way(streamed=True, ahead=ahead, workers=workers) for ahead in (True, False)),
     )
     chains = {
-        (way.streamed, way.ahead): planned_chain(model, settings, effort, dtype, way=way, room=limit)
+        (way.streamed, way.ahead): planned_chain(
+            model, settings, effort, dtype, way=way, room=limit, batched=device_free is not None
+        )
         for way in ways
     }
     ground = Ground(itemsize=dtype.itemsize, length=LENGTH, windows=WINDOWS[effort])

@@ -36,6 +36,7 @@ from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.small_files import write_base
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.text import text_inputs
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import prune_count
 from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
@@ -129,7 +130,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         context,
         "prune",
         config=config,
-        inputs={"model": model.id},
+        inputs={"model": model.id} | text_inputs(source),
         work=work,
         scratch=("round-*", MEASURES),
         disk=disk,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from torch import Tensor
 from compress.data.sources import default_source
 from compress.errors import CompressError, UsageError
 from compress.importance.input_norms import input_norms
+from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import LinearSpec
 from compress.model.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, require_dense
 from compress.model.layout import ATTENTION_ROLES
 from compress.model.uneven_config import refuse_uneven
-from compress.pipelines.measure import calibration_windows, validation_perplexity, validation_windows
+from compress.pipelines.measure import (
+    MEASURES,
+    calibration_windows,
+    measured_once,
+    validation_perplexity,
+    validation_windows,
+)
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prove import record_and_score
 from compress.pipelines.prune_goal import DEFAULT_RATIO, parse_targets
@@ -26,12 +34,14 @@ from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.small_files import write_base
 from compress.pipelines.stage import Context, Outcome, run_stage
+from compress.pipelines.text import text_inputs
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import thin_count
+from compress.progress import Progress
 from compress.prune.local import pruned_layers
 from compress.prune.sparsify import Pattern, keep_pattern, keep_share, parse_pattern, weight_scores
 from compress.prune.weight_masks import FILE_NAME as MASKS
-from compress.prune.weight_masks import WeightMasks, pack_bits
+from compress.prune.weight_masks import WeightMasks, pack_bits, unpack_bits
 from compress.structure import FILE_NAME as STRUCTURE
 from compress.structure import full_layer, structure_map
 
@@ -39,6 +49,8 @@ MASKED = ("semi", "unstructured")
 """Shapes that keep every matrix's size."""
 CRITERIA = ("wanda", "magnitude")
 """Criteria that score single weights."""
+SCORING, THINNED = "scoring", "thinned"
+"""Sub-folders of unfinished work: the norms of the inputs, and the masks found so far."""
 
 
 def thin(context: Context, settings: PruneSettings) -> Outcome:
@@ -79,22 +91,39 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
     def work(folder: Path) -> Mapping[str, Any]:
         arch = model.architecture
         validation = validation_windows(context, model.path, source)
-        network = way.open(model.path, dtype=dtype, device=device)
-        norms: dict[str, Tensor] = {}
+        open_full = partial(way.open, model.path, dtype=dtype, device=device)
+        norms: Mapping[str, Tensor] = {}
         protocol: dict[str, Any] = {}
         if settings.criterion == "wanda":
             windows = calibration_windows(context, model.path, source, tokens=settings.calibration_tokens)
             protocol = {"data_protocol": dict(windows.protocol), "scoring_tokens": windows.ids.numel()}
-            with context.reporter.bar("score (wanda)") as progress:
-                norms = input_norms(network, arch, windows.ids, batch=BATCH, progress=progress)
-        masks = write_thinned(model, chosen, share, norms, folder)
+
+            def score() -> Mapping[str, Tensor]:
+                with context.reporter.bar("score (wanda)") as progress:
+                    return input_norms(open_full(), arch, windows.ids, batch=BATCH, progress=progress)
+
+            norms = Kept(folder / SCORING).tensors("norms", score)
+        with context.reporter.bar("thin") as progress:
+            masks = write_thinned(
+                model, chosen, share, norms, folder, kept=Kept(folder / THINNED), progress=progress
+            )
         whole = structure_map(arch, [full_layer(arch)] * arch.layers, base_fingerprint=model.id)
         whole.save(folder / STRUCTURE)
         write_base(context, model, folder)
-        before = validation_perplexity(context, network, validation, "the model")
-        del network
+        before = measured_once(
+            folder / MEASURES / "before.json",
+            lambda: validation_perplexity(context, open_full(), validation, "the model"),
+        )
         after = record_and_score(
-            context, folder, arch.vocab, validation, "the thinned model", dtype=dtype, device=device, way=way
+            context,
+            folder,
+            arch.vocab,
+            validation,
+            "the thinned model",
+            dtype=dtype,
+            device=device,
+            way=way,
+            into=folder / MEASURES / "after.json",
         )
         total = arch.decoder_linear_parameters()
         return {
@@ -116,7 +145,16 @@ def thin(context: Context, settings: PruneSettings) -> Outcome:
 
         return thin_disk(model)
 
-    outcome = run_stage(context, "prune", config=config, inputs={"model": model.id}, work=work, disk=disk)
+    inputs = {"model": model.id} | text_inputs(source)
+    outcome = run_stage(
+        context,
+        "prune",
+        config=config,
+        inputs=inputs,
+        work=work,
+        scratch=(SCORING, THINNED, MEASURES),
+        disk=disk,
+    )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
@@ -194,6 +232,9 @@ def write_thinned(
     share: Pattern | float,
     norms: Mapping[str, Tensor],
     folder: Path,
+    *,
+    kept: Kept = NOTHING_KEPT,
+    progress: Progress | None = None,
 ) -> WeightMasks:
     """Write the model with its zeros, and the masks beside it; one tensor is in memory at a time.
 
@@ -203,28 +244,36 @@ def write_thinned(
         share: How much of it.
         norms: L2 norms of the inputs by module, for Wanda's scores; empty: magnitude.
         folder: Where to write.
+        kept: Has the masks that an interrupted run of the same request has found.
+        progress: Called after every tensor.
     """
     packed: dict[str, Tensor] = {}
     columns: dict[str, int] = {}
     with CheckpointWriter(folder, config=model.checkpoint.config) as writer:
-        for name in model.checkpoint.names:
+        for done, name in enumerate(model.checkpoint.names, start=1):
             tensor, module = model.checkpoint.read(name), name.removesuffix(".weight")
             if module in chosen and name.endswith(".weight"):
-                turned = chosen[module].transposed
-                weight_OI = tensor.T if turned else tensor
-                scores = weight_scores(weight_OI, norms.get(module))
-                mask = (
-                    keep_pattern(scores, share) if isinstance(share, Pattern) else keep_share(scores, share)
-                )
-                packed[module], columns[module] = pack_bits(mask), mask.shape[1]
-                tensor = tensor * (mask.T if turned else mask)
+                weight_OI = tensor.T if chosen[module].transposed else tensor
+                find = partial(_mask, weight_OI, norms.get(module), share)
+                packed[module], columns[module] = kept.tensors(module, find)["mask"], weight_OI.shape[1]
+                mask_OI = unpack_bits(packed[module], columns[module])
+                tensor = tensor * (mask_OI.T if chosen[module].transposed else mask_OI)
             writer.add(name, tensor)
+            if progress is not None:
+                progress(done, len(model.checkpoint.names), name)
         writer.finish()
     copy_side_files(model.checkpoint.path, folder)
     pattern = str(share) if isinstance(share, Pattern) else "unstructured"
     masks = WeightMasks(pattern=pattern, packed=packed, columns=columns)
     masks.save(folder / MASKS)
     return masks
+
+
+def _mask(weight_OI: Tensor, norm_I: Tensor | None, share: Pattern | float) -> dict[str, Tensor]:
+    """Which weights of one matrix stay, packed by ``pack_bits``."""
+    scores = weight_scores(weight_OI, norm_I)
+    found = keep_pattern(scores, share) if isinstance(share, Pattern) else keep_share(scores, share)
+    return {"mask": pack_bits(found)}
 
 
 def _linears(model: ModelInput) -> list[LinearSpec]:

@@ -54,10 +54,22 @@ def refitted(
     arch, keeps = model.architecture, fits(model.architecture, OUTPUTS)
     if not keeps or not store.complete(arch):
         windows = calibration_windows(place.context, model.path, place.source, tokens=tokens)
-        loaded, batch = network or place.load(model.path), min(BATCH, len(windows))
+        batch = min(BATCH, len(windows))
         if not keeps:
-            return compensate(loaded, arch, structure, windows.ids, batch=batch, into=into, progress=progress)
-        gather_moments(loaded, arch, windows.ids, store, batch=batch, progress=progress)
+            return compensate(
+                network or place.load(model.path),
+                arch,
+                structure,
+                windows.ids,
+                batch=batch,
+                into=into,
+                kept=kept,
+                progress=progress,
+            )
+        # no name for the model here: it goes before the systems are solved
+        gather_moments(
+            network or place.load(model.path), arch, windows.ids, store, batch=batch, progress=progress
+        )
     return refit_from_store(
         lambda name: stored_weight(model.checkpoint, arch, name),
         arch,

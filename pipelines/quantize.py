@@ -38,6 +38,7 @@ from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.small_files import carry
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.text import text_inputs
 from compress.pipelines.tradeoff import tradeoff
 from compress.pipelines.vocabulary import (
     eight_bit_choices,
@@ -201,7 +202,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         context,
         "quantize",
         config=config,
-        inputs={"model": model.id},
+        inputs={"model": model.id} | text_inputs(source),
         work=work,
         scratch=("layers", "tables", "fisher"),
         disk=disk,

@@ -349,6 +349,7 @@ class PlanSettings:
     sequence: int | None = None
     memory: str | None = None
     no_time: bool = False
+    merge: bool = False
     loram: bool = False
     ratios: str = "0.65,0.75,0.85,0.95"
     skip_first: int = 4

@@ -11,18 +11,27 @@ from compress.model.base_record import BaseRecord
 from compress.pipelines.model_input import ModelInput, base_name
 from compress.pipelines.stage import Context
 from compress.prune.weight_masks import FILE_NAME as MASKS
+from compress.prune.weight_masks import require_masks
 from compress.structure import FILE_NAME as STRUCTURE
 from compress.structure import StructureMap
 
-CARRIED = (STRUCTURE, BASE, MASKS)
-"""Files beside a small model's weights that every later small model needs too."""
-
 
 def carry(source: Path, target: Path) -> None:
-    """Copy what belongs to the small model in ``source`` to the one that was made of it in ``target``."""
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    """Copy what belongs to the small model in ``source`` to the one that was made of it in ``target``.
+
+    The folder may be somebody else's. Records are read and written anew, so that nothing goes along that they have no
+    place for; masks, which are large, are copied once their header is known to be one.
+
+    Raises:
+        CompressError: A file is not what its name says, or a link that leads out of the folder.
+    """
+    if (source / STRUCTURE).is_file():
+        StructureMap.load(source / STRUCTURE).save(target / STRUCTURE)
+    if (source / BASE).is_file():
+        BaseRecord.load(source / BASE).save(target / BASE)
+    if (source / MASKS).is_file():
+        require_masks(source / MASKS)
+        shutil.copyfile(source / MASKS, target / MASKS)
 
 
 def is_small(folder: Path) -> bool:

@@ -18,7 +18,16 @@ from compress.errors import UsageError
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
-from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace, differences, stage_id
+from compress.pipelines.workspace import (
+    FORMAT_VERSION,
+    MEASUREMENTS,
+    Stage,
+    Workspace,
+    changed_inputs,
+    differences,
+    same_request,
+    stage_id,
+)
 
 if TYPE_CHECKING:  # one process needs none of it
     from compress.pipelines.team import Team
@@ -94,11 +103,15 @@ def run_stage(
     wanted = stage_id(verb, config, inputs)
     done = workspace.find(verb)
     redone = done is not None and workspace.was_carried_out(done)
-    if done is not None and done.id == wanted and (redone or not context.common.redo):
+    if (
+        done is not None
+        and same_request(done.record, verb, config, inputs)
+        and (redone or not context.common.redo)
+    ):
         reporter.say(f"{verb}: already done in {done.path} with these settings; nothing to do.")
         return Outcome(stage=done, fresh=False)
     if done is not None and not context.common.redo and verb not in MEASUREMENTS:
-        changed = differences(done.record["config"], config) or "its input changed"
+        changed = differences(done.record["config"], config) or changed_inputs(done.record["inputs"], inputs)
         raise UsageError(
             f"{done.path} was made with other settings ({changed}).",
             "Give --redo to replace it and drop the stages after it, or start another chain with --run DIR.",

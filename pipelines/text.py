@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.data.identity import text_digest
 from compress.data.sources import load_text
 from compress.data.text import Split, Text, plain_text
 from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.stage import Context
-from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
+from compress.pipelines.workspace import FORMAT_VERSION, TEXT, read_json, write_json
+
+
+def text_inputs(source: str, *splits: Split, name: str = TEXT) -> dict[str, str]:
+    """The text as an input of a stage, whose identity it changes when its content changes; see `text_digest`.
+
+    Args:
+        source: As ``--data`` takes it.
+        splits: Those that the stage reads; none: train and validation, as the stages do that make something.
+        name: Of the input.
+
+    Returns:
+        Empty where the content is not known beforehand.
+    """
+    found = text_digest(source, splits or ("train", "validation"))
+    return {} if found is None else {name: found}
 
 
 def read_text(context: Context, source: str, split: Split, model: Path) -> Text:

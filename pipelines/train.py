@@ -31,6 +31,7 @@ from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.small_files import is_small, public_name
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.text import text_inputs
 from compress.pipelines.training import (
     announced,
     fit_config,
@@ -134,7 +135,7 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         context,
         "train",
         config=config,
-        inputs={"model": model.id},
+        inputs={"model": model.id} | text_inputs(source),
         work=work,
         scratch=("training",),
         disk=disk,

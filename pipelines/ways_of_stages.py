@@ -16,7 +16,6 @@ from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.footprint import (
     align_footprint,
     eval_footprint,
-    prune_footprint,
     quantize_footprint,
     recover_footprint,
     train_footprint,
@@ -24,6 +23,7 @@ from compress.pipelines.footprint import (
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.phase import Footprint, Ground
 from compress.pipelines.plan_models import pruned, quantized
+from compress.pipelines.prune_footprint import prune_footprint
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.settings import (
     AlignSettings,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -31,7 +32,11 @@ MODEL_VERBS = ("prune", "align", "quantize")
 """Verbs whose artifact is a model that the next verb takes as its input."""
 MEASUREMENTS = ("eval",)
 """Verbs that only measure: a newer one replaces the older without being asked to."""
-
+TEXT, HELD_OUT = "text of --data", "held-out text"
+"""The inputs that stand for the content of a text: the one that is named, and the one that an evaluation adds."""
+FORMATS: Mapping[str, int] = {"prune": 1, "align": 1, "quantize": 1, "train": 1, "recover": 1, "eval": 1}
+"""By verb, the form of what its unfinished work keeps, or how it is computed: raised whenever an interrupted run of
+the code before cannot be continued by the code after."""
 
 _REMAINS = (".lock", "run.json.tmp")
 """What a run leaves that was killed before its workspace came to be."""
@@ -103,6 +108,31 @@ def record_digest(record: Mapping[str, Any]) -> str:
 def stage_id(verb: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The identity of the stage that ``verb`` would make of these inputs."""
     return digest({"verb": verb, "config": config, "inputs": inputs})
+
+
+def code_version(verb: str) -> str:
+    """The code that makes a stage: this package's version, and the form of the verb's unfinished work."""
+    return f"{importlib.metadata.version('compress-llm')}/{FORMATS.get(verb, 1)}"
+
+
+def same_request(
+    record: Mapping[str, Any], verb: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+) -> bool:
+    """Whether a finished stage is what this request would make.
+
+    Where the content of its text was not recorded (by an earlier version, or since it is not known beforehand) or is
+    not there any more, that is left out.
+    """
+    known = record["inputs"]
+    left_out = {name for name in (TEXT, HELD_OUT) if name not in known or name not in inputs}
+    old, new = ({k: v for k, v in found.items() if k not in left_out} for found in (known, inputs))
+    return stage_id(verb, record["config"], old) == stage_id(verb, config, new)
+
+
+def changed_inputs(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Which inputs are others than they were, for a message."""
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return "the content of its text changed" if {*names} <= {TEXT, HELD_OUT} else "its input changed"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -240,14 +270,22 @@ class Workspace:
         verb stays until the new one is complete. ``threads`` are noted for :meth:`threads_of`.
 
         Raises:
-            UsageError: An interrupted run of this verb had other settings and ``redo`` is not given.
+            UsageError: An interrupted run of this verb had other settings, or was another version's, and ``redo`` is
+                not given.
         """
         wanted = stage_id(verb, config, inputs)
         path = self.partial(verb)
         if path is not None:
             marker = path / "partial.json"
             known = read_json(marker) if marker.is_file() else {}
-            if known.get("id") == wanted:
+            begun, code = known.get("code"), code_version(verb)
+            mixed = begun not in (None, code) and self.finished(path) is None
+            if known.get("id") == wanted and mixed and not redo:
+                raise UsageError(
+                    f"An unfinished {verb} of other code ({begun}; this is {code}) lies in {path.name}.",
+                    "Finish it with that version, give --redo to begin anew, or use another --run.",
+                )
+            if known.get("id") == wanted and not mixed:
                 if self.finished(path) is None:
                     for file in path.iterdir():
                         if file.is_file() and file != marker:
@@ -256,7 +294,7 @@ class Workspace:
             if known and not redo:
                 raise UsageError(
                     f"An unfinished {verb} with other settings lies in {path.name} "
-                    f"({differences(known['config'], config) or 'its input changed'}).",
+                    f"({differences(known['config'], config) or changed_inputs(known['inputs'], inputs)}).",
                     "Repeat that command to finish it, give --redo to drop it, or use another --run.",
                 )
             shutil.rmtree(path)
@@ -275,6 +313,7 @@ class Workspace:
                 "config": dict(config),
                 "inputs": dict(inputs),
                 "threads": threads,
+                "code": code_version(verb),
             },
         )
         return path

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.model.inside import read_json_inside, require_inside
 from compress.model.tensor_file import DTYPES
 from compress.structure import StructureMap
 
@@ -92,7 +93,8 @@ class AdapterFile:
         path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        CompressError: It is no such folder, or not a LoRA whose delta is ``scaling * B A``.
+        CompressError: It is no such folder, has a file that is a link out of it, is not a LoRA whose delta is
+            ``scaling * B A``, or names ranks that its factors have not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,10 +104,7 @@ class AdapterFile:
             if not needed.is_file():
                 raise CompressError(f"{path} is not an adapter: it has no {needed.name}.", remedy)
         self.path = path
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CompressError(f"{config_path} is not JSON ({error}).", remedy) from error
+        config = read_json_inside(config_path, remedy)
         self.config: dict[str, Any] = config
         if config.get("peft_type") != "LORA":
             raise CompressError(f"The adapter {path} is a {config.get('peft_type')}, not a LoRA.", remedy)
@@ -118,6 +117,7 @@ class AdapterFile:
         initial = path / INITIAL_FILE
         self._initial = _open(initial) if initial.is_file() else None
         self._initial_names = frozenset() if self._initial is None else frozenset(self._initial.keys())
+        self._check_ranks()
 
     def __enter__(self) -> AdapterFile:
         return self
@@ -128,6 +128,20 @@ class AdapterFile:
         for file in (self._weights, self._initial):
             if file is not None:
                 file.__exit__(kind, error, trace)
+
+    def _check_ranks(self) -> None:
+        """Refuse ranks that no stored factor has: PEFT makes factors of whatever rank the config names."""
+        kinds = ("lora_A.weight", "lora_embedding_A")
+        stored = [self.spec(name)[0][0] for name in self.names if owner(name)[1] in kinds]
+        named = [self.config.get("r"), *(self.config.get("rank_pattern") or {}).values()]
+        wrong = [
+            rank for rank in named if type(rank) is not int or not 1 <= rank <= max(stored, default=rank)
+        ]
+        if wrong:
+            raise CompressError(
+                f"The config of the adapter {self.path} names the rank {wrong[0]!r}, and no factor in it has that one.",
+                "Save the adapter again.",
+            )
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -212,13 +226,7 @@ def _read_origin(path: Path) -> dict[str, Any]:
     """The content of an origin file; empty where there is none, as in adapters that PEFT alone saved."""
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CompressError(f"{path} is not JSON ({error}).", "Restore or remove the file.") from error
-    if not isinstance(found, dict):
-        raise CompressError(f"{path} is no JSON object.", "Restore or remove the file.")
-    return found
+    return read_json_inside(path, "Restore or remove the file.")
 
 
 def scaling_entries(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
@@ -271,6 +279,7 @@ def _spec(file: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def _open(path: Path) -> Any:
+    require_inside(path.parent, path)
     try:
         return safe_open(str(path), framework="pt")
     except SafetensorError as error:

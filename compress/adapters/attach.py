@@ -198,8 +198,8 @@ def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> Pe
     switched off; stock PEFT would add both. Those of PiSSA are taken out of the base, which stock PEFT does by
     decomposing every weight again. One with masks computes with its masked product; stock PEFT would take all of it.
     """
-    config = LoraConfig.from_pretrained(str(path))
-    with AdapterFile(path) as file:
+    with AdapterFile(path) as file:  # first: it checks what PEFT would take as it is
+        config = LoraConfig.from_pretrained(str(path))
         if config.init_lora_weights == PISSA:
             take_out(model, file)
             config.init_lora_weights = True

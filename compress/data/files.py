@@ -28,6 +28,12 @@ SPLIT_FILES: Mapping[Split, tuple[str, ...]] = {
     "validation": ("validation", "valid", "dev"),
     "test": ("test",),
 }
+_DROPPED: Mapping[Split, tuple[Split, ...]] = {
+    "train": (),
+    "validation": ("train", "test"),
+    "test": ("train",),
+}
+"""Of each split in a folder, the splits whose documents are dropped from it."""
 KNOWN_ROWS = '{"text"}, {"instruction", "input", "output"}, {"question", "answer"} or {"messages"}'
 
 
@@ -82,7 +88,21 @@ def read_file(path: Path) -> Content:
     return content
 
 
-def _load_folder(folder: Path, split: Split) -> Text:
+def files_of(path: Path, split: Split) -> list[Path]:
+    """The files that decide one split of a text: the file itself, or those of a folder that are read for it.
+
+    Raises:
+        CompressError: The folder lacks its train or test file, or has two of one split.
+    """
+    if not path.is_dir():
+        return [path]
+    found = _folder_files(path)
+    if split == "validation" and "validation" not in found:
+        return [found["train"]]
+    return [found[name] for name in (split, *_DROPPED[split])]
+
+
+def _folder_files(folder: Path) -> dict[Split, Path]:
     found: dict[Split, Path] = {}
     for name, stems in SPLIT_FILES.items():
         candidates = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
@@ -99,11 +119,16 @@ def _load_folder(folder: Path, split: Split) -> Text:
             f"The folder {folder} lacks a train or a test file ({', '.join(SUFFIXES)}).",
             "Add train.txt and test.txt (or .jsonl, .parquet), or name one file in --data.",
         )
+    return found
+
+
+def _load_folder(folder: Path, split: Split) -> Text:
+    found = _folder_files(folder)
     if split != "test" and "validation" not in found:
         return _part(folder.name, read_file(found["train"]), split, ("train", "validation"))
     content = read_file(found[split])
     known: set[str] = set()
-    for other in ("train", "test") if split == "validation" else ("train",) if split == "test" else ():
+    for other in _DROPPED[split]:
         rest = read_file(found[other])
         known.update(map(normalised, rest.documents))
         known.update(normalised(conversation_key(c)) for c in rest.conversations)

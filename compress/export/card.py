@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from compress.model.inside import require_inside
 from compress.report.stages import headline
 from compress.report.values import fixed, size
 
@@ -61,10 +62,15 @@ def card(subject: Subject) -> str:
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that the card in a model folder names; None without a card or a name in it."""
+    """The licence that the card in a model folder names; None without a card or a name in it.
+
+    Raises:
+        CompressError: The card is a link that leads out of the folder.
+    """
     file = folder / FILE_NAME
     if not file.is_file():
         return None
+    require_inside(folder, file)
     front = _FRONT.match(file.read_text(encoding="utf-8", errors="replace"))
     try:
         found = yaml.safe_load(front[1]) if front else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.model.inside import require_inside
 
 FILE_NAME = "base.json"
 FORMAT_VERSION = 1
@@ -84,9 +85,11 @@ class BaseRecord:
         """Read a file written by :meth:`save`.
 
         Raises:
-            CompressError: It is no such file, of a newer version, or its fingerprint is not that of its tensors.
+            CompressError: It is no such file, a link out of its folder, of a newer version, or its fingerprint is not
+                that of its tensors.
         """
         remedy = "Take the small model again from where it came."
+        require_inside(path.parent, path)
         try:
             content: Any = json.loads(path.read_text(encoding="utf-8"))
             version = content["format_version"]
@@ -104,7 +107,7 @@ class BaseRecord:
                 },
             )
             whole = record.fingerprint == content["fingerprint"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CompressError(f"{path} is no record of a base model.", remedy) from error
         if not whole:
             raise CompressError(f"The fingerprint in {path} is not that of its tensors.", remedy)

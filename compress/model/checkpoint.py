@@ -37,6 +37,7 @@ __all__ = [
     "copy_side_files",
     "read_config",
     "require_dense",
+    "require_side_files_inside",
 ]
 
 SIDE_FILES = (
@@ -60,6 +61,9 @@ SIDE_FILES = (
 )
 """Files beside the weights that belong to a model whatever its shape."""
 
+TEMPLATES = "additional_chat_templates"
+"""Sub-folder of further chat templates."""
+
 LONGEST_NAME, LONGEST_PATH = 255, 1024
 """Bytes of a file name on the file systems in use, and characters of a path within a model's folder."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -74,13 +78,18 @@ class Checkpoint:
         path: The folder.
 
     Raises:
-        CompressError: It is no folder, has no config.json, no weights or only pickled ones, or its index or
-            headers are broken or lead outside the folder.
+        CompressError: It is no folder, has no config.json, no weights or only pickled ones, an adapter beside them, or
+            its index or headers are broken or lead outside the folder.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = read_config(self.path)
+        if (self.path / "adapter_config.json").is_file():
+            raise CompressError(
+                f"The folder {self.path} holds an adapter beside the model; transformers would put it on unasked.",
+                "Move the adapter's files to a folder of their own, or merge it.",
+            )
         self._entries = _read_entries(self.path)
         self.names: tuple[str, ...] = tuple(self._entries)
         self._digests: Mapping[str, TensorDigest] | None = None
@@ -223,17 +232,27 @@ def copy_side_files(source: Path, target: Path) -> None:
     Raises:
         CompressError: One of them is a link that leads out of the folder.
     """
+    require_side_files_inside(source)
     target.mkdir(parents=True, exist_ok=True)
     for name in SIDE_FILES:
         if (source / name).is_file():
-            require_inside(source, source / name)
             shutil.copyfile(source / name, target / name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        for file in sorted(templates.glob("*.jinja")):
-            require_inside(source, file)
-            (target / templates.name).mkdir(exist_ok=True)
-            shutil.copyfile(file, target / templates.name / file.name)
+    for file in sorted((source / TEMPLATES).glob("*.jinja")):
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / TEMPLATES / file.name)
+
+
+def require_side_files_inside(folder: Path) -> None:
+    """Refuse a folder whose tokenizer, generation config or chat template, which transformers reads, lie elsewhere.
+
+    Raises:
+        CompressError: One of them is a link that leads out of the folder.
+    """
+    for name in SIDE_FILES:
+        if (folder / name).is_file():
+            require_inside(folder, folder / name)
+    for file in sorted((folder / TEMPLATES).glob("*.jinja")):
+        require_inside(folder, file)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from compress.errors import CompressError
 
@@ -24,3 +26,23 @@ def require_inside(folder: Path, file: Path) -> None:
             f"{file} is a link that leads out of its folder.",
             "Put the file itself there if you trust it, or do not use this checkpoint.",
         )
+
+
+def read_json_inside(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file of somebody else's folder.
+
+    Args:
+        file: In its folder, no link out of it.
+        remedy: What to do where it cannot be read.
+
+    Raises:
+        CompressError: It leads out of its folder, or is no JSON object.
+    """
+    require_inside(file.parent, file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CompressError(f"{file} is not JSON ({type(error).__name__}: {error}).", remedy) from error
+    if not isinstance(found, dict):
+        raise CompressError(f"{file} is no JSON object.", remedy)
+    return found

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.errors import CompressError
 from compress.model.architecture import architecture_of
-from compress.model.checkpoint import SIDE_FILES, Checkpoint, read_config
+from compress.model.checkpoint import SIDE_FILES, Checkpoint, read_config, require_side_files_inside
 from compress.model.config import build_config
 from compress.model.gguf import convert_gguf, gguf_state
 from compress.model.nearby import meant
@@ -191,6 +191,7 @@ def load_model(
             start those at random).
     """
     checkpoint = Checkpoint(path)
+    require_side_files_inside(checkpoint.path)
     config = build_config(checkpoint.config)
     loader: Any = AutoModelForCausalLM
     chosen: dict[str, Any] = {}
@@ -233,7 +234,8 @@ def load_tokenizer(path: Path | str) -> Any:
     """The tokenizer of a local folder.
 
     Raises:
-        CompressError: The folder has none that transformers can load without remote code.
+        CompressError: The folder has none that transformers can load without remote code, or a file of it is a link
+            that leads out.
     """
     folder = Path(path)
     if not any(
@@ -242,6 +244,7 @@ def load_tokenizer(path: Path | str) -> Any:
         raise CompressError(
             f"The folder {path} has no tokenizer.", "Copy tokenizer.json from the original model."
         )
+    require_side_files_inside(folder)
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(

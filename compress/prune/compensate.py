@@ -237,6 +237,7 @@ def compensate(
     batch: int = 4,
     damping: float = DAMPING,
     into: MutableMapping[str, Tensor] | None = None,
+    kept: Kept = NOTHING_KEPT,
     progress: Progress | None = None,
 ) -> MutableMapping[str, Tensor]:
     """New weights of o and down for the pruned model.
@@ -249,6 +250,8 @@ def compensate(
         batch: Windows per forward pass; an incomplete last batch is left out.
         damping: See :func:`refit`.
         into: Where the weights go, an empty mapping; None: a dictionary. All of them together may not fit into memory.
+        kept: Has the matrices that an interrupted run for the same structure has refitted; the model still runs through
+            their layers.
         progress: Called after every layer.
 
     Returns:
@@ -263,19 +266,23 @@ def compensate(
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     found: MutableMapping[str, Tensor] = {} if into is None else into
     for index, layer in enumerate(walk.layers):
-        kept = _columns(arch, _device(layer), structure.layers[index])
-        lost = [spec for spec, columns in kept.items() if len(columns) == 0]
-        for spec in lost:  # the branch is gone: there is nothing to refit
-            kept.pop(spec)
+        columns = _columns(arch, _device(layer), structure.layers[index])
+        # a branch without columns is gone: there is nothing to refit
+        stay = {spec: each for spec, each in columns.items() if len(each)}
+        names = {spec: arch.module_name(index, spec) for spec in stay}
+        left = {spec: each for spec, each in stay.items() if not kept.has(names[spec])}
         with resident(layer):
-            with gathered_grams(layer, kept) as grams:
+            with gathered_grams(layer, left) as grams:
                 walk.advance(index)
-            weights = {spec: _weight(layer, spec).detach() for spec in kept}
-        for spec, columns in kept.items():
-            with single_thread():
-                refitted = refit(weights.pop(spec), grams.pop(spec), columns, damping)
-            width = arch.at(index).linear_shape(spec)[1]
-            found[arch.module_name(index, spec)] = _widened(refitted, columns, width)
+            weights = {spec: _weight(layer, spec).detach() for spec in left}
+        for spec, each in stay.items():
+            if spec in left:
+                with single_thread():
+                    refitted = refit(weights.pop(spec), grams.pop(spec), each, damping).float()
+                kept.put(names[spec], {"kept": refitted})
+            else:
+                refitted = kept.get(names[spec])["kept"]
+            found[names[spec]] = _widened(refitted, each, arch.at(index).linear_shape(spec)[1])
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found

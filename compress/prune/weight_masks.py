@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.model.tensor_file import save_tensors
+from compress.model.inside import require_inside
+from compress.model.tensor_file import read_header, save_tensors
 
 FILE_NAME = "masks.safetensors"
 FORMAT_VERSION = "1"
@@ -75,9 +76,11 @@ class WeightMasks:
         """Read a file written by :meth:`save`.
 
         Raises:
-            CompressError: It is no such file, of another version, or a mask does not have its columns.
+            CompressError: It is no such file, a link out of its folder, of another version, or a mask does not have
+                its columns.
         """
         remedy = "Take the small model again from where it came, or prune again."
+        require_inside(path.parent, path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -86,12 +89,43 @@ class WeightMasks:
             raise CompressError(f"{path} is not a safetensors file ({error}).", remedy) from error
         if (metadata.get("format"), metadata.get("format_version")) != ("compress-masks", FORMAT_VERSION):
             raise CompressError(f"{path} holds no masks of format version {FORMAT_VERSION}.", remedy)
-        columns: dict[str, int] = json.loads(metadata.get("columns", "{}"))
+        columns = _columns(metadata.get("columns", "{}"))
+        if columns is None:
+            raise CompressError(f"The columns of the masks in {path} cannot be read.", remedy)
         for module, bits in packed.items():
             width = -(-columns.get(module, 0) // 8)
             if bits.dtype != torch.uint8 or bits.dim() != 2 or bits.shape[1] != width:
                 raise CompressError(f"The mask of {module} in {path} does not have its columns.", remedy)
         return cls(pattern=metadata.get("pattern", ""), packed=packed, columns=columns)
+
+
+def _columns(text: str) -> dict[str, int] | None:
+    """Input columns by module; None where the text is nothing of the kind."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    counts = isinstance(found, dict) and all(type(count) is int for count in found.values())
+    return found if counts else None
+
+
+def require_masks(path: Path) -> None:
+    """Refuse a file that holds anything but masks, by its header alone.
+
+    Raises:
+        CompressError: It does, or is a link out of its folder.
+    """
+    require_inside(path.parent, path)
+    entries, metadata = read_header(path)
+    alien = [n for n, e in entries.items() if not n.endswith(".mask") or e.dtype != torch.uint8]
+    if (metadata.get("format"), metadata.get("format_version")) != (
+        "compress-masks",
+        FORMAT_VERSION,
+    ) or alien:
+        raise CompressError(
+            f"{path} holds no masks of format version {FORMAT_VERSION}.",
+            "Take the small model again from where it came, or prune again.",
+        )
 
 
 def load_masks(folder: Path) -> WeightMasks | None:

@@ -24,6 +24,7 @@ from compress.model.load import load_model
 from compress.pipelines import eval_row, eval_run
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
+from compress.pipelines.workspace import TEXT
 from tests.fresh import ForkServer
 from tests.integration.common import PRUNING, TRAINING, run
 from tests.integration.test_cli import cli
@@ -129,10 +130,10 @@ def test_a_copy_is_the_same_model_and_reference_may_be_another(
     assert (rows["copy"]["kl"], rows["copy"]["agreement"]) == (0.0, 1.0)
     assert rows["b"]["kl"] > 0.1
     assert record["metrics"]["reference"] == "a"
-    assert set(record["inputs"]) == {"b", "copy", "reference"}
+    assert set(record["inputs"]) == {"b", "copy", "reference", TEXT}
     named = evaluate(common, folder / "b", folder / "a", reference=str(folder / "a"))
     assert named["metrics"]["rows"][0]["divergence"]["kl"] == rows["b"]["kl"]
-    assert set(named["inputs"]) == {"a", "b"}
+    assert set(named["inputs"]) == {"a", "b", TEXT}
     other = evaluate(common, folder / "b", reference=str(folder / "pairs"))["metrics"]
     assert other["rows"][0]["protocol_line"] == record["metrics"]["rows"][0]["protocol_line"]
     assert other["rows"][0]["divergence"] is None

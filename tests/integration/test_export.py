@@ -370,6 +370,17 @@ def test_a_damaged_stage_is_not_given_away(form: str, tmp_path: Path, text_file:
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_what_a_stage_links_to_is_not_given_away(tmp_path: Path, text_file: Path) -> None:
+    common = common_of("llama_gqa", tmp_path, text_file)
+    stage = Path(run("prune", common, **CUT)["path"])
+    (tmp_path / "secret").write_text("of nobody's business")
+    (stage / "notes.txt").symlink_to(tmp_path / "secret")
+    ran = cli("export", "--run", common.run, "--out", tmp_path / "out")
+    assert ran.code == 1
+    assert "notes.txt is a link that leads out of its folder" in ran.complaint[0]
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_an_interruption_leaves_nothing_behind(
     chain: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

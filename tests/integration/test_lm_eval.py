@@ -12,6 +12,7 @@ import torch
 
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
+from compress.pipelines.workspace import TEXT
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
@@ -85,4 +86,4 @@ def test_local_tasks(tmp_path: Path, tasks: Path, text_file: Path) -> None:
     assert found["mine_rolling", "bits_per_byte"]["value"] == pytest.approx(
         nats / size / math.log(2), rel=1e-5
     )
-    assert set(record["inputs"]) == {"tiny", "lm-eval", "lm-eval tasks", "task mine_choices"}
+    assert set(record["inputs"]) == {"tiny", "lm-eval", "lm-eval tasks", "task mine_choices", TEXT}

@@ -35,6 +35,9 @@ GIVEN: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "lora": {"prune": {**PRUNE, "criterion": "lora", "steps": 8}},
     "rounds": {"prune": {**PRUNE, "rounds": 2}},
+    "thin": {
+        "prune": {"shape": "unstructured", "criterion": "wanda", "ratio": 0.3, "calibration_tokens": 512}
+    },
     "fisher": {
         "quantize": {"budget": "8bit", "rank": "4", "objective": "fisher", "calibration_tokens": 2048}
     },
@@ -130,6 +133,8 @@ CASES = [
     ("lora", "prune", "repair", 5, 1, TRAINED),
     ("lora", "prune", "perplexity of the model", 1, 1, TRAINED),
     ("lora", "prune", "perplexity of the pruned model", 1, 1, TRAINED),
+    ("thin", "prune", "thin", 12, 1, ("score (wanda)",)),
+    ("thin", "prune", "perplexity of the thinned model", 1, 1, ("score (wanda)", "perplexity of the model")),
     ("rounds", "prune", "score (obs)", 3, 2, ()),
     ("rounds", "prune", "repair", 2, 2, ROUND),
     ("rounds", "prune", "perplexity of the pruned model", 1, 1, ROUND),

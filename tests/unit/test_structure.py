@@ -257,6 +257,12 @@ def test_files_that_are_no_structure(tmp_path: Path) -> None:
         ("heads", "many"),
         ("kv_heads", "0"),
         ("heads", "6"),
+        ("layers", "999999999999"),  # nothing is counted up to a number that a file names
+        ("layers", "9" * 5000),
+        ("layers", "\N{ARABIC-INDIC DIGIT TWO}"),
+        ("heads", "4000000000"),
+        ("head_dim", "4000000000"),
+        ("channels", "4000000000"),
     ):
         attempt("incomplete", tensors, {**metadata, key: value})
     attempt("incomplete", {**tensors, "extra": torch.zeros(1)}, metadata)

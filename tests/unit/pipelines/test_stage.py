@@ -20,7 +20,7 @@ from compress.evaluate.memory_timeline import MemoryTimeline
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context, Outcome, run_stage
-from compress.pipelines.workspace import Workspace
+from compress.pipelines.workspace import FORMATS, TEXT, Workspace
 
 MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
 
@@ -36,6 +36,8 @@ class Chain:
     def make(self, verb: str, *, fail: BaseException | None = None, **changes: Any) -> Outcome:
         """Run ``verb`` with the setting ``v``; ``fail`` is raised after the setting's file was written."""
         v, write = changes.pop("v", 0), changes.pop("write", True)
+        text = changes.pop("text", None)
+        inputs = {"model": "f0"} | ({} if text is None else {TEXT: text})
         workspace = Workspace(self.root)
         common = dataclasses.replace(Common(run=self.root, effort="quick"), **changes)
         context = Context(common=common, workspace=workspace, reporter=Reporter(quiet=True))
@@ -55,10 +57,10 @@ class Chain:
             return {"v": v}
 
         if common.dry_run:
-            return run_stage(context, verb, config={"v": v}, inputs={"model": "f0"}, work=work)
+            return run_stage(context, verb, config={"v": v}, inputs=inputs, work=work)
         with workspace.locked():
             workspace.set_model(MODEL)
-            return run_stage(context, verb, config={"v": v}, inputs={"model": "f0"}, work=work)
+            return run_stage(context, verb, config={"v": v}, inputs=inputs, work=work)
 
     @property
     def names(self) -> list[str]:
@@ -158,6 +160,43 @@ def test_an_interrupted_stage_goes_on(chain: Chain) -> None:
     chain.make("quantize")
     assert (chain.root / "02-quantize" / "artifact").read_text() == "0;0;"
     assert not (chain.root / "02-quantize" / "half-written").exists()
+
+
+def test_a_text_of_other_content_is_another_request(chain: Chain) -> None:
+    assert chain.make("prune", text="a").fresh
+    assert not chain.make("prune", text="a").fresh
+    with pytest.raises(UsageError, match=r"the content of its text changed"):
+        chain.make("prune", text="b")
+    assert not chain.make("prune").fresh  # the file is not there any more
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("quantize", text="a", fail=KeyboardInterrupt())
+    with pytest.raises(UsageError, match=r"unfinished quantize .*the content of its text changed"):
+        chain.make("quantize", text="b")
+    chain.make("quantize", text="b", redo=True)
+    assert (chain.root / "02-quantize" / "artifact").read_text() == "0;"
+
+
+def test_a_stage_that_knows_no_content_of_its_text_stays(chain: Chain) -> None:
+    """As an earlier version recorded it."""
+    chain.make("prune")
+    assert not chain.make("prune", text="a").fresh
+    with pytest.raises(UsageError, match="v: 0 -> 1"):
+        chain.make("prune", text="a", v=1)
+
+
+def test_other_code_does_not_go_on_with_unfinished_work(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain.make("prune")
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("quantize", fail=KeyboardInterrupt())
+    monkeypatch.setitem(FORMATS, "prune", 1000)
+    monkeypatch.setitem(FORMATS, "quantize", 1000)
+    assert not chain.make("prune").fresh  # what is finished is kept
+    with pytest.raises(UsageError, match=r"unfinished quantize of other code .*/1000\)"):
+        chain.make("quantize")
+    chain.make("quantize", redo=True)
+    assert (chain.root / "02-quantize" / "artifact").read_text() == "0;"
 
 
 def test_an_interrupted_stage_goes_on_with_its_number_of_threads(chain: Chain) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from compress.errors import CompressError, UsageError
 from compress.importance.gram_store import GramStore
+from compress.kept import Kept
 from compress.model.architecture import Architecture, LayerShape, architecture_of
 from compress.prune.compensate import (
     compensate,
@@ -145,6 +146,34 @@ def test_the_refit_is_the_least_squares_solution_and_a_lost_branch_has_none(kind
         matrix = found[arch.module_name(1, spec)]
         assert matrix.dtype == torch.float32
         torch.testing.assert_close(matrix.double(), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_an_interrupted_refit_solves_no_system_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama_gqa")
+    arch = model_architecture(model)
+    shape = LayerShape(
+        kv_heads=arch.kv_heads // 2, queries=arch.queries_per_group, channels=arch.channels // 2
+    )
+    structure = structure_of(arch, [shape] * arch.layers, seed=3)
+    ids = torch.randint(0, VOCAB, (8, 16), generator=torch.Generator().manual_seed(2))
+    whole = compensate(model, arch, structure, ids)
+    solved = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        solved.append(1)
+        return refit(*given)
+
+    def interrupt(done: int, total: int, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.prune.compensate.refit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compensate(model, arch, structure, ids, kept=Kept(tmp_path), progress=interrupt)
+    assert len(solved) == 2
+    resumed = compensate(model, arch, structure, ids, kept=Kept(tmp_path))
+    assert len(solved) == len(whole) == 2 * arch.layers
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @KINDS
