@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compress.errors import CompressError
+from compress.errors import CompressError, out_of_memory
 from compress.model.architecture import architecture_of
 from compress.model.checkpoint import SIDE_FILES, Checkpoint, read_config
 from compress.model.config import build_config
@@ -210,6 +210,8 @@ def load_model(
                 **chosen,
             )
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise CompressError(
                 f"The weights in {path} do not fit its config: {_first_line(error)}.",
                 "Use a checkpoint whose config.json belongs to its weights.",
