@@ -69,13 +69,7 @@ class Bench:
             ) from error
         if entry.adapter is None:
             return network
-        try:
-            return load_adapter(network, entry.adapter).eval()
-        except (RuntimeError, ValueError) as error:
-            raise CompressError(
-                f"The adapter {entry.adapter} does not fit the model in {entry.model}.",
-                "Use the model that it was trained on.",
-            ) from error
+        return load_adapter(network, entry.adapter)
 
 
 def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | None) -> dict[str, Any]:
