@@ -55,8 +55,9 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
         "held_out_windows": WINDOWS[context.common.effort or "quick"],
     }
 
-    measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
-    refuse_evaluation(context.common, measured, settings, bench.device, bench.dtype)
+    measured = [(entry.model, entry.adapter) for entry in entries]
+    other = (reference.model, reference.adapter)
+    refuse_evaluation(context.common, measured, other, settings, bench.device, bench.dtype)
 
     def work(folder: Path) -> Mapping[str, Any]:
         text = read_text(context, source, "test", full.path)

@@ -79,8 +79,9 @@ def evaluate_named(
     reference = reference_of(reporter, settings, entries)
     for entry in (*entries, reference):
         check_length(entry.model, settings.sequence, whose=f"{entry.name}'s")
-    measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
-    refuse_evaluation(common, measured, settings, bench.device, bench.dtype)
+    measured = [(entry.model, entry.adapter) for entry in entries]
+    other = (reference.model, reference.adapter)
+    refuse_evaluation(common, measured, other, settings, bench.device, bench.dtype)
     config, inputs = configuration(bench, source), identities(bench, entries, reference)
     if common.dry_run:
         show_plan(reporter, "eval", config)

@@ -237,11 +237,15 @@ def planned_chain(
     own, recovered = (adapter_parameters(each.arch, train.rank, head=head) for each in (current, full))
     evaluation = resolve(EvalSettings, exact.get("eval", {}), effort)
     entries = [*((each, 0) for each in models), (current, own), (full, recovered)]
-    test = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
+    test: dict[str, Any] = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
+    test["reference"] = (full, 0) if evaluation.kl_windows else None
     stages += [
         (train_footprint(current, train, ground), train_work(current, train, ground)),
         (recover_footprint(full, recovered, ground), recover_work(full, recovered)),
-        (eval_footprint(entries, ground, **test), eval_work(entries, ground, **test)),
+        (
+            eval_footprint(entries, ground, **test),
+            eval_work(entries, ground, **test, kl_windows=evaluation.kl_windows),
+        ),
     ]
     used |= {"train": asdict(train), "eval": asdict(evaluation)}
     return Chain(
