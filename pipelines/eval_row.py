@@ -116,6 +116,7 @@ def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | No
         "bits_per_weight": 8 * size / entry.parameters,
         "resident_bytes": resident,
         "peak_memory_bytes": peak.device_bytes or peak.host_bytes,
+        "peak_memory_of": "device" if peak.device_bytes else "host",
         "perplexity": result.value,
         "standard_error": result.standard_error,
         "perplexity_interval": None if result.interval is None else list(result.interval),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from compress.benchmarks import plan_check as checker
+from compress.machine import Capacity
 from compress.benchmarks import regression as suite
 from compress.benchmarks.regression import Steps, regression, report
 from compress.benchmarks.stages import in_fresh_process, options, stage_records
@@ -113,7 +114,28 @@ def test_the_plan_is_set_against_what_was_measured(
             1, abs=0.35
         )  # headers weigh in tiny files
     assert stages["train"]["seconds"]["ratio"] is None
+    assert {stage["peak_of"] for stage in stages.values()} == {"host"}
     assert checker.report(found).splitlines()[-1].startswith("farthest peak")
+
+
+def test_of_a_gpu_the_plan_is_set_against_what_was_held_there_and_on_the_host(
+    common: Common, records: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Capacity(host_total=1, host_free=1, device_total=80 << 30, device_free=80 << 30, disk_free=1)
+    chain = checker.chain_for(common, STEPS)
+    monkeypatch.setattr(checker, "device_and_dtype", lambda _: ("cuda", None))
+    monkeypatch.setattr(checker, "capacity", lambda *_: there)
+    held = {verb: record | {"peak_device_bytes": 123, "peak_host_bytes": 456} for verb, record in records.items()}
+    found = checker.check(chain, held, common, None)["stages"]
+    for verb in ("prune", "train", "eval"):
+        assert found[verb]["peak_of"] == "device"
+        assert found[verb]["peak_bytes"]["measured"] == 123
+        assert found[verb]["host_peak_bytes"]["measured"] == 456
+        assert found[verb]["host_peak_bytes"]["predicted"] > found[verb]["peak_bytes"]["predicted"]
+    assert (found["recover"]["peak_of"], found["recover"]["peak_bytes"]["measured"]) == ("host", 456)
+    text = checker.report({"stages": found})
+    assert "train: peak_bytes of the device" in text
+    assert "recover: peak_bytes of the host" in text
 
 
 def test_a_stage_runs_in_a_process_of_its_own(common: Common, tmp_path: Path) -> None:
