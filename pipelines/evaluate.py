@@ -44,7 +44,7 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
     full = original(context)
     check_length(full.path, settings.sequence)
     entries = chain_entries(context, full)
-    reference = reference_of(context.reporter, settings, entries)
+    reference = reference_of(context.reporter, settings, entries, dry=context.common.dry_run)
     check_length(reference.model, settings.sequence)
     bench = make_bench(context.reporter, context.common, settings)
     source = context.common.data or default_source()

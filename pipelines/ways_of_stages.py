@@ -12,7 +12,8 @@ from compress.adapters.adapter_file import AdapterFile
 from compress.errors import CompressError
 from compress.machine import capacity
 from compress.model.architecture import Architecture
-from compress.model.checkpoint import Checkpoint, checkpoint_architecture
+from compress.model.checkpoint import checkpoint_architecture
+from compress.model.planned import headers_of
 from compress.pipelines.footprint import (
     align_footprint,
     eval_footprint,
@@ -153,6 +154,8 @@ def refuse_evaluation(
     ground = Ground(itemsize=dtype.itemsize, length=settings.sequence, windows=settings.windows)
     machine = capacity(common.run, device)
     count = eval_count(entries, settings, reference)
+    if not count(ground).phases:  # models of kinds that are not understood here, all of them
+        return
     found = best_fit(count, ground, "eval", limit=limit, device_free=machine.device_free, streams=False)
     refuse(common, "eval", found)
 
@@ -167,7 +170,7 @@ def _located(place: Located) -> tuple[PlannedModel, int] | None:
 
 
 def _opened(folder: Path) -> ModelInput:
-    checkpoint = Checkpoint(folder)
+    checkpoint, _ = headers_of(str(folder))  # in a dry run there may be no weights
     architecture = checkpoint_architecture(checkpoint)
     return ModelInput(name=folder.name, path=folder, id="", checkpoint=checkpoint, architecture=architecture)
 

