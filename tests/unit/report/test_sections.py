@@ -225,6 +225,17 @@ def test_the_lineage_names_settings_cost_and_the_stage_before() -> None:
     assert "from model 000000000000" in steps[0]  # the original, by its fingerprint
 
 
+def test_versions_that_an_index_has_not_got_are_told_and_not_installed() -> None:
+    run = sample_run()
+    run["stages"][-1]["versions"] |= {"torch": "2.13.0+cpu", "odd; rm -rf": "1", "numpy": "2.0; x"}
+    code = next(text(e) for e in elements(render(run), "code") if "pip install torch" in "".join(e.itertext()))
+    assert "torch==2.13.0 transformers==5.23.0" in code
+    assert "# the builds here were torch 2.13.0+cpu" in code
+    assert "compress-llm==" not in code
+    assert "rm -rf" not in code
+    assert "numpy" not in code
+
+
 def test_a_command_that_made_two_stages_is_written_once() -> None:
     run = sample_run(layers=2)
     for stage in run["stages"][2:4]:
@@ -232,7 +243,8 @@ def test_a_command_that_made_two_stages_is_written_once() -> None:
     page = render(run)
     blocks = [str(e[0].text) for e in elements(page, "pre")]
     assert blocks == [
-        "pip install compress-llm==0.1.0 torch==2.13.0 transformers==5.23.0",
+        "pip install torch==2.13.0 transformers==5.23.0\n"
+        "pip install --no-deps .  # in a checkout of compress-llm at version 0.1.0",
         "compress prune --ratio 0.5\ncompress quantize --budget 2.75bit\n"
         "compress recover --run 'a b'\ncompress eval",
     ]
