@@ -469,3 +469,38 @@ def test_a_plan_of_eval_that_has_no_room_for_two_models_says_what_to_leave_out(t
     assert device["needs"] > 2 * full
     assert found["fits"] is False
     assert found["change"].startswith("--kl-windows 0")
+
+
+def test_a_check_fails_where_a_step_has_no_room(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def ran(*options: str) -> tuple[int, dict[str, Any]]:
+        found = CliRunner().invoke(app, ["plan", str(tiny), "--no-time", "--json", *options])
+        return found.exit_code, json.loads(found.stdout)
+
+    code, plan = ran("--check", "--memory-limit", "64GiB")
+    assert (code, plan["ok"], plan["refused"]) == (0, True, [])
+    code, plan = ran("--check", "--memory-limit", "64MiB")
+    assert (code, plan["ok"]) == (1, False)
+    assert plan["refused"] == [stage["verb"] for stage in plan["stages"]]
+    assert ran("--memory-limit", "64MiB")[0] == 0  # not asked
+    free = capacity(tmp_path, "cpu")
+    monkeypatch.setattr("compress.pipelines.plan.capacity", lambda *_: replace(free, disk_free=10))
+    code, plan = ran("--check")
+    assert (code, plan["memory_limit"]) == (1, free.host_free)
+    assert {"prune", "quantize"} <= set(plan["refused"])
+    table = CliRunner().invoke(app, ["plan", str(tiny), "--no-time", "--check"])
+    assert f"No room here for: {', '.join(plan['refused'])}." in " ".join(table.stdout.split())
+
+
+def test_the_disk_is_that_of_the_workspace(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def looked(place: Path, device: str) -> Any:
+        seen.append(place)
+        return capacity(place, device)
+
+    monkeypatch.setattr("compress.pipelines.plan.capacity", looked)
+    command = ["plan", str(tiny), "--no-time"]
+    assert CliRunner().invoke(app, [*command, "--run", str(tmp_path / "a")]).exit_code == 0
+    assert CliRunner().invoke(app, command, env={"COMPRESS_RUN": str(tmp_path / "b")}).exit_code == 0
+    assert seen == [tmp_path / "a", tmp_path / "b"]
+    assert list(tmp_path.iterdir()) == []
