@@ -14,6 +14,7 @@ from dataclasses import replace
 from math import prod
 
 from compress.adapters.batched import LIMIT as WINDOW_BYTES
+from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.evaluate.training_memory import (
     activation_bytes,
     adapter_parameters,
@@ -34,10 +35,12 @@ from compress.pipelines.phase import (
     largest,
     loading,
     loss_bytes,
+    one_layer,
     reopening,
     scoring,
     spilled,
     training,
+    unpacked,
 )
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.settings import AlignSettings, QuantizeSettings, TrainSettings
@@ -205,16 +208,61 @@ def recover_footprint(
 
 
 def eval_footprint(
-    entries: list[tuple[PlannedModel, int]], ground: Ground, *, length: int, windows: int
+    entries: list[tuple[PlannedModel, int]],
+    ground: Ground,
+    *,
+    length: int,
+    windows: int,
+    reference: tuple[PlannedModel, int] | None = None,
 ) -> Footprint:
-    """``eval``: one model after the other, whole, each as `scoring` with its adapter. Disk: nothing to speak of."""
+    """``eval``: one model after the other, whole, each as `scoring` with its adapter; then each beside the reference.
+
+    Compared are the two models' logits of one window, ``2 T V e``, in chunks of five float32 numbers for each logit.
+    Disk: nothing to speak of.
+
+    Args:
+        entries: Models with the parameters of their adapters.
+        ground: Of all stages; nothing is streamed.
+        length: Tokens of a window.
+        windows: Test windows.
+        reference: What the others are compared with; None where nothing is compared.
+    """
     phases = []
     ground = replace(ground, streamed=False)
     for model, adapter in entries:
         found = scoring(model, ground, length=length, windows=windows, adapter=adapter)
-        name = f"{model.name} + adapter" if adapter else model.name
+        name = _with_adapter(model, adapter)
         phases += [loading(model, ground, name=f"load {name}"), Phase(name=name, device=found.device)]
+    if reference is not None:
+        for entry in entries:
+            if entry != reference:
+                phases += _beside(entry, reference, ground, length)
     return Footprint(verb="eval", phases=tuple(phases), disk_peak=0.0, disk_kept=0.0)
+
+
+def _with_adapter(model: PlannedModel, adapter: int) -> str:
+    return f"{model.name} + adapter" if adapter else model.name
+
+
+def _beside(
+    entry: tuple[PlannedModel, int], reference: tuple[PlannedModel, int], ground: Ground, length: int
+) -> list[Phase]:
+    """A model loaded while the reference is in memory, then both at work on one window."""
+    (model, adapter), (other, others) = entry, reference
+    arch, e = model.arch, ground.itemsize
+    name = f"{_with_adapter(model, adapter)} beside {_with_adapter(other, others)}"
+    there = {"reference": other.loaded(e) + 4.0 * others}
+    alone = loading(model, ground, name=f"load {name}")
+    logits = length * arch.vocab
+    work = max(one_layer(each.arch, length, e) + unpacked(each) for each in (model, other))
+    terms = {
+        **held(model, ground),
+        **there,
+        "adapters": 4.0 * adapter,
+        "logits": 2.0 * e * logits + 20.0 * min(CHUNK_ELEMENTS, logits),
+        "one layer": work,
+    }
+    return [replace(alone, device={**alone.device, **there}), Phase(name=name, device=terms)]
 
 
 def _merging(checkpoint: Checkpoint, *, batched: bool) -> dict[str, float]:

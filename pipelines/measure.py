@@ -20,7 +20,7 @@ from compress.data.windows import Windows, token_windows
 from compress.errors import CompressError, UsageError
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
-from compress.model.checkpoint import Checkpoint
+from compress.model.checkpoint import read_config
 from compress.model.config import build_config
 from compress.model.load import load_tokenizer
 from compress.pipelines.model_input import ModelInput
@@ -107,7 +107,7 @@ def validation_windows(context: Context, model: Path, source: str, *, length: in
 
 def positions(model: Path) -> int:
     """Most tokens that the model in a folder can read at once."""
-    config = build_config(Checkpoint(model).config)
+    config = build_config(read_config(model))
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 

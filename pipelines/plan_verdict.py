@@ -169,6 +169,8 @@ def change(limiting: dict[str, Any], verb: str, *, streamed: bool = False) -> st
         return known
     if verb == "quantize" and limiting["phase"] == "round" and len(limiting["terms"]) > 2:
         return "--objective frobenius, which loads no model"
+    if verb == "eval" and limiting["terms"].get("reference"):
+        return "--kl-windows 0, which leaves the comparison with the reference out"
     if verb == "eval" and limiting["terms"].get("logits", 0) > limiting["needs"] / 2:
         return "a shorter --sequence"
     if streamed:

@@ -23,6 +23,7 @@ from compress.adapters.adapter_file import (
     write_adapter,
 )
 from compress.adapters.factors import factor_product
+from compress.adapters.filled import filled_adapter
 from compress.adapters.masked import mask_adapters
 from compress.adapters.starts import lq_linear, switch_off_factors, take_out
 from compress.errors import CompressError, UsageError
@@ -197,6 +198,9 @@ def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> Pe
     The result is in eval mode. An adapter with initial factors replaces the LQ model's own, so those are
     switched off; stock PEFT would add both. Those of PiSSA are taken out of the base, which stock PEFT does by
     decomposing every weight again. One with masks computes with its masked product; stock PEFT would take all of it.
+
+    Raises:
+        CompressError: The adapter's modules, shapes or tensor names are not those of the model.
     """
     with AdapterFile(path) as file:  # first: it checks what PEFT would take as it is
         config = LoraConfig.from_pretrained(str(path))
@@ -207,9 +211,7 @@ def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> Pe
             switch_off_factors(model, file.initial_modules)
     config.inference_mode = not trainable
     with _peft_notice_off():
-        peft_model: PeftModel = PeftModel.from_pretrained(
-            model, str(path), is_trainable=trainable, config=config
-        ).eval()
+        peft_model = filled_adapter(model, config, path, trainable=trainable).eval()
     masks = load_masks(path)
     if masks is not None:
         mask_adapters(peft_model, masks)

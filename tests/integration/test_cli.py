@@ -328,6 +328,41 @@ def test_dry_run_writes_nothing(
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        PRUNE,
+        QUANTIZE,
+        TRAIN,
+        ("train", "--method", "lora"),
+        EVAL,
+        ("run", "chain"),
+        ("eval", "org/small", "--sequence", "32"),
+    ],
+)
+def test_dry_run_of_a_hub_model_fetches_no_weights(
+    command: tuple[str, ...], tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    known = tmp_path / "snapshot"
+    known.mkdir()
+    shutil.copyfile(model / "config.json", known / "config.json")
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(known)
+
+    monkeypatch.setattr("compress.model.load.snapshot_download", download)
+    of = () if "org/small" in command else ("--model", "org/small")
+    limited = ("--memory-limit", "64GiB")
+    ran = cli(*command, *of, *limited, "--dry-run", "--run", tmp_path / "new", "--data", "wikitext2")
+    assert ran.code == 0, ran.err
+    assert "would run with" in ran.out
+    assert asked
+    assert {name for name in asked if "*" in name or not name.endswith(".json")} == set()
+    assert not (tmp_path / "new").exists()
+
+
 def test_dry_run_of_recover_shows_the_training_it_would_begin_with(
     tmp_path: Path, model: Path, text_file: Path
 ) -> None:
