@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.adapters.adapter_file import (
     PREFIX,
+    STARTED_KEY,
     AdapterFile,
     Scaling,
     origin_of,
@@ -187,6 +188,9 @@ def save_adapter(
     tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     config = {**peft_model.peft_config["default"].to_dict(), "inference_mode": True}
     config["base_model_name_or_path"] = base_name
+    if initial:
+        started = sum(name.endswith(".lora_A.weight") for name in initial)
+        config["auto_mapping"] = {**(config.get("auto_mapping") or {}), STARTED_KEY: started}
     origin = None if structure is None else origin_of(structure)
     return write_adapter(out, config, tensors, initial, origin)
 

@@ -24,9 +24,11 @@ def check_kind(small: AdapterFile, compress_rank: int | None) -> None:
             would have to change.
     """
     start = small.config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_BASE_CHANGING) and not small.has_initial_factors:
+    unknown = sorted(set(small.modules) - set(small.initial_modules))
+    if isinstance(start, str) and start.startswith(_BASE_CHANGING) and unknown:
         raise CompressError(
-            f"The adapter started from {start} factors, which hold a part of its base, and none were kept.",
+            f"The adapter started from {start} factors, which hold a part of its base, and those of {unknown[0]} "
+            "were not kept.",
             "Convert it with PEFT's path_initial_model_for_weight_conversion first.",
         )
     if small.config.get("use_dora") and (compress_rank is not None or small.has_initial_factors):

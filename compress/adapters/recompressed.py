@@ -29,15 +29,15 @@ class Trained:
     def __init__(self, file: AdapterFile, module: str) -> None:
         self.module = module
         self._file = file
-        started = file.initial_ranks(module)
+        started = file.initial_rank(module)
         self.started = started is not None
         (shape_a, dtype_a), (shape_b, dtype_b) = (
             file.spec(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB"
         )
-        more = (0, 0) if started is None else started
+        more = 0 if started is None else started
         self.specs = (
-            Spec((shape_a[0] + more[0], shape_a[1]), dtype_a),
-            Spec((shape_b[0], shape_b[1] + more[1]), dtype_b),
+            Spec((shape_a[0] + more, shape_a[1]), dtype_a),
+            Spec((shape_b[0], shape_b[1] + more), dtype_b),
         )
 
     @property

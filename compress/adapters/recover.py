@@ -249,6 +249,7 @@ def _plain_start(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
     return {
         **scaling_entries(scalings),
         "init_lora_weights": True,
+        "auto_mapping": None,
         "loftq_config": {},
         "corda_config": None,
         "eva_config": None,
