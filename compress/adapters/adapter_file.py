@@ -34,6 +34,8 @@ ORIGIN_FILE = "trained_on.json"
 BASE_KEY, STRUCTURE_KEY = "base_fingerprint", "structure"
 """Entries of the origin file: the fingerprint of the full model behind the small one, and a hash of what that keeps."""
 
+TRAINED_TOKENS = "token_adapter.trainable_tokens_delta"
+"""Kind of whole trained rows of an embedding (``trainable_token_indices``)."""
 _KINDS = (
     "lora_A.weight",
     "lora_B.weight",
@@ -41,7 +43,7 @@ _KINDS = (
     "lora_magnitude_vector",
     "lora_embedding_A",
     "lora_embedding_B",
-    "token_adapter.trainable_tokens_delta",
+    TRAINED_TOKENS,
     "weight",
     "bias",
 )
@@ -96,8 +98,8 @@ class AdapterFile:
         path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        CompressError: It is no such folder, or not a LoRA whose delta is ``scaling * B A``; or it started from a part of
-            its base, and the initial factors beside it are not those of all the modules that did.
+        CompressError: It is no such folder, or not a LoRA whose delta is ``scaling * B A``; or it started from a part
+            of its base, and the initial factors beside it are not those of all the modules that did.
     """
 
     def __init__(self, path: Path) -> None:
@@ -262,8 +264,7 @@ def write_adapter(
     ``origin`` says what the adapter was trained on, in a file that PEFT does not look at.
     """
     out.mkdir(parents=True, exist_ok=True)
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (out / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(out, config)
     _save(tensors, out / WEIGHTS_FILE)
     if initial:
         _save(initial, out / INITIAL_FILE)
@@ -271,6 +272,12 @@ def write_adapter(
         text = json.dumps(dict(origin), indent=2, sort_keys=True) + "\n"
         (out / ORIGIN_FILE).write_text(text, encoding="utf-8")
     return out
+
+
+def write_config(out: Path, config: Mapping[str, Any]) -> None:
+    """Write ``adapter_config.json``. Sets become sorted lists."""
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (out / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -62,7 +62,9 @@ class InitialFactors:
             if any(len(shape) != 2 for shape in (*shapes, *widths)) or shapes[0][0] != shapes[1][1]:
                 self._refuse(f"the factors of {module} are {_times(shapes)}, which differ in rank")
             if (shapes[1][0], shapes[0][1]) != (widths[1][0], widths[0][1]):
-                self._refuse(f"the factors of {module} are {_times(shapes)}, the trained ones {_times(widths)}")
+                self._refuse(
+                    f"the factors of {module} are {_times(shapes)}, the trained ones {_times(widths)}"
+                )
 
     def _refuse(self, why: str) -> None:
         raise CompressError(

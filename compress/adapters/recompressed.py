@@ -45,6 +45,11 @@ class Trained:
         """Of the delta: r, or r + r0."""
         return self.specs[0].shape[0]
 
+    def kept(self, rank: int | None) -> int:
+        """What is left of it when it is cut to ``rank``."""
+        into, out = self.specs[0].shape[1], self.specs[1].shape[0]
+        return self.rank if rank is None or self.rank <= rank else min(rank, into, out)
+
     def read(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank]."""
         factors, initial = self._file.factors(self.module), self._file.initial_factors(self.module)
@@ -88,7 +93,7 @@ def _job(delta: Trained, rank: int | None) -> Job:
     into, out = spec_a.shape[1], spec_b.shape[0]
     cut: tuple[Spec, ...] = ()
     if rank is not None and delta.rank > rank:
-        kept = min(rank, into, out)
+        kept = delta.kept(rank)
         cut = (Spec((kept, into), spec_a.dtype), Spec((out, kept), spec_b.dtype))
 
     def fill(targets: Sequence[Tensor]) -> None:

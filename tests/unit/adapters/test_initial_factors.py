@@ -132,7 +132,10 @@ def other(name: str, shape: tuple[int, ...]) -> Callable[[dict[str, Tensor]], An
         (other(Q_PROJ.format("B"), (31, 4)), r"q_proj are \[31, 4\] x \[4, \d+\], the trained ones"),
         (other(Q_PROJ.format("A"), (5, 32)), r"q_proj are .*, which differ in rank"),
         (other(Q_PROJ.format("A"), (4,)), r"q_proj are .*, which differ in rank"),
-        (other(Q_PROJ.format("A").replace("layers.0", "layers.9"), (4, 32)), r"it has no .*layers\.9\..*q_proj\.lora_B\.weight"),
+        (
+            other(Q_PROJ.format("A").replace("layers.0", "layers.9"), (4, 32)),
+            r"it has no .*layers\.9\..*q_proj\.lora_B\.weight",
+        ),
         (other("something", (1,)), "something is no factor of a linear"),
     ],
 )
@@ -155,5 +158,7 @@ def test_a_start_of_a_module_that_is_not_adapted(tmp_path: Path) -> None:
     adapter = save_random_adapter(pair.small, tmp_path / "adapter", target_modules=["q_proj"])
     initial = load_file(adapter / WEIGHTS_FILE)
     save_file({n.replace("q_proj", "o_proj"): t for n, t in initial.items()}, adapter / INITIAL_FILE)
-    with pytest.raises(CompressError, match=r"the adapter has no factors of model\.layers\.0\.self_attn\.o_proj"):
+    with pytest.raises(
+        CompressError, match=r"the adapter has no factors of model\.layers\.0\.self_attn\.o_proj"
+    ):
         recover(pair, adapter, tmp_path / "out")
