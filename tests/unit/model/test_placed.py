@@ -56,6 +56,12 @@ def test_views_are_written_as_they_read(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "file")["t"], tensor.T)
 
 
+def write_ones(file: Path, specs: dict[str, Spec], names: list[str]) -> None:
+    with PlacedWriter(file, specs) as writer:
+        for name in names:
+            writer.put(name, torch.ones(2))
+
+
 def test_what_is_not_foreseen_leaves_nothing(tmp_path: Path) -> None:
     file, one = tmp_path / "file", torch.ones(2)
     specs = specs_of({"a": one, "b": one})
@@ -64,12 +70,7 @@ def test_what_is_not_foreseen_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has no place"), PlacedWriter(file, specs) as writer:
             writer.put(name, tensor)
         assert not file.exists()
-    with pytest.raises(ValueError, match="has no place"), PlacedWriter(file, specs) as writer:
-        writer.put("a", one)
-        writer.put("a", one)
-    with (
-        pytest.raises(ValueError, match="1 tensors were not written, 'b' first"),
-        PlacedWriter(file, specs) as writer,
-    ):
-        writer.put("a", one)
-    assert not file.exists()
+    for names, message in ((["a", "a"], "has no place"), (["a"], "1 tensors were not written, 'b' first")):
+        with pytest.raises(ValueError, match=message):
+            write_ones(file, specs, names)
+        assert not file.exists()
