@@ -218,9 +218,15 @@ class AdapterFile:
         )
 
 
-def origin_of(structure: StructureMap) -> dict[str, Any]:
-    """The origin of an adapter that was trained on a model with this structure."""
-    return {"format_version": 1, BASE_KEY: structure.base_fingerprint, STRUCTURE_KEY: structure.digest()}
+def origin_of(base: StructureMap | str) -> dict[str, Any]:
+    """The origin of an adapter that was trained on a model with this structure, or on all of a full model.
+
+    Args:
+        base: What pruning kept, or the fingerprint of a full model, quantized since or not.
+    """
+    if isinstance(base, str):
+        return {"format_version": 1, BASE_KEY: base}
+    return {"format_version": 1, BASE_KEY: base.base_fingerprint, STRUCTURE_KEY: base.digest()}
 
 
 def _read_origin(path: Path) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def save_adapter(
     *,
     base_name: str,
     initial: Mapping[str, Tensor] | None = None,
-    structure: StructureMap | None = None,
+    base: StructureMap | str | None = None,
 ) -> Path:
     """Write the adapter as a PEFT folder that names ``base_name`` as its base; returns ``out``.
 
@@ -183,7 +183,8 @@ def save_adapter(
         out: Folder to write.
         base_name: Model id or name of the base; never a path of this machine.
         initial: What ``attach_factors`` or ``attach_pissa`` returned.
-        structure: What the base kept of a full model; noted, so that recovery can tell another one.
+        base: What the base kept of a full model, or that model's fingerprint where it kept everything; noted, so that
+            recovery can tell another one.
     """
     tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     config = {**peft_model.peft_config["default"].to_dict(), "inference_mode": True}
@@ -191,7 +192,7 @@ def save_adapter(
     if initial:
         started = sum(name.endswith(".lora_A.weight") for name in initial)
         config["auto_mapping"] = {**(config.get("auto_mapping") or {}), STARTED_KEY: started}
-    origin = None if structure is None else origin_of(structure)
+    origin = None if base is None else origin_of(base)
     return write_adapter(out, config, tensors, initial, origin)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from compress.adapters.adapter_file import BASE_KEY, STRUCTURE_KEY, TRAINED_TOKENS, AdapterFile, owner
 from compress.adapters.places import Place
 from compress.errors import CompressError
+from compress.model.base_record import FILE_NAME as BASE_FILE
+from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint
 from compress.structure import StructureMap
 
@@ -41,16 +43,22 @@ def check_kind(small: AdapterFile, compress_rank: int | None) -> None:
         )
 
 
-def check_origin(small: AdapterFile, structure: StructureMap) -> None:
+def check_origin(small: AdapterFile, structure: StructureMap, full: Checkpoint) -> None:
     """Refuse an adapter that says it was trained on another small model; one that says nothing is compared by shape.
 
+    Args:
+        small: The adapter.
+        structure: What pruning kept.
+        full: The full model, read only to say what in it is another.
+
     Raises:
-        CompressError: The full model behind it, or what it keeps, is another.
+        CompressError: The full model behind it, or what it keeps, is another; names the first tensor that differs,
+            where ``base.json`` is there.
     """
     base, digest = small.origin.get(BASE_KEY), small.origin.get(STRUCTURE_KEY)
     if base is not None and base != structure.base_fingerprint:
         raise CompressError(
-            f"The adapter {small.path} was trained on a model cut from another full model.",
+            f"The adapter {small.path} was trained on a model made of another full model{_difference(small, full)}.",
             "Give the adapter and the small model that belong together.",
         )
     if digest is not None and digest != structure.digest():
@@ -58,6 +66,16 @@ def check_origin(small: AdapterFile, structure: StructureMap) -> None:
             f"The adapter {small.path} was trained on a small model that keeps other groups or channels.",
             "Give the adapter and the small model that belong together.",
         )
+
+
+def _difference(small: AdapterFile, full: Checkpoint) -> str:
+    """Which one, and what in ours is another; empty where it is not known."""
+    file = small.path / BASE_FILE
+    record = BaseRecord.load(file) if file.is_file() else None
+    if record is None or record.fingerprint != small.origin[BASE_KEY]:
+        return ""
+    difference = record.difference(full.digests())
+    return f", {record.name}" + (f": of ours {difference}" if difference else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -116,7 +116,7 @@ def recover_adapter(
         # trained on LQ linears it says no, although the full model's own are stored transposed
         transposed = small.transposed or any(spec.transposed for spec in arch_full.linears)
         check_kind(small, compress_rank)
-        check_origin(small, structure)
+        check_origin(small, structure, full)
         carried = carried_over(small, places, full, small_base)
         for module in small.modules:
             places[module] = places.get(module) or _outside(full, arch_full, module, transposed)
