@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -20,8 +19,8 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 class PlacedWriter:
     """Write tensors in any order, each to its own place, never holding more than one.
 
-    The bytes are those of safetensors' own writer: widest dtypes first, then by name. Use it as a context manager:
-    leaving it by an exception removes the file.
+    The bytes are those of safetensors' own writer: widest dtypes first, then by name. As with it, the caller has to
+    say when the disk must hold them. Use it as a context manager: leaving it by an exception removes the file.
 
     Args:
         file: Replaced if it is there.
@@ -56,7 +55,6 @@ class PlacedWriter:
                         f"{len(self._starts)} tensors were not written, {min(self._starts)!r} first"
                     )
                 self._stream.flush()
-                os.fsync(self._stream.fileno())
                 return
         except BaseException:
             self.file.unlink(missing_ok=True)
