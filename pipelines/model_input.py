@@ -71,13 +71,18 @@ def original(context: Context) -> ModelInput:
     return found
 
 
-def current(context: Context, verb: str) -> ModelInput:
+def current(context: Context, verb: str, start: ModelInput | None = None) -> ModelInput:
     """The model that ``verb`` works on: the last model stage before it, else the original.
+
+    Args:
+        context: Has the chain.
+        verb: The stage.
+        start: The original, where it is known.
 
     Raises:
         CompressError: Its files are not those that the stage before recorded.
     """
-    start = original(context)
+    start = original(context) if start is None else start
     stage = context.workspace.model_before(verb)
     if stage is None:
         return start

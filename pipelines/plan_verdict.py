@@ -49,6 +49,7 @@ CHANGES = {
     "repair": "--repair-loss text (no teacher), --micro-batch 1, or --repair-steps 0",
     "backward": "--micro-batch 1, a shorter --sequence, or no alignment",
     "update": "align with --optimizer galore, or not at all",
+    "project": "a smaller model (a larger --ratio), or no alignment",
     "sensitivities": "--objective frobenius, which loads no model",
     "error tables": "--objective frobenius, which loads no model",
     "Fisher information": "--objective frobenius, which loads no model",

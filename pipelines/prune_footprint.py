@@ -217,7 +217,7 @@ def size_after(full: PlannedModel, small: PlannedModel, share: float) -> float:
     if kept == 1:
         return float(full.file_bytes)
     removed = (1 - kept**share) / (1 - kept)
-    return full.file_bytes - (full.file_bytes - small.file_bytes) * removed
+    return float(full.file_bytes - (full.file_bytes - small.file_bytes) * removed)
 
 
 def _widths(arch: Architecture) -> tuple[int, int]:

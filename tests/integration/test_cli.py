@@ -409,7 +409,7 @@ def test_stages_hold_their_artifacts_and_no_scratch(finished: tuple[str, ...]) -
     expected = {
         "01-prune": model | {"structure.safetensors", "base.json"},
         "02-quantize": model | {"structure.safetensors", "base.json", "allocation.json"},
-        "03-train": adapter | {"trained_on.json"},
+        "03-train": adapter | {"trained_on.json", "base.json"},
         "04-recover": adapter,
     }
     for name, files in expected.items():
