@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.adapters.loss import TokenLoss
-from compress.data.windows import Windows, token_windows
+from compress.data.windows import Draw, Windows, token_windows
 from compress.errors import UsageError
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
@@ -56,7 +56,9 @@ def training_windows(
     )
 
 
-def calibration_windows(context: Context, model: Path, source: str, *, tokens: int, draw: int = 0) -> Windows:
+def calibration_windows(
+    context: Context, model: Path, source: str, *, tokens: int, apart_from: int | None = None
+) -> Windows:
     """About ``tokens`` tokens of the training split, drawn under a seed that no training uses.
 
     Args:
@@ -64,15 +66,17 @@ def calibration_windows(context: Context, model: Path, source: str, *, tokens: i
         model: Folder of the model that will read them.
         source: Text source.
         tokens: How many; rounded down to whole windows, but at least one.
-        draw: Draws with other numbers read other windows.
+        apart_from: Draw windows that the calibration on so many tokens does not read, as long as there are some; see
+            :func:`compress.data.windows.token_windows`.
     """
     tokenizer = load_tokenizer(model)
     text = read_text(context, source, "train", model)
     length = min(LENGTH, positions(model))
-    count = max(1, tokens // length)
-    return token_windows(
-        text, tokenizer, length=length, count=count, seed=context.common.seed + CALIBRATION_SEED * (1 + draw)
-    )
+    count, seed, apart = max(1, tokens // length), context.common.seed + CALIBRATION_SEED, None
+    if apart_from is not None:
+        apart = Draw(seed=seed, count=max(1, apart_from // length))
+        seed += CALIBRATION_SEED
+    return token_windows(text, tokenizer, length=length, count=count, seed=seed, apart=apart)
 
 
 def validation_windows(context: Context, model: Path, source: str, *, length: int = LENGTH) -> Windows:

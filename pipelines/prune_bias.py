@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from compress.kept import Kept
 from compress.pipelines.measure import calibration_windows
@@ -22,7 +21,7 @@ def bias_additions(
     structure: StructureMap,
     tokens: int,
     kept: Kept,
-    network: PreTrainedModel | None = None,
+    network: nn.Module | None = None,
 ) -> Mapping[str, Tensor]:
     """The mean of what the removed inputs of o and down added, by module.
 

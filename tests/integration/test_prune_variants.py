@@ -16,7 +16,7 @@ import compress
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.uneven import is_uneven
 from compress.pipelines.measure import calibration_windows
-from compress.pipelines.prune_trial import TRIAL_DRAW, TRIAL_TOKENS
+from compress.pipelines.prune_trial import TRIAL_TOKENS
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
@@ -196,13 +196,20 @@ def test_losses_of_repair_lead_to_different_models(common: Common, tmp_path: Pat
     assert found["both"] > (found["distill"] + found["text"]) / 2
 
 
-@pytest.mark.parametrize(
-    ("criterion", "repair"), [("obs", "refit"), ("flap", "bias"), ("wanda", "none")], ids=str
-)
+TRIED: list[dict[str, Any]] = [
+    {"criterion": "obs", "repair": "refit"},
+    {"criterion": "flap", "repair": "bias"},
+    {"criterion": "lora", "one_shot": True, "repair": "none"},
+    {"criterion": "lora", "one_shot": True, "repair": "refit", "int8": True},
+    {"criterion": "lora", "one_shot": True, "repair": "lora", "lr": 0.1},
+]
+
+
+@pytest.mark.parametrize("given", TRIED, ids=lambda given: f"{given['criterion']}-{given['repair']}")
 def test_shapes_of_nearly_one_size_are_tried_and_the_best_is_taken(
-    criterion: str, repair: str, common: Common, full: Path
+    given: dict[str, Any], common: Common, full: Path
 ) -> None:
-    given = BARE | {"ratio": 0.5, "criterion": criterion, "repair": repair}
+    given = BARE | {"ratio": 0.5} | given
     metrics = run("prune", common, **given)["metrics"]
     trials = metrics["trials"]
     assert len(trials) == 4
@@ -212,20 +219,29 @@ def test_shapes_of_nearly_one_size_are_tried_and_the_best_is_taken(
     assert len({tuple(trial[key] for key in ("kv_heads", "queries", "channels")) for trial in trials}) == 4
     assert len({round(trial["loss"] - trial["rise"], 9) for trial in trials}) == 1
 
-    # a trial is the loss of the model as it would be written, on training text that scored nothing
+    # a trial is the loss of the model as it is written, on training text that calibration does not read
     workspace = Workspace(common.run)
     context = Context(common=common, workspace=workspace, reporter=Reporter(quiet=True))
     source = str(common.data)
-    windows = calibration_windows(context, full, source, tokens=TRIAL_TOKENS, draw=TRIAL_DRAW)
+    read = calibration_windows(context, full, source, tokens=512)
+    windows = calibration_windows(context, full, source, tokens=TRIAL_TOKENS, apart_from=512)
+    assert windows.protocol == metrics["trials_protocol"]
+    assert windows.protocol["shared_windows"] == 0
+    assert {tuple(row) for row in read.ids.tolist()}.isdisjoint(map(tuple, windows.ids.tolist()))
     small = stock(workspace.stages[0].path)
     with torch.no_grad():
         scores = small(windows.ids).logits[:, :-1].double().log_softmax(-1)
     loss = -scores.gather(-1, windows.ids[:, 1:, None]).mean()
-    assert best["loss"] == pytest.approx(float(loss), rel=1e-4)
-    for draw in (calibration_windows(context, full, source, tokens=512), windows):
-        assert draw.protocol["split"] == "train"
-    assert not torch.equal(calibration_windows(context, full, source, tokens=TRIAL_TOKENS).ids, windows.ids)
-
+    assert best["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert read.protocol["split"] == windows.protocol["split"] == "train"
+    if given["criterion"] != "obs":
+        return
     untried = run("prune", replace(common, redo=True), **given | {"trials": 1})["metrics"]
     assert "trials" not in untried
     assert untried["shape"] == {key: trials[0][key] for key in ("kv_heads", "queries", "channels")}
+
+
+def test_masks_that_close_in_training_need_their_shape_before(common: Common) -> None:
+    metrics = run("prune", common, **BARE | {"ratio": 0.5, "criterion": "lora"})["metrics"]
+    assert "trials" not in metrics
+    assert len(metrics["losses"]) == TRAINING["steps"]
