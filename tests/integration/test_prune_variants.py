@@ -125,6 +125,34 @@ def test_layers_that_differ_go_through_the_whole_chain(
     assert not torch.allclose(plain, record["logits"])
 
 
+def test_a_size_asked_for_is_named_beside_the_one_reached(common: Common) -> None:
+    asked = 50_000
+    metrics = run("prune", common, **BARE | {"ratio": None, "params": str(asked), "trials": 1})["metrics"]
+    reached = metrics["after"]["parameters"]
+    assert metrics["requested_size"] == str(asked)
+    assert reached == pytest.approx(asked, rel=0.05)
+    share = reached / asked - 1
+    assert metrics["reason"].startswith(f"{reached:,} parameters for {asked:,} asked for ({share:+.2%}). ")
+    assert "instead of" in metrics["reason"] or "Exactly" in metrics["reason"]
+
+
+def test_the_mean_of_a_branch_that_goes_whole_is_said_to_be_lost(common: Common) -> None:
+    given = {"criterion": "flap", "repair": "bias", "shape": "allocated", "solver": "dynamic"}
+    given |= {"targets": "mlp", "ratio": 0.57}  # of 60 %: eight channels stay, in one of the two layers
+    stage = run("prune", common, **BARE | given)
+    structure = StructureMap.load(Path(stage["path"]) / "structure.safetensors")
+    gone = [
+        f"model.layers.{index}.{name}"
+        for index, shape in enumerate(structure.shapes)
+        for name, left in (("self_attn.o_proj", shape.kv_heads), ("mlp.down_proj", shape.channels))
+        if not left
+    ]
+    assert len(gone) == 1
+    metrics = stage["metrics"]
+    assert metrics["biases_lost"] == gone
+    assert f"The mean of {len(gone)} branches that are gone whole" in metrics["reason"]
+
+
 def test_two_rounds_are_one_structure_of_the_full_model(common: Common, full: Path) -> None:
     stage = run("prune", common, **BARE | {"rounds": 2, "ratio": 0.5})
     path = Path(stage["path"])
@@ -144,6 +172,15 @@ def test_two_rounds_are_one_structure_of_the_full_model(common: Common, full: Pa
 def test_rounds_share_the_steps_of_repair(common: Common) -> None:
     stage = run("prune", common, **BARE | {"rounds": 2, "ratio": 0.5, "repair": "refit", "repair_steps": 3})
     assert len(stage["metrics"]["repair"]["losses"]) == 2  # of the second round; the first took one
+    first, second = stage["metrics"]["by_round"]
+    assert [len(each["repair"]["losses"]) for each in (first, second)] == [1, 2]
+    assert second["repair"] == stage["metrics"]["repair"]
+    assert second["requested_ratio"] == pytest.approx(first["requested_ratio"], abs=0.05)
+    for each in (first, second):
+        assert len(each["trials"]) >= 2
+        assert each["scoring_tokens"] == 512
+        assert each["skipped_steps"] == 0
+        assert each["reason"]
     assert_recorded(stock(Path(stage["path"])), Path(stage["path"]))
 
 
