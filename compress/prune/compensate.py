@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.engine import LocalEngine, single_thread
 from compress.errors import UsageError
 from compress.importance.gram_store import GramStore
-from compress.importance.moments import OUTPUTS
+from compress.importance.moments import OUTPUTS, require_finite
 from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
@@ -131,13 +131,15 @@ def gather_moments(
         progress: Called after every layer.
 
     Raises:
-        CompressError: There are fewer windows than one batch.
+        CompressError: There are fewer windows than one batch, or the activations are not finite.
     """
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     for index, layer in enumerate(walk.layers):
         outputs = [spec for spec in arch.linears_at(index) if spec.role in OUTPUTS]
         with gathered_grams(layer, dict.fromkeys(outputs)) as grams:
             walk.advance(index)
+        for spec, gram_CC in grams.items():
+            require_finite(gram_CC, f"The inputs of {arch.module_name(index, spec)}")
         store.put(index, grams)
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
@@ -260,7 +262,7 @@ def compensate(
 
     Raises:
         UsageError: The damping is not above zero.
-        CompressError: There are fewer windows than one batch.
+        CompressError: There are fewer windows than one batch, or the activations are not finite.
     """
     _check_damping(damping)
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
@@ -277,6 +279,7 @@ def compensate(
             weights = {spec: _weight(layer, spec).detach() for spec in left}
         for spec, each in stay.items():
             if spec in left:
+                require_finite(grams[spec], f"The inputs of {names[spec]}")
                 with single_thread():
                     refitted = refit(weights.pop(spec), grams.pop(spec), each, damping).float()
                 kept.put(names[spec], {"kept": refitted})

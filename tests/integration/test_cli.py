@@ -86,6 +86,11 @@ REFUSED: list[tuple[tuple[str, ...], int, str]] = [
     (("prune", "--criterion-options", "momentum"), 2, "'momentum' is not understood"),
     (("prune", "--criterion-options", "momentum=0.9"), 2, "'obs' has no option 'momentum'"),
     (("prune", "--criterion-options", "damping=0"), 2, "The damping is 0"),
+    (
+        ("prune", "--shape=semi", "--criterion=wanda", "--criterion-options=linears=all"),
+        2,
+        "--criterion-options are about the scores of groups",
+    ),
     (("prune", "--ratio", "0.4", "--params", "60K"), 2, "--ratio and --params are given together"),
     (("prune", "--params", "some"), 2, "'some' is not understood"),
     (("prune", "--params", "1K"), 1, "can bring this model of"),
