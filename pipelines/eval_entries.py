@@ -144,8 +144,8 @@ def adapter_base(reporter: Reporter, adapter: Path, *, dry: bool = False) -> Pat
     """The folder of the model that an adapter belongs to.
 
     An adapter that is a stage of a workspace belongs to that chain's small or full model. Any other names its base
-    in ``adapter_config.json``: a folder (as it is, or beside the adapter), a hub id or an embedded model. ``dry`` fetches
-    no weights.
+    in ``adapter_config.json``: a folder (as it is, or beside the adapter), a hub id or an embedded model. ``dry``
+    fetches no weights.
 
     Raises:
         CompressError: It names none, or one that is not to be had.

@@ -42,7 +42,9 @@ def memory_failure(error: BaseException, verb: str) -> CompressError | None:
         return None
     text = str(error)
     asked = _ASKED.search(text)
-    more = "" if asked is None else f", and {human_bytes(_bytes(*asked.groups()))} more were asked for at once"
+    more = (
+        "" if asked is None else f", and {human_bytes(_bytes(*asked.groups()))} more were asked for at once"
+    )
     on_device = _on_device(error)
     where, there = _device(text) if on_device else ("the host", host_memory()[0])
     has = "" if there is None else f", which has {human_bytes(there)} in all"

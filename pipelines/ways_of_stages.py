@@ -101,9 +101,7 @@ def align_count(model: ModelInput, full: Path | None, settings: AlignSettings) -
     return count
 
 
-def eval_count(
-    entries: Sequence[Located], settings: EvalSettings, reference: Located | None = None
-) -> Count:
+def eval_count(entries: Sequence[Located], settings: EvalSettings, reference: Located | None = None) -> Count:
     """Of ``eval``, which holds one model after the other whole, then each beside the reference.
 
     A model of a kind that is not understood here is left out.

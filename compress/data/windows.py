@@ -115,7 +115,7 @@ def _plain_windows(
     text: Text, tokenizer: Any, length: int, count: int | None, bos: bool, seed: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, int | None]:
     if bos and tokenizer.bos_token_id is None:
-        raise CompressError("The tokenizer has no BOS token to begin windows with.", "Do without BOS.")
+        raise CompressError("The tokenizer has no BOS token to begin windows with.", "Do without --bos.")
     stride = length - 1 if bos else length
     joined = text.joined
     known: int | None

@@ -62,9 +62,7 @@ class MemoryTimeline:
         device: The GPU that is looked at, such as "cuda:1"; else the current one.
     """
 
-    def __init__(
-        self, *, interval: float = INTERVAL, limit: int = LIMIT, device: str | None = None
-    ) -> None:
+    def __init__(self, *, interval: float = INTERVAL, limit: int = LIMIT, device: str | None = None) -> None:
         self._interval, self._gpu = interval, device
         self._host, self._device = Thinned(limit), Thinned(limit)
         self._device_seen = False

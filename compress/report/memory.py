@@ -38,7 +38,9 @@ def cost_section(stages: Sequence[Record]) -> Html | None:
     times = [_plausible(stage.get("seconds")) for stage in stages]
     held = {name: [stage_peak(stage, name) for stage in stages] for name in PLACES}
     shown = {name: column for name, column in held.items() if any(peak is not None for peak in column)}
-    if not any(value is not None for value in [*times, *(peak for column in shown.values() for peak in column)]):
+    if not any(
+        value is not None for value in [*times, *(peak for column in shown.values() for peak in column)]
+    ):
         return None
     rows: list[list[Child]] = [
         [

@@ -329,7 +329,16 @@ def test_dry_run_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    "command", [PRUNE, QUANTIZE, TRAIN, ("train", "--method", "lora"), EVAL, ("run", "chain"), ("eval", "org/small", "--sequence", "32")]
+    "command",
+    [
+        PRUNE,
+        QUANTIZE,
+        TRAIN,
+        ("train", "--method", "lora"),
+        EVAL,
+        ("run", "chain"),
+        ("eval", "org/small", "--sequence", "32"),
+    ],
 )
 def test_dry_run_of_a_hub_model_fetches_no_weights(
     command: tuple[str, ...], tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from compress.benchmarks import plan_check as checker
-from compress.machine import Capacity
 from compress.benchmarks import regression as suite
 from compress.benchmarks.regression import Steps, main, regression, report
 from compress.benchmarks.stages import in_fresh_process, options, stage_records
 from compress.errors import CompressError
+from compress.machine import Capacity
 from compress.pipelines.settings import Common
 from tests.integration.common import PRUNING, TRAINING, run
 from tests.tiny import tiny_checkpoint
@@ -108,7 +108,9 @@ def test_without_a_baseline_that_ships_figures_are_shown_and_nothing_fails(
     assert result["figures"]["train: peak memory"]["value"] == records["train"]["peak_memory_bytes"]
     *lines, last = report(result).splitlines()
     assert f"measured  train: peak memory: {float(records['train']['peak_memory_bytes'])}" in lines
-    assert last.startswith(f"nothing to compare with: there is no {tmp_path / 'chain.json'}; --update writes it")
+    assert last.startswith(
+        f"nothing to compare with: there is no {tmp_path / 'chain.json'}; --update writes it"
+    )
 
 
 def test_a_chain_that_was_run_is_compared_as_it_lies(
@@ -167,7 +169,9 @@ def test_of_a_gpu_the_plan_is_set_against_what_was_held_there_and_on_the_host(
     chain = checker.chain_for(common, STEPS)
     monkeypatch.setattr(checker, "device_and_dtype", lambda _: ("cuda", None))
     monkeypatch.setattr(checker, "capacity", lambda *_: there)
-    held = {verb: record | {"peak_device_bytes": 123, "peak_host_bytes": 456} for verb, record in records.items()}
+    held = {
+        verb: record | {"peak_device_bytes": 123, "peak_host_bytes": 456} for verb, record in records.items()
+    }
     found = checker.check(chain, held, common, None)["stages"]
     for verb in ("prune", "train", "eval"):
         assert found[verb]["peak_of"] == "device"

@@ -98,7 +98,9 @@ def test_memory_of_the_host_that_runs_out_is_said_to(monkeypatch: pytest.MonkeyP
     [MemoryError(), OSError(errno.ENOMEM, "no"), SafetensorError("I/O error: no memory (os error 12)")],
 )
 def test_so_is_what_others_than_torch_say(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
-    assert refused(monkeypatch, "eval", raised).cause.startswith("eval ran out of memory on the host, which has ")
+    assert refused(monkeypatch, "eval", raised).cause.startswith(
+        "eval ran out of memory on the host, which has "
+    )
 
 
 def test_memory_of_a_device_that_runs_out_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:

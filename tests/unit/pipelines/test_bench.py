@@ -166,7 +166,9 @@ def test_the_workflow_to_copy_says_what_the_command_line_takes() -> None:
     shell = [line for step in steps for line in step.get("run", "").splitlines()]
     env = {**workflow["env"]}
     ran = [
-        re.sub(r"\$([A-Z]+)", lambda found: env[found[1]], line) for line in shell if line.startswith("compress ")
+        re.sub(r"\$([A-Z]+)", lambda found: env[found[1]], line)
+        for line in shell
+        if line.startswith("compress ")
     ]
     found = [parsed(line) for line in ran]
     assert [each.verb for each in found] == ["plan", "run", "verify", "report", "bench"]
@@ -174,7 +176,9 @@ def test_the_workflow_to_copy_says_what_the_command_line_takes() -> None:
     assert plan.given["check"] is True  # else the step could not fail
     # what is compared is what the recipe made, and the baseline is of the same
     assert run.common.run == verify.common.run == report.common.run == bench.given["finished"] == Path("work")
-    written = [parsed(line.removeprefix("#   ")) for line in text.splitlines() if line.startswith("#   compress ")]
+    written = [
+        parsed(line.removeprefix("#   ")) for line in text.splitlines() if line.startswith("#   compress ")
+    ]
     assert [each.verb for each in written] == ["run", "bench"]
     assert written[0].common == run.common
     assert written[0].given == run.given
@@ -182,7 +186,11 @@ def test_the_workflow_to_copy_says_what_the_command_line_takes() -> None:
     assert written[1].given["update"] is True
     assert written[1].given["baselines"] == bench.given["baselines"]
     # nothing is installed that no index has
-    checkout = next(step["with"]["path"] for step in steps if "path" in step.get("with", {}) and "repository" in step["with"])
+    checkout = next(
+        step["with"]["path"]
+        for step in steps
+        if "path" in step.get("with", {}) and "repository" in step["with"]
+    )
     installs = [line for line in shell if line.startswith("pip install")]
     assert installs[-1].endswith(f"./{checkout}")
     assert not any("compress-llm" in line for line in installs)

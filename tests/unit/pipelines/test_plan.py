@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from compress.__main__ import app
 from compress.errors import CompressError, UsageError
+from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.evaluate.speed import Speed, measure_speed
 from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS
@@ -24,7 +25,6 @@ from compress.model.checkpoint import Checkpoint, CheckpointWriter, checkpoint_a
 from compress.model.planned import PlannedCheckpoint, headers_of
 from compress.model.tensor_file import TensorEntry
 from compress.pipelines.dispatch import run_verb
-from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.pipelines.footprint import eval_footprint, prune_footprint
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.operations import Work, eval_work, forward
@@ -456,7 +456,9 @@ def test_eval_holds_the_reference_beside_the_model_that_it_is_compared_with(tiny
     test = {"length": length, "windows": 2}
     more = eval_work(entries, GROUND, **test, reference=(full, 0), kl_windows=1)
     less = eval_work(entries, GROUND, **test, reference=(full, 0))
-    passes = 2 * forward(arch, length, length) + 2 * 1000 * length  # of the model and of the reference, a window each
+    passes = (
+        2 * forward(arch, length, length) + 2 * 1000 * length
+    )  # of the model and of the reference, a window each
     assert more.products - less.products == pytest.approx(passes)
 
 
@@ -471,7 +473,9 @@ def test_a_plan_of_eval_that_has_no_room_for_two_models_says_what_to_leave_out(t
     assert found["change"].startswith("--kl-windows 0")
 
 
-def test_a_check_fails_where_a_step_has_no_room(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_check_fails_where_a_step_has_no_room(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def ran(*options: str) -> tuple[int, dict[str, Any]]:
         found = CliRunner().invoke(app, ["plan", str(tiny), "--no-time", "--json", *options])
         return found.exit_code, json.loads(found.stdout)
@@ -491,7 +495,9 @@ def test_a_check_fails_where_a_step_has_no_room(tiny: Path, monkeypatch: pytest.
     assert f"No room here for: {', '.join(plan['refused'])}." in " ".join(table.stdout.split())
 
 
-def test_the_disk_is_that_of_the_workspace(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_disk_is_that_of_the_workspace(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: list[Path] = []
 
     def looked(place: Path, device: str) -> Any:

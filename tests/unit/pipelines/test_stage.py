@@ -120,7 +120,11 @@ def test_a_peak_before_one_that_the_work_measures_itself_counts(
 
 @pytest.mark.parametrize(("used", "lead"), [(7_000_000_000, 7_000_000_000), (0, None)])
 def test_the_peak_of_a_stage_on_a_gpu_is_the_gpus_and_the_hosts_beside_it(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], used: int, lead: int | None
+    chain: Chain,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    used: int,
+    lead: int | None,
 ) -> None:
     asked: list[str] = []
 
@@ -133,7 +137,9 @@ def test_the_peak_of_a_stage_on_a_gpu_is_the_gpus_and_the_hosts_beside_it(
             super().__exit__(*raised)
             self._reading.device_bytes = used
 
-    monkeypatch.setattr("compress.pipelines.model_input.device_and_dtype", lambda _: ("cuda:1", torch.float32))
+    monkeypatch.setattr(
+        "compress.pipelines.model_input.device_and_dtype", lambda _: ("cuda:1", torch.float32)
+    )
     monkeypatch.setattr("compress.evaluate.memory.PeakMemory", Peak)
     monkeypatch.setattr(MemoryTimeline, "device_peak", property(lambda _: used // 2))
     made = chain.make("prune").stage

@@ -15,7 +15,17 @@ from compress.report.memory import timeline_figure
 from compress.report.omitted import missing
 from compress.report.page import render
 from compress.report.spectrum import measure, spectrum_figure, worst_table
-from tests.unit.report.reading import drawing, elements, middles, parts, section, spaced, table_rows, text, words
+from tests.unit.report.reading import (
+    drawing,
+    elements,
+    middles,
+    parts,
+    section,
+    spaced,
+    table_rows,
+    text,
+    words,
+)
 from tests.unit.report.samples import sample_run
 
 
@@ -228,7 +238,9 @@ def test_the_lineage_names_settings_cost_and_the_stage_before() -> None:
 def test_versions_that_an_index_has_not_got_are_told_and_not_installed() -> None:
     run = sample_run()
     run["stages"][-1]["versions"] |= {"torch": "2.13.0+cpu", "odd; rm -rf": "1", "numpy": "2.0; x"}
-    code = next(text(e) for e in elements(render(run), "code") if "pip install torch" in "".join(e.itertext()))
+    code = next(
+        text(e) for e in elements(render(run), "code") if "pip install torch" in "".join(e.itertext())
+    )
     assert "torch==2.13.0 transformers==5.23.0" in code
     assert "# the builds here were torch 2.13.0+cpu" in code
     assert "compress-llm==" not in code
