@@ -154,7 +154,7 @@ def regression(
         known = _baseline(file)
         return _verdict(suite, known, file, *measure(steps, common, runner=runner))
     runs: list[Figures] = []
-    protocol = {}
+    protocol: dict[str, Any] = {}
     for number in range(repeats):
         threads = 1 + number % (os.cpu_count() or 1)
         again = replace(common, run=common.run / f"repeat-{number}", threads=threads)

@@ -45,7 +45,9 @@ def concrete(command: str) -> str:
     return re.sub(r"\[([A-Z]+)\]", r"\1", command)
 
 
-COMMANDS = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in dict.fromkeys(quoted(page))]
+COMMANDS = [
+    (page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in dict.fromkeys(quoted(page))
+]
 
 
 def test_the_documents_are_searched_as_they_are_written() -> None:
