@@ -225,10 +225,8 @@ def report(result: Mapping[str, Any]) -> str:
         return f"baseline written: {result['written']}"
     if "lacks" in result:
         lines = [f"measured  {name}: {each['value']}" for name, each in result["figures"].items()]
-        lacks = (
-            f"nothing to compare with: there is no {result['lacks']}; --update writes this machine's figures"
-        )
-        return "\n".join([*lines, lacks])
+        lines.append(f"nothing to compare with: there is no {result['lacks']}; --update writes it")
+        return "\n".join(lines)
     lines = [
         f"{each['verdict']:<9} {each['name']}: {each['value']} (baseline {each['baseline']}, bar {each['bar']})"
         for each in result["comparisons"]

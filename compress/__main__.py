@@ -127,6 +127,14 @@ def evaluate(
         int | None,
         typer.Option(help="Windows to compare with the reference, at most those scored; 0 for none."),
     ] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin every window, and every context of a task, with the tokenizer's BOS, as models such as Gemma "
+            "were trained (default: no BOS, as perplexities are published).",
+        ),
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(

@@ -16,7 +16,7 @@ from compress.evaluate.harness import run_harness
 from compress.evaluate.latency import throughput
 from compress.evaluate.memory import PeakMemory, file_bytes, resident_bytes
 from compress.evaluate.perplexity import mean_loss, perplexity
-from compress.evaluate.protocol import protocol_line
+from compress.evaluate.protocol import protocol_line, speed_line
 from compress.evaluate.saturation import saturation
 from compress.evaluate.task_file import Task
 from compress.evaluate.tasks import score_task
@@ -90,6 +90,7 @@ def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | No
             row["tokens_per_second"] = speed.prefill_tokens_per_second
             row["decode_tokens_per_second"] = speed.decode_tokens_per_second
             row["speed_protocol"] = speed.to_dict()
+            row["speed_protocol_line"] = speed_line(row["speed_protocol"])
     if settings.speed == "full":
         with reporter.bar(f"saturate {entry.name}") as progress:
             row["saturation"] = saturation(
@@ -105,6 +106,7 @@ def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | No
                 settings.lm_eval,
                 include=settings.lm_eval_tasks,
                 rows=settings.task_rows,
+                bos=settings.bos,
                 progress=progress,
             )
     size = file_bytes(entry.model) + (file_bytes(entry.adapter) if entry.adapter is not None else 0)
@@ -136,6 +138,7 @@ def _scored(bench: Bench, network: Any, reading: Reading, task: Task, name: str)
             reading.tokenizer,
             task,
             delimiter=delimiter_of(bench.settings),
+            bos=bench.settings.bos,
             progress=progress,
         ).to_dict()
 

@@ -92,7 +92,11 @@ def readings_of(
         settings: Give the windows.
         tokenizer: Folder with the tokenizer of all ``entries``; None: each has its own.
     """
-    shared = {"length": settings.sequence, "count": settings.windows}
+    shared: dict[str, Any] = {
+        "length": settings.sequence,
+        "count": settings.windows,
+        "bos": settings.bos,
+    }
     found = readings(text, [tokenizer or entry.model for entry in entries], **shared)
     return found if reference in entries else [*found, *readings(text, [reference.model], **shared)]
 
@@ -170,6 +174,12 @@ def _text_notes(entries: Sequence[Entry], read: Sequence[Reading]) -> list[str]:
         notes.append(
             f"The tokenizers differ ({listed}), so the perplexities per token cannot be compared between them: "
             "compare word-level perplexity or bits per byte."
+        )
+    lacking = [entry.name for entry, reading in rows if reading.lacks_bos]
+    if lacking:
+        notes.append(
+            f"The tokenizer of {', '.join(lacking)} begins plain text with a BOS, and nothing is measured with one "
+            "here: --bos does."
         )
     bare = [entry.name for entry, reading in rows if reading.extent is None]
     if bare:

@@ -25,6 +25,10 @@ def show(reporter: Reporter, metrics: Mapping[str, Any]) -> None:
         names = [row["name"] for row, its in zip(rows, lines, strict=True) if its == line]
         whose = "" if len(names) == len(rows) else f" of {', '.join(names)}"
         reporter.out.print(f"perplexity{whose}: {line}", markup=False)
+    if "held_out_protocol_line" in metrics:
+        reporter.out.print(f"held-out loss: {metrics['held_out_protocol_line']}", markup=False)
+    for timed in dict.fromkeys(row["speed_protocol_line"] for row in rows if "speed_protocol_line" in row):
+        reporter.out.print(f"speed: {timed}", markup=False)
     for task in _task_lines(rows):
         reporter.out.print(f"task: {task}", markup=False)
     for note in metrics.get("notes", ()):
@@ -159,7 +163,8 @@ def _saturation(found: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _task_lines(rows: Rows) -> list[str]:
-    lines = {score["protocol_line"]: None for row in rows for score in row.get("tasks", ())}
+    found = [score for row in rows for score in (*row.get("tasks", ()), *row.get("lm_eval", ()))]
+    lines = {score["protocol_line"]: None for score in found if "protocol_line" in score}
     cut = [
         f"{score['task']}: {score['truncated']} contexts of {row['name']} lost their start to fit its positions"
         for row in rows

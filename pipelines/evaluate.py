@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.sources import default_source
+from compress.evaluate.protocol import protocol_line
 from compress.pipelines.eval_entries import chain_entries
 from compress.pipelines.eval_out import check_out
 from compress.pipelines.eval_run import (
@@ -68,7 +69,8 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
         finished = folder / "rows"
         finished.mkdir(exist_ok=True)
         metrics = measure_all(bench, entries, reference, read, held_out, finished)
-        return metrics | {"held_out_protocol": dict(held_out.protocol)}
+        kept = dict(held_out.protocol) | {"dtype": config["dtype"], "device": bench.device}
+        return metrics | {"held_out_protocol": kept, "held_out_protocol_line": protocol_line(kept)}
 
     outcome = run_stage(
         context,

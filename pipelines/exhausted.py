@@ -77,4 +77,4 @@ def _device(text: str) -> tuple[str, float | None]:
 
 
 def _bytes(number: str, unit: str) -> float:
-    return float(number) * 2.0 ** _UNITS[unit]
+    return float(number) * float(1 << _UNITS[unit])

@@ -303,6 +303,7 @@ class EvalSettings:
     windows: int
     reference: str | None = None
     kl_windows: int
+    bos: bool = False
     task: tuple[str, ...] = ()
     task_rows: int | None = None
     task_delimiter: str = " "

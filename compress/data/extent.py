@@ -47,22 +47,27 @@ def scored_extent(text: Text, windows: Windows, ends: torch.Tensor) -> Extent:
     """Words and bytes of the characters that ``windows`` score.
 
     Args:
-        text: The plain text that the windows were cut from, from its start (no seed, no BOS).
-        windows: Consecutive windows; the first token of each is not scored.
+        text: The plain text that the windows were cut from, from its start (no seed).
+        windows: Consecutive windows; the first token of each is not scored. Where that is a BOS, all of the text's are.
         ends: From ``token_ends``.
     """
     joined = text.joined
-    length = windows.ids.shape[1]
+    lead, stride = _lead(windows)
     words = size = 0
     for index, labels in enumerate(windows.labels):
         scored = (labels[1:] != IGNORE).nonzero()
         if len(scored) == 0:
             continue
-        first, last = index * length, index * length + 1 + int(scored[-1])
-        start, stop = int(ends[first]), int(ends[last])
+        before, last = index * stride - lead, index * stride - lead + 1 + int(scored[-1])
+        start, stop = int(ends[before]) if before >= 0 else 0, int(ends[last])
         words += _word_ends(joined, start, stop)
         size += len(joined[start:stop].encode("utf-8"))
-    return Extent(words=words, bytes=size, characters=int(ends[len(windows) * length - 1]))
+    return Extent(words=words, bytes=size, characters=reach(windows, ends))
+
+
+def reach(windows: Windows, ends: torch.Tensor) -> int:
+    """Characters from the start of the text to the end of the last window."""
+    return int(ends[len(windows) * _lead(windows)[1] - 1])
 
 
 def limit_extent(windows: Windows, ends: torch.Tensor, characters: int) -> Windows:
@@ -70,8 +75,10 @@ def limit_extent(windows: Windows, ends: torch.Tensor, characters: int) -> Windo
 
     Windows that are left without a scored token are dropped; the protocol says how many tokens still count.
     """
-    count, length = windows.ids.shape
-    inside = (ends[: count * length] <= characters).view(count, length)
+    lead, stride = _lead(windows)
+    count = len(windows)
+    inside = (ends[: count * stride] <= characters).view(count, stride)
+    inside = torch.cat((torch.ones(count, lead, dtype=torch.bool), inside), dim=1)
     labels = windows.labels.masked_fill(~inside, IGNORE)
     kept = (labels[:, 1:] != IGNORE).any(dim=1)
     ids, labels = windows.ids[kept], labels[kept]
@@ -82,6 +89,12 @@ def limit_extent(windows: Windows, ends: torch.Tensor, characters: int) -> Windo
         "characters": characters,
     }
     return Windows(ids=ids, labels=labels, protocol=protocol)
+
+
+def _lead(windows: Windows) -> tuple[int, int]:
+    """Tokens of a window that are none of the text's (a BOS), and those that are."""
+    lead = int(windows.protocol.get("bos") is True)
+    return lead, windows.ids.shape[1] - lead
 
 
 def _word_ends(joined: str, start: int, stop: int) -> int:

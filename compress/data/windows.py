@@ -137,7 +137,7 @@ def _plain_windows(
     apart: Draw | None,
 ) -> tuple[torch.Tensor, torch.Tensor, int | None, int]:
     if bos and tokenizer.bos_token_id is None:
-        raise CompressError("The tokenizer has no BOS token to begin windows with.", "Do without BOS.")
+        raise CompressError("The tokenizer has no BOS token to begin windows with.", "Do without --bos.")
     stride = length - 1 if bos else length
     joined = text.joined
     known: int | None

@@ -58,21 +58,24 @@ class Likelihood:
     tokens: int
 
 
-def encode_pair(context: str, continuation: str, tokenizer: Any, *, positions: int | None = None) -> Pair:
+def encode_pair(
+    context: str, continuation: str, tokenizer: Any, *, positions: int | None = None, bos: bool = False
+) -> Pair:
     """Tokenise a context with its continuation.
 
-    Without special tokens, but for an empty context: the beginning-of-text token, else the end-of-text token, stands
-    for it.
+    Without special tokens, but for ``bos`` and an empty context: the beginning-of-text token, else the end-of-text
+    token, stands for it.
 
     Args:
         context: What the model reads.
         continuation: What is scored.
         tokenizer: Of the model.
         positions: Most tokens that the model reads at once; a longer context loses its start.
+        bos: Begin with the beginning-of-text token, also where the context lost its start.
 
     Raises:
         CompressError: The continuation has no token of its own, or is longer than the positions; nothing can stand for
-            an empty context.
+            an empty context, or there is no BOS.
     """
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
@@ -86,6 +89,8 @@ def encode_pair(context: str, continuation: str, tokenizer: Any, *, positions: i
                 "Give every row a context.",
             )
         before, whole = [start], [start, *whole]
+    elif bos:
+        before, whole = begun(before, tokenizer), begun(whole, tokenizer)
     scored = whole[len(before) :]
     if not scored:
         raise CompressError(
@@ -99,7 +104,20 @@ def encode_pair(context: str, continuation: str, tokenizer: Any, *, positions: i
                 "Shorten it.",
             )
         kept = kept[max(0, len(kept) - (positions + 1 - len(scored))) :]
+        if bos:
+            kept[0] = before[0]
     return Pair(context=tuple(kept), continuation=tuple(scored), truncated=len(kept) < len(before))
+
+
+def begun(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Tokens with a BOS before them.
+
+    Raises:
+        CompressError: The tokenizer has none.
+    """
+    if tokenizer.bos_token_id is None:
+        raise CompressError("The tokenizer has no BOS token to begin with.", "Do without --bos.")
+    return [tokenizer.bos_token_id, *ids]
 
 
 @torch.no_grad()

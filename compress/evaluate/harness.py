@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from compress.errors import CompressError, UsageError
 from compress.evaluate.harness_requests import harness_rows, task_names
+from compress.evaluate.perplexity import computed_in
 from compress.progress import Progress
 
 BOOTSTRAP = 1000
@@ -54,6 +56,7 @@ def run_harness(
     *,
     include: str | None = None,
     rows: int | None = None,
+    bos: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Run tasks with their own settings and return one record for each task, metric and filter.
@@ -64,10 +67,12 @@ def run_harness(
         names: Tasks or groups, separated by commas.
         include: Folder with task files of the user's own.
         rows: Only so many rows of each task; None: all.
+        bos: Begin every context with BOS.
         progress: Called with requests done.
 
     Returns:
-        ``task``, ``metric`` (with its filter), ``value`` and ``standard_error`` (None where there is none).
+        ``task``, ``metric`` (with its filter), ``value``, ``standard_error`` (None where there is none) and the
+        ``protocol_line``.
 
     Raises:
         UsageError: See `check_harness`.
@@ -83,7 +88,7 @@ def run_harness(
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for our result
             answer = simple_evaluate(
-                model=HarnessModel(model, tokenizer, progress=progress),
+                model=HarnessModel(model, tokenizer, bos=bos, progress=progress),
                 tasks=task_names(names),
                 task_manager=_manager(include),
                 limit=rows,
@@ -95,7 +100,8 @@ def run_harness(
             f"The data of lm-eval's tasks is not to be had: {' '.join(str(error).split()).rstrip('.')}.",
             "Try again with a network, or give local data in a task file with --lm-eval-tasks.",
         ) from error
-    return harness_rows(answer["results"])
+    version = importlib.metadata.version("lm-eval")
+    return harness_rows(answer, version=version, bos=bos, computed=computed_in(model))
 
 
 @functools.cache

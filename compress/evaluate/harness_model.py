@@ -22,19 +22,25 @@ class HarnessModel(LM):
     Args:
         model: A causal language model with its adapter, on its device.
         tokenizer: Its tokenizer.
+        bos: Begin every context with BOS (a whole text begins with it anyway).
         progress: Called with requests done.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, bos: bool = False, progress: Progress | None = None
+    ) -> None:
         super().__init__()
         self._network = model
         self._tokenizer = tokenizer
+        self._bos = bos
         self._progress = progress
         self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would write it."""
-        pairs = [pair_of(request.args, self._tokenizer, self._positions) for request in requests]
+        pairs = [
+            pair_of(request.args, self._tokenizer, self._positions, bos=self._bos) for request in requests
+        ]
         found = log_likelihoods(self._network, pairs, progress=self._progress)
         return [(each.log_likelihood, each.greedy) for each in found]
 
@@ -57,7 +63,7 @@ class HarnessModel(LM):
         pad = self._tokenizer.pad_token_id
         answers = []
         for number, request in enumerate(requests, start=1):
-            wanted = generation_of(request.args, self._tokenizer, self._positions)
+            wanted = generation_of(request.args, self._tokenizer, self._positions, bos=self._bos)
             prompt = torch.tensor([wanted.prompt], device=device)
             stops = {"stop_strings": list(wanted.until), "tokenizer": self._tokenizer} if wanted.until else {}
             ids = self._network.generate(

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.data.chat import tokenise
 from compress.errors import CompressError
-from compress.evaluate.continuation import Pair, encode_pair
+from compress.evaluate.continuation import Pair, begun, encode_pair
 
 NEW_TOKENS = 256
 """Tokens that an answer may have where the task does not say."""
@@ -34,10 +34,10 @@ class Generation:
         return text[: min((place for place in found if place >= 0), default=len(text))]
 
 
-def pair_of(arguments: tuple[str, str], tokenizer: Any, positions: int | None) -> Pair:
-    """A request ``(context, continuation)`` for a log-likelihood."""
+def pair_of(arguments: tuple[str, str], tokenizer: Any, positions: int | None, *, bos: bool = False) -> Pair:
+    """A request ``(context, continuation)`` for a log-likelihood; ``bos``: the context begins with BOS."""
     context, continuation = arguments
-    return encode_pair(context, continuation, tokenizer, positions=positions)
+    return encode_pair(context, continuation, tokenizer, positions=positions, bos=bos)
 
 
 def rolling_pairs(text: str, tokenizer: Any, positions: int | None) -> list[Pair]:
@@ -69,9 +69,9 @@ def rolling_pairs(text: str, tokenizer: Any, positions: int | None) -> list[Pair
 
 
 def generation_of(
-    arguments: tuple[str, Mapping[str, Any]], tokenizer: Any, positions: int | None
+    arguments: tuple[str, Mapping[str, Any]], tokenizer: Any, positions: int | None, *, bos: bool = False
 ) -> Generation:
-    """A request ``(context, options)`` for greedily decoded text.
+    """A request ``(context, options)`` for greedily decoded text; ``bos``: the prompt begins with BOS.
 
     Raises:
         CompressError: The options ask for sampling or beams, or leave the prompt no room.
@@ -92,26 +92,41 @@ def generation_of(
     if not ids:
         start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
         ids = [] if start is None else [start]
+    elif bos:
+        ids = begun(ids, tokenizer)
     room = len(ids) if positions is None else positions - wanted
     if room < 1 or not ids:
         raise CompressError(
             f"An answer of {wanted} tokens leaves no room for its prompt in {positions} positions.",
             "Choose a task with shorter answers, or a model with more positions.",
         )
+    prompt = ids[-room:]
+    if bos:
+        prompt[0] = ids[0]
     return Generation(
-        prompt=tuple(ids[-room:]),
+        prompt=tuple(prompt),
         until=(until,) if isinstance(until, str) else tuple(until),
         new_tokens=wanted,
     )
 
 
-def harness_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of all tasks, from ``results`` of lm-eval's answer: one record for each task, metric and filter.
+def harness_rows(
+    answer: Mapping[str, Any], *, version: str, bos: bool, computed: str
+) -> list[dict[str, Any]]:
+    """The metrics of all tasks in lm-eval's answer: one record for each task, metric and filter.
 
-    Keys there are ``metric,filter`` with a ``metric_stderr,filter`` beside them, which is text where there is none.
+    Keys of its ``results`` are ``metric,filter`` with a ``metric_stderr,filter`` beside them, which is text where there
+    is none.
+
+    Args:
+        answer: What ``simple_evaluate`` returns.
+        version: Of lm-eval.
+        bos: Whether contexts began with BOS.
+        computed: Dtype and device, as in a protocol line.
     """
     rows: list[dict[str, Any]] = []
-    for task, metrics in results.items():
+    for task, metrics in answer["results"].items():
+        line = f"{_measured(answer, str(task))}, {'BOS' if bos else 'no BOS'}, lm-eval {version}, {computed}"
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
             if not chosen or metric.endswith("_stderr") or isinstance(value, bool | str) or value is None:
@@ -123,9 +138,22 @@ def harness_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "metric": metric if chosen == "none" else f"{metric}, {chosen}",
                     "value": float(value),
                     "standard_error": float(error) if isinstance(error, int | float) else None,
+                    "protocol_line": line,
                 }
             )
     return rows
+
+
+def _measured(answer: Mapping[str, Any], task: str) -> str:
+    """A task with its version, examples and rows, as far as lm-eval says them: of a group it does not."""
+    parts = [task]
+    if (version := answer.get("versions", {}).get(task)) is not None:
+        parts[0] += f" version {version}"
+    if isinstance(rows := answer.get("n-samples", {}).get(task), Mapping):
+        parts.append(f"{rows.get('effective')} of {rows.get('original')} rows")
+    if (shots := answer.get("n-shot", {}).get(task)) is not None:
+        parts.append("1 example" if shots == 1 else f"{shots or 'no'} examples")
+    return ", ".join(parts)
 
 
 def task_names(text: str) -> list[str]:

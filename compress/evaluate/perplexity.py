@@ -166,6 +166,12 @@ def _token_losses(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Te
     return torch.stack(losses)
 
 
+def computed_in(model: Any) -> str:
+    """In which dtype and where a model computes, as a protocol line says it: ``float32 on cpu``."""
+    parameter = _floating_parameter(model)
+    return f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}"
+
+
 def _floating_parameter(model: Any) -> torch.Tensor:
     """A parameter that tells the compute dtype (packed codes are integers)."""
     parameters: list[torch.Tensor] = list(model.parameters())

@@ -41,3 +41,15 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     if "dtype" in p:
         parts.append(f"{p['dtype']} on {p['device']}" if "device" in p else str(p["dtype"]))
     return ", ".join(parts)
+
+
+def speed_line(protocol: Mapping[str, Any]) -> str:
+    """One line that says how prefill and decoding were timed, from the fields of a `Throughput`.
+
+    Example: ``batch 1, 504 prompt tokens, 8 decoded, median of 2 runs, 2 threads, float32 on cpu``.
+    """
+    threads = f"{protocol['threads']} threads, " if protocol["device"] == "cpu" else ""
+    return (
+        f"batch {protocol['batch']}, {protocol['prompt_tokens']} prompt tokens, {protocol['decode_tokens']} decoded, "
+        f"median of {protocol['repeats']} runs, {threads}{protocol['dtype']} on {protocol['device']}"
+    )

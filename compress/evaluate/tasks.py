@@ -10,6 +10,7 @@ from typing import Any
 from compress.errors import CompressError
 from compress.evaluate.continuation import BATCH_TOKENS, Likelihood, Pair, encode_pair, log_likelihoods
 from compress.evaluate.interval import exponential
+from compress.evaluate.perplexity import computed_in
 from compress.evaluate.task_file import Task, TaskRow
 from compress.progress import Progress
 
@@ -59,16 +60,18 @@ def score_task(
     task: Task,
     *,
     delimiter: str = DELIMITER,
+    bos: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> TaskScore:
-    """Score a task: no examples in front, no chat template, no special tokens.
+    """Score a task: no examples in front, no chat template, no special tokens but a BOS where that is asked.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         task: From ``read_task``.
         delimiter: Between context and what follows.
+        bos: Begin every context with BOS.
         batch_tokens: Padded tokens of a forward pass.
         progress: Called with inputs done.
 
@@ -76,7 +79,7 @@ def score_task(
         CompressError: A row that cannot be tokenised, named with its line, or what ``log_likelihoods`` raises.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    pairs = [pair for row in task.rows for pair in _pairs(task, row, tokenizer, delimiter, positions)]
+    pairs = [pair for row in task.rows for pair in _pairs(task, row, tokenizer, delimiter, positions, bos)]
     scored = iter(log_likelihoods(model, pairs, batch_tokens=batch_tokens, progress=progress))
     found = [[next(scored) for _ in row.choices] for row in task.rows]
     plain = [_right(row, likelihoods) for row, likelihoods in zip(task.rows, found, strict=True)]
@@ -95,7 +98,7 @@ def score_task(
         accuracy_norm_error=None if norm is None else share_error(norm),
         perplexity=None if choices else exponential(math.fsum(nll) / len(nll)),
         truncated=sum(pair.truncated for pair in pairs),
-        protocol_line=_protocol_line(task, delimiter),
+        protocol_line=_protocol_line(task, delimiter, bos=bos) + f", {computed_in(model)}",
     )
 
 
@@ -112,10 +115,13 @@ def joined(context: str, continuation: str, delimiter: str) -> str:
     return context if there else context + delimiter
 
 
-def _pairs(task: Task, row: TaskRow, tokenizer: Any, delimiter: str, positions: int | None) -> Iterator[Pair]:
+def _pairs(
+    task: Task, row: TaskRow, tokenizer: Any, delimiter: str, positions: int | None, bos: bool
+) -> Iterator[Pair]:
     for choice in row.choices:
         try:
-            yield encode_pair(joined(row.context, choice, delimiter), choice, tokenizer, positions=positions)
+            context = joined(row.context, choice, delimiter)
+            yield encode_pair(context, choice, tokenizer, positions=positions, bos=bos)
         except CompressError as error:
             raise CompressError(
                 f"Task {task.name}, line {row.line}: {error.cause[0].lower()}{error.cause[1:]}", error.remedy
@@ -137,9 +143,9 @@ def _best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)  # the first of equal ones
 
 
-def _protocol_line(task: Task, delimiter: str) -> str:
+def _protocol_line(task: Task, delimiter: str, *, bos: bool) -> str:
     escaped = delimiter.encode("unicode_escape").decode("ascii")
     return (
         f"{task.name}, sha256 {task.sha256[:12]}, {len(task.rows)} of {task.file_rows} rows, "
-        f'delimiter "{escaped}", no examples, no BOS'
+        f'delimiter "{escaped}", no examples, {"BOS" if bos else "no BOS"}'
     )

@@ -102,14 +102,22 @@ def evaluation(stages: Sequence[Record]) -> Html | None:
         h("h2", "Measured"),
         _table(_QUALITY, rows),
         h("p", f"Perplexity (per token, lower is better, {spread}): {line}.", class_="note"),
+        _noted("Held-out loss", [metrics.get("held_out_protocol_line")]),
         [h("p", note, class_="note") for note in notes],
         _distance(rows, metrics),
         _tasks(rows),
         _harness(rows),
         h("h3", "Speed and memory"),
         _table(_SPEED, rows),
+        _noted("Speed", [row.get("speed_protocol_line") for row in rows]),
         id="evaluation",
     )
+
+
+def _noted(what: str, lines: Sequence[Any]) -> list[Child]:
+    """How something was measured, each line once; nothing where the records do not say."""
+    known = dict.fromkeys(string(line) for line in lines if isinstance(line, str) and line)
+    return [h("p", f"{what}: {line}.", class_="note") for line in known]
 
 
 def _distance(rows: Sequence[Record], metrics: Record) -> list[Child]:
@@ -172,6 +180,7 @@ def _harness(rows: Sequence[Record]) -> list[Child]:
     return [
         h("h3", "Tasks of lm-eval"),
         table(("Task", "Metric", "Model", "Value", "± standard error"), body),
+        *_noted("Task", [each.get("protocol_line") for row in rows for each in records(row.get("lm_eval"))]),
     ]
 
 

@@ -15,7 +15,7 @@ from compress.errors import UsageError
 from tests.commands import cli, parsed
 from tests.sources import ROOT
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "sh", "bash", "console")
 
@@ -27,6 +27,7 @@ def group() -> Any:
 def quoted(page: Path) -> list[str]:
     """Commands of a page: lines of its shell blocks, and spans of code in its prose."""
     text = page.read_text(encoding="utf-8")
+    launched = re.compile(r"^torchrun .*? -m -- (?=compress )")
     lines = [
         line.removeprefix("$ ").strip()
         for language, block in FENCE.findall(text)
@@ -34,7 +35,8 @@ def quoted(page: Path) -> list[str]:
         for line in block.splitlines()
     ]
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
-    return [command for command in (*lines, *spans) if command.startswith("compress ")]
+    found = [launched.sub("", command) for command in (*lines, *spans)]
+    return [command for command in found if command.startswith("compress ")]
 
 
 def concrete(command: str) -> str:
@@ -43,7 +45,9 @@ def concrete(command: str) -> str:
     return re.sub(r"\[([A-Z]+)\]", r"\1", command)
 
 
-COMMANDS = [(page.name, command) for page in PAGES for command in dict.fromkeys(quoted(page))]
+COMMANDS = [
+    (page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in dict.fromkeys(quoted(page))
+]
 
 
 def test_the_documents_are_searched_as_they_are_written() -> None:
@@ -53,7 +57,9 @@ def test_the_documents_are_searched_as_they_are_written() -> None:
         "compress run FILE --dry-run",  # a span over two lines
         "compress verify [PATH...]",
     } <= found
-    assert len(COMMANDS) > 30
+    assert ("docs/how-to/several-devices.md", "compress align --steps 400") in COMMANDS  # behind torchrun
+    assert ("docs/tutorials/lq-lora.md", "compress train --run lq --method lq") in COMMANDS
+    assert len(COMMANDS) > 90
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c}" for p, c in COMMANDS])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compress.adapters.attach import attach_lora, save_adapter
@@ -174,6 +174,40 @@ def test_other_tokenizers_read_the_same_text_and_are_told_apart(
     assert "The tokenizers differ (a; pairs)" in notes
     assert "compare word-level perplexity or bits per byte" in notes
     assert "pairs is not compared with the reference: their tokenizers differ." in notes
+
+
+def test_a_bos_is_measured_where_it_is_asked_and_named_where_it_is_missing(
+    folder: Path, common: Common, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "a", tmp_path / "begins")
+    tokenizer = tiny_tokenizer()
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", start)]
+    )
+    tokenizer.save_pretrained(tmp_path / "begins")
+    bare = evaluate(common, tmp_path / "begins", folder / "a")
+    assert bare["metrics"]["rows"][0]["perplexity"] == bare["metrics"]["rows"][1]["perplexity"]
+    (note,) = bare["metrics"]["notes"]
+    assert note == (
+        "The tokenizer of begins begins plain text with a BOS, and nothing is measured with one here: --bos does."
+    )
+    record = evaluate(common, tmp_path / "begins", folder / "a", bos=True)
+    assert record["metrics"]["notes"] == []
+    begun, row = record["metrics"]["rows"]
+    assert "BOS, length 32, stride 31, 4 windows, 124 tokens scored" in row["protocol_line"]
+    assert "no BOS" not in row["protocol_line"]
+    assert begun["perplexity"] == row["perplexity"] != bare["metrics"]["rows"][1]["perplexity"]
+    joined = load_text(str(text_file), "test").joined
+    ids = torch.tensor(tiny_tokenizer()(joined, add_special_tokens=False)["input_ids"])[: 4 * 31].view(4, 31)
+    ids = torch.cat((torch.full((4, 1), start), ids), dim=1)
+    with torch.no_grad():
+        log_p = tiny_model("llama_gqa").double()(input_ids=ids).logits.log_softmax(-1)
+    nll = float(-log_p[:, :-1].gather(2, ids[:, 1:, None]).mean())
+    assert row["perplexity"] == pytest.approx(float(torch.tensor(nll).exp()), rel=1e-4)
+    assert row["divergence"]["kl"] == 0.0  # the same weights, and the same BOS before the same tokens
+    assert row["bytes_scored"] == len(joined[: 4 * 31].encode())
+    assert record["id"] != bare["id"]
 
 
 def test_another_vocabulary_is_left_blank_with_a_note(folder: Path, common: Common, tmp_path: Path) -> None:
@@ -343,6 +377,7 @@ def test_the_command_line(
     assert row["tasks"][0]["accuracy_error"] is not None
     assert row["saturation"]["steps"][0][0] == 1
     assert row["speed_protocol"]["repeats"] == 5
+    assert row["speed_protocol_line"].endswith("8 decoded, median of 5 runs, 1 threads, float32 on cpu")
     as_json = cli("eval", folder / "a", *options, "--speed", "none", "--json")
     assert (as_json.code, as_json.err) == (0, "")
     assert json.loads(as_json.out)["metrics"]["rows"][0]["name"] == "a"

@@ -98,6 +98,38 @@ def test_a_limit_keeps_the_tokens_that_end_within_it(joined: str, length: int, c
         assert extent.bytes <= len(joined[:characters].encode())
 
 
+@pytest.mark.parametrize("make", [tiny_tokenizer, word_tokenizer])
+def test_after_a_bos_every_token_of_the_text_counts(make: Any) -> None:
+    tokenizer = make()
+    tokenizer.bos_token = "<unk>"
+
+    @given(TEXTS, st.integers(2, 7), st.integers(1, 80))
+    def check(joined: str, length: int, characters: int) -> None:
+        try:
+            text = plain_text("t", "test", [joined])
+            windows = token_windows(text, tokenizer, length=length, bos=True)
+        except CompressError:
+            return
+        ends = token_ends(text, tokenizer)
+        assert ends is not None
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(joined, add_special_tokens=False)["input_ids"])
+        expected = ends_by_bytes(joined, tokens)
+        last = expected[len(windows) * (length - 1) - 1]  # without gaps: the text up to there
+        extent = scored_extent(text, windows, ends)
+        assert (extent.characters, extent.bytes) == (last, len(joined[:last].encode()))
+        whole = [
+            i
+            for i, c in enumerate(joined)
+            if not c.isspace() and (i + 1 == len(joined) or joined[i + 1].isspace())
+        ]
+        assert extent.words == sum(i < last for i in whole)
+        limited = limit_extent(windows, ends, characters)
+        inside = sum(end <= characters for end in expected[: len(windows) * (length - 1)])
+        assert limited.protocol["tokens"] == int((limited.labels[:, 1:] != -100).sum()) == inside
+
+    check()
+
+
 def test_what_cannot_be_counted() -> None:
     chat = chat_text(
         "c", "test", [(Message(role="user", content="a"), Message(role="assistant", content="b"))]

@@ -127,6 +127,12 @@ def test_a_long_context_loses_its_start() -> None:
     assert pair.truncated
     assert not encode_pair("efgh", "xyz", tokenizer, positions=6).truncated
     assert len(encode_pair("abc", "uvwxyz", tokenizer, positions=6).context) == 1
+    begun = encode_pair("abcdefgh", "xyz", tokenizer, positions=6, bos=True)
+    assert begun.truncated
+    assert begun.context == (tokenizer.bos_token_id, *pair.context[1:])
+    whole = encode_pair("ab", "xyz", tokenizer, positions=6, bos=True)
+    assert (whole.context, whole.truncated) == ((tokenizer.bos_token_id, *tokenizer("ab").input_ids), False)
+    assert encode_pair("", "ab", tokenizer, bos=True) == encode_pair("", "ab", tokenizer)
     with pytest.raises(CompressError, match="7 tokens is longer than the model's 6 positions"):
         encode_pair("abc", "tuvwxyz", tokenizer, positions=6)
 

@@ -100,7 +100,7 @@ def test_an_answer_ends_before_its_first_end(text: str, until: list[str]) -> Non
 
 
 def test_results_become_records() -> None:
-    results = {
+    results: dict[str, Any] = {
         "mine": {
             "alias": "mine",
             "acc,none": 0.25,
@@ -111,10 +111,50 @@ def test_results_become_records() -> None:
         },
         "group": {"alias": " - group"},
     }
-    assert harness_rows(results) == [
-        {"task": "mine", "metric": "acc", "value": 0.25, "standard_error": 0.1},
-        {"task": "mine", "metric": "exact_match, strict", "value": 1.0, "standard_error": None},
+    answer = {
+        "results": results | {"whole": {"acc,none": 0.5}},
+        "versions": {"mine": 1.0},
+        "n-shot": {"mine": 5},
+        "n-samples": {"mine": {"original": 300, "effective": 20}},
+    }
+    line = "mine version 1.0, 20 of 300 rows, 5 examples, no BOS, lm-eval 0.4.9, float32 on cpu"
+    found = harness_rows(answer, version="0.4.9", bos=False, computed="float32 on cpu")
+    assert found == [
+        {
+            "task": "mine",
+            "metric": "acc",
+            "value": 0.25,
+            "standard_error": 0.1,
+            "protocol_line": line,
+        },
+        {
+            "task": "mine",
+            "metric": "exact_match, strict",
+            "value": 1.0,
+            "standard_error": None,
+            "protocol_line": line,
+        },
+        {
+            "task": "whole",
+            "metric": "acc",
+            "value": 0.5,
+            "standard_error": None,
+            "protocol_line": "whole, no BOS, lm-eval 0.4.9, float32 on cpu",
+        },
     ]
+    answer["n-shot"] = {"mine": 0}
+    (begun, *_) = harness_rows(answer, version="1", bos=True, computed="bfloat16 on cuda")
+    assert begun["protocol_line"].endswith("rows, no examples, BOS, lm-eval 1, bfloat16 on cuda")
+
+
+def test_requests_begin_with_a_bos_where_that_is_asked() -> None:
+    start = TOKENIZER.bos_token_id
+    pair = pair_of(("abcdef", "gh"), TOKENIZER, 256, bos=True)
+    assert pair == encode_pair("abcdef", "gh", TOKENIZER, bos=True)
+    assert pair.context == (start, *tokens("abcdef"))
+    found = generation_of(("abcdef", {"max_gen_toks": 4}), TOKENIZER, 7, bos=True)
+    assert found.prompt == (start, *tokens("ef"))  # three positions are left, and the BOS has one of them
+    assert generation_of(("", {}), TOKENIZER, None, bos=True).prompt == (start,)
 
 
 def test_names_and_what_is_missing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,11 @@ def test_the_protocol_says_what_was_scored(tmp_path: Path) -> None:
     assert task.sha256 == sha
     found = score_task(tiny_model("llama_mha"), tiny_tokenizer(), task, delimiter="\nAnswer: ")
     assert found.protocol_line == (
-        f'quiz, sha256 {sha[:12]}, 2 of 5 rows, delimiter "\\nAnswer: ", no examples, no BOS'
+        f'quiz, sha256 {sha[:12]}, 2 of 5 rows, delimiter "\\nAnswer: ", no examples, no BOS, float32 on cpu'
     )
+    begun = score_task(tiny_model("llama_mha"), tiny_tokenizer(), task, bos=True)
+    assert begun.protocol_line.endswith("no examples, BOS, float32 on cpu")
+    assert begun.accuracy_norm != found.accuracy_norm or begun != found
     assert found.to_dict()["accuracy"] == found.accuracy
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from compress.pipelines.eval_tables import show
 from compress.pipelines.reporter import Reporter
+from compress.report.page import render
+from tests.unit.report.reading import words
 from tests.unit.report.samples import evaluated_run, sample_run
 
 
@@ -76,3 +78,33 @@ def test_models_with_protocols_of_their_own_are_named() -> None:
     names = [row["name"] for row in metrics["rows"]]
     assert f"perplexity of {', '.join(names[:-1])}: line one" in told
     assert f"perplexity of {names[-1]}: line two" in told
+
+
+def test_every_measurement_says_how_it_was_made() -> None:
+    metrics = evaluated_run()["stages"][-1]["metrics"]
+    metrics["held_out_protocol_line"] = "pydoc validation, held out"
+    for number, row in enumerate(metrics["rows"]):
+        row |= {"speed_protocol_line": "batch 1, timed", "peak_memory_of": "device", "tasks": []}
+        row["lm_eval"] = [
+            {
+                "task": "t",
+                "metric": "acc",
+                "value": 0.5,
+                "standard_error": None,
+                "protocol_line": f"t, {number}",
+            }
+        ]
+    told = shown(metrics)
+    assert "held-out loss: pydoc validation, held out" in told
+    assert told.count("speed: batch 1, timed") == 1
+    assert "task: t, 0" in told
+    assert "task: t, 1" in told
+    assert "size and memory (peak of the GPU)" in told
+    page = words(render({"stages": [{"verb": "eval", "metrics": metrics}]}))
+    for line in (
+        "Held-out loss: pydoc validation, held out.",
+        "Speed: batch 1, timed.",
+        "Task: t, 0.",
+        "Task: t, 1.",
+    ):
+        assert page.count(line) == 1, line
