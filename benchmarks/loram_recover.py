@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, write_adapter
+from compress.adapters.adapter_file import write_adapter
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.recover import recover_adapter
 from compress.benchmarks.model_shapes import CONFIGS, architecture
 from compress.benchmarks.protocol import host, versions, write_json

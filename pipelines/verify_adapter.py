@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, AdapterFile, Scaling, owner
+from compress.adapters.adapter_file import AdapterFile, Scaling, owner
 from compress.adapters.factors import difference_factors, squared_norm
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.places import Place, places_of
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.model_input import HUB_NAME
@@ -110,8 +111,9 @@ def check_slices(target: Target, adapter: AdapterFile, progress: Progress) -> It
     arch, kept = checkpoint_architecture(Checkpoint(base)), None
     if source is not None and (source / FILE_NAME).is_file():
         kept = StructureMap.load(source / FILE_NAME)
-        whole = {"heads": kept.heads, "kv_heads": kept.kv_heads, "channels": kept.channels}
-        arch = replace(arch, **whole, layer_shapes=None)
+        arch = replace(
+            arch, heads=kept.heads, kv_heads=kept.kv_heads, channels=kept.channels, layer_shapes=None
+        )
     places = places_of(arch, kept)
     faults: list[str] = []
     square = lost = 0.0

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.adapters.adapter_file import (
-    PREFIX,
     STARTED_KEY,
     AdapterFile,
     Scaling,
@@ -24,6 +23,7 @@ from compress.adapters.adapter_file import (
     write_adapter,
 )
 from compress.adapters.factors import factor_product
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.masked import mask_adapters
 from compress.adapters.starts import lq_linear, switch_off_factors, take_out
 from compress.errors import CompressError, UsageError

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, AdapterFile, owner
+from compress.adapters.adapter_file import AdapterFile, owner
 from compress.adapters.batched import LIMIT, Job, Spec, run_batched
 from compress.adapters.factors import add_rounded, factor_product
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.lanes import Lanes
 from compress.adapters.stacked import AddProduct
 from compress.errors import CompressError

@@ -134,7 +134,7 @@ def restore_optimizer(
 def _projector(group: Mapping[str, Any]) -> Any:
     from galore_torch.galore_projector import GaLoreProjector
 
-    class Compact(GaLoreProjector):  # type: ignore[misc]  # without types
+    class Compact(GaLoreProjector):
         """Holds the basis alone; as it is, a part of all singular vectors keeps them all in memory."""
 
         def get_orthogonal_matrix(self, weights: Tensor, rank: int, type: str) -> Tensor:

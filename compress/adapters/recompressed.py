@@ -8,9 +8,10 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, AdapterFile
+from compress.adapters.adapter_file import AdapterFile
 from compress.adapters.batched import Job, Spec, run_batched
 from compress.adapters.factors import Recompressed, difference_factors, recompress, squared_norm
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.lanes import Lanes
 from compress.adapters.stacked import Recompress
 

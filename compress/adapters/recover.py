@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import (
-    PREFIX,
     WEIGHTS_FILE,
     AdapterFile,
     Scaling,
@@ -25,7 +24,7 @@ from compress.adapters.adapter_file import (
 )
 from compress.adapters.carried import carried_over, check_kind, check_origin
 from compress.adapters.factors import Recompressed, scatter_rows
-from compress.adapters.initial_factors import pair_of
+from compress.adapters.initial_factors import PREFIX, pair_of
 from compress.adapters.lanes import device_lanes
 from compress.adapters.places import Place, places_of
 from compress.adapters.recompressed import Trained, recompressed

@@ -96,33 +96,32 @@ def test_training_is_counted_in_its_dtype_and_asked_of_the_memory_that_is_free(
     """Without a device the host computes; with one, what others hold of it is not there."""
     model = folder_of("LLaMA-2-13B", tmp_path / "model")
     here = capacity(tmp_path, "cpu")
-    free = {"host": replace(here, host_free=30 * 10**9, device_free=None, device_total=None)}
-    free["device"] = replace(here, host_free=10**12, device_free=30 * 10**9, device_total=80 * 10**9)
-    for machine in free.values():
+    host = replace(here, host_free=30 * 10**9, device_free=None, device_total=None)
+    device = replace(here, host_free=10**12, device_free=30 * 10**9, device_total=80 * 10**9)
+    for machine, dtype, label, size in ((device, "bfloat16", "16bit", 2), (host, "float32", "32bit", 4)):
         monkeypatch.setattr(plan_module, "capacity", lambda run, device, machine=machine: machine)
-        for dtype, label, size in (("bfloat16", "16bit", 2), ("float32", "32bit", 4)):
-            given = {"model": str(model), "no_time": True, "loram": True, "ratios": "0.65"}
-            rows = run_verb("plan", Common(device="cpu", dtype=dtype), given, quiet=True)["rows"]
-            for row, parameters in zip(rows, (13_015_864_320, 6_005_662_720), strict=True):
-                assert row["training"][label]["weights"] == size * parameters
-                arch = checkpoint_architecture(headers_of(str(model))[0])
-                small = small_size(arch, 13_015_864_320, row["ratio"])
-                others = parameters - small.linears
-                assert row["training"]["nf4"]["weights"] == pytest.approx(
-                    4.126953125 / 8 * small.linears + size * others, rel=1e-4
-                )
-                wanted = training_memory(
-                    small.arch,
-                    size * parameters,
-                    quantized=False,
-                    rank=8,
-                    batch=2,
-                    sequence=512,
-                    itemsize=size,
-                )
-                assert row["training"][label]["total"] == wanted.total
-                assert row["fits"] == {k: row["training"][k]["total"] <= 30e9 for k in (label, "nf4")}
-            assert {verdict for row in rows for verdict in row["fits"].values()} == {True, False}
+        given = {"model": str(model), "no_time": True, "loram": True, "ratios": "0.65"}
+        rows = run_verb("plan", Common(device="cpu", dtype=dtype), given, quiet=True)["rows"]
+        for row, parameters in zip(rows, (13_015_864_320, 6_005_662_720), strict=True):
+            assert row["training"][label]["weights"] == size * parameters
+            arch = checkpoint_architecture(headers_of(str(model))[0])
+            small = small_size(arch, 13_015_864_320, row["ratio"])
+            others = parameters - small.linears
+            assert row["training"]["nf4"]["weights"] == pytest.approx(
+                4.126953125 / 8 * small.linears + size * others, rel=1e-4
+            )
+            wanted = training_memory(
+                small.arch,
+                size * parameters,
+                quantized=False,
+                rank=8,
+                batch=2,
+                sequence=512,
+                itemsize=size,
+            )
+            assert row["training"][label]["total"] == wanted.total
+            assert row["fits"] == {k: row["training"][k]["total"] <= 30e9 for k in (label, "nf4")}
+        assert {verdict for row in rows for verdict in row["fits"].values()} == {True, False}
 
 
 @pytest.mark.parametrize(
