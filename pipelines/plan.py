@@ -153,7 +153,13 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
         ],
         "machine": asdict(machine),
         "speed": None if speed is None else asdict(speed),
-        "rows": loram_rows(full.arch, full.parameters, settings, machine.device_total),
+        "rows": loram_rows(
+            full.arch,
+            full.parameters,
+            settings,
+            room=limits.host if limits.device is None else limits.device,
+            itemsize=dtype.itemsize,
+        ),
     }
     if settings.check:
         result["refused"] = refused = [*_without_room(result["stages"])]

@@ -23,9 +23,16 @@ MICRO_BATCH, SEQUENCE, RANK = 2, 512, 8
 
 
 def loram_rows(
-    arch: Architecture, parameters: int, settings: PlanSettings, device: int | None
+    arch: Architecture, parameters: int, settings: PlanSettings, *, room: int | None, itemsize: int
 ) -> list[dict[str, Any]]:
     """The full model and, with ``--loram``, a small one for each ratio, as JSON values.
+
+    Args:
+        arch: Of the full model.
+        parameters: Its parameters.
+        settings: What is asked.
+        room: Bytes that training may take, on the device or else the host; None: not known.
+        itemsize: Bytes of a number in the computation, in which what is not quantized is held too.
 
     Raises:
         UsageError: A ratio that cannot be.
@@ -33,7 +40,7 @@ def loram_rows(
     ratios = parse_ratios(settings.ratios) if settings.loram else []
     skips = {"skip_first": settings.skip_first, "skip_last": settings.skip_last}
     sizes = [small_size(arch, parameters, ratio, **skips) for ratio in (0.0, *ratios)]
-    return [row_of(size, settings, device) for size in sizes]
+    return [row_of(size, settings, room=room, itemsize=itemsize) for size in sizes]
 
 
 def parse_ratios(text: str) -> list[float]:
@@ -50,19 +57,25 @@ def parse_ratios(text: str) -> list[float]:
         ) from error
 
 
-def row_of(size: SmallSize, settings: PlanSettings, device: int | None) -> dict[str, Any]:
+def dense_label(itemsize: int) -> str:
+    """What a base is called that is not quantized."""
+    return f"{8 * itemsize}bit"
+
+
+def row_of(size: SmallSize, settings: PlanSettings, *, room: int | None, itemsize: int) -> dict[str, Any]:
     """Sizes and training memory of one model, as JSON values."""
-    nf4 = NF4.nominal_bits
+    nf4, dense = NF4.nominal_bits, 8.0 * itemsize
     memory: dict[str, TrainingMemory] = {
         label: training_memory(
             size.arch,
-            size.weight_bytes(bits),
-            quantized=bits != 16,
+            size.weight_bytes(bits, others=dense),
+            quantized=bits != dense,
             rank=settings.train_rank or RANK,
             batch=settings.micro_batch or MICRO_BATCH,
             sequence=settings.sequence or SEQUENCE,
+            itemsize=itemsize,
         )
-        for label, bits in (("16bit", 16.0), ("nf4", nf4))
+        for label, bits in ((dense_label(itemsize), dense), ("nf4", nf4))
     }
     return {
         "ratio": size.ratio,
@@ -74,7 +87,7 @@ def row_of(size: SmallSize, settings: PlanSettings, device: int | None) -> dict[
         "stored_reduction": size.stored_reduction(nf4),
         "bytes": {"16bit": size.weight_bytes(16.0), "nf4": size.weight_bytes(nf4)},
         "training": {label: {**asdict(part), "total": part.total} for label, part in memory.items()},
-        "fits": None if device is None else {label: part.total <= device for label, part in memory.items()},
+        "fits": None if room is None else {label: part.total <= room for label, part in memory.items()},
     }
 
 
@@ -102,7 +115,7 @@ def show_loram(reporter: Reporter, settings: PlanSettings, rows: list[dict[str, 
         [
             _memory_row(f"{_label(row)}, {label}", row["training"][label], row["fits"], label)
             for row in rows
-            for label in ("16bit", "nf4")
+            for label in row["training"]
         ],
     )
     reporter.out.print(

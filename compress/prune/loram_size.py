@@ -48,9 +48,9 @@ class SmallSize:
         """The paper's convention for a quantized base: every parameter at 4 instead of 16 bits, no overhead."""
         return published_quantized_reduction(self.full, self.parameters)
 
-    def weight_bytes(self, bits: float) -> float:
-        """Bytes of the weights with the linears at ``bits`` (all overhead included) and everything else in 16 bits."""
-        return (bits * self.linears + 16 * self.others) / 8
+    def weight_bytes(self, bits: float, *, others: float = 16.0) -> float:
+        """Bytes of the weights with the linears at ``bits`` (all overhead included), everything else at ``others``."""
+        return (bits * self.linears + others * self.others) / 8
 
     def stored_bits(self, bits: float) -> float:
         """Stored bits per parameter, counted as in ``weight_bytes``."""

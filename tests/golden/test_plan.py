@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from compress.evaluate.training_memory import (
     frozen_activation_bytes,
     training_memory,
 )
+from compress.machine import capacity
+from compress.model.checkpoint import checkpoint_architecture
+from compress.model.planned import headers_of
+from compress.pipelines import plan as plan_module
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
 from compress.prune.loram_size import small_size
@@ -83,6 +88,40 @@ def test_what_fits_is_said_and_nothing_is_written(tmp_path: Path) -> None:
     assert "6,005,662,720" in ran.stdout
     assert max(map(len, ran.stdout.splitlines())) <= 80
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "config.json"]
+
+
+def test_training_is_counted_in_its_dtype_and_asked_of_the_memory_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a device the host computes; with one, what others hold of it is not there."""
+    model = folder_of("LLaMA-2-13B", tmp_path / "model")
+    here = capacity(tmp_path, "cpu")
+    host = replace(here, host_free=30 * 10**9, device_free=None, device_total=None)
+    device = replace(here, host_free=10**12, device_free=30 * 10**9, device_total=80 * 10**9)
+    for machine, dtype, label, size in ((device, "bfloat16", "16bit", 2), (host, "float32", "32bit", 4)):
+        monkeypatch.setattr(plan_module, "capacity", lambda run, device, machine=machine: machine)
+        given = {"model": str(model), "no_time": True, "loram": True, "ratios": "0.65"}
+        rows = run_verb("plan", Common(device="cpu", dtype=dtype), given, quiet=True)["rows"]
+        for row, parameters in zip(rows, (13_015_864_320, 6_005_662_720), strict=True):
+            assert row["training"][label]["weights"] == size * parameters
+            arch = checkpoint_architecture(headers_of(str(model))[0])
+            small = small_size(arch, 13_015_864_320, row["ratio"])
+            others = parameters - small.linears
+            assert row["training"]["nf4"]["weights"] == pytest.approx(
+                4.126953125 / 8 * small.linears + size * others, rel=1e-4
+            )
+            wanted = training_memory(
+                small.arch,
+                size * parameters,
+                quantized=False,
+                rank=8,
+                batch=2,
+                sequence=512,
+                itemsize=size,
+            )
+            assert row["training"][label]["total"] == wanted.total
+            assert row["fits"] == {k: row["training"][k]["total"] <= 30e9 for k in (label, "nf4")}
+        assert {verdict for row in rows for verdict in row["fits"].values()} == {True, False}
 
 
 @pytest.mark.parametrize(
