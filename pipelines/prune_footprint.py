@@ -216,7 +216,7 @@ def size_after(full: PlannedModel, small: PlannedModel, share: float) -> float:
     kept = small.linears / full.linears
     if kept == 1:
         return float(full.file_bytes)
-    removed = (1 - kept**share) / (1 - kept)
+    removed: float = (1 - kept**share) / (1 - kept)
     return full.file_bytes - (full.file_bytes - small.file_bytes) * removed
 
 
