@@ -1,6 +1,7 @@
 """Train small, infer large: held-out loss of full LoRA, LoRAM and QLoRAM, with and without alignment and recovery.
 
-``python -m compress.benchmarks.loram [--quick] [--part table|masks] [--ratio 0.5] [--seeds 0] [--only NAMES]``
+``python -m compress.benchmarks.loram [--quick] [--part table|masks] [--ratio 0.5] [--align-steps 400]
+[--train-steps 200] [--seeds 0] [--only NAMES]``
 
 Protocol. Model SmolLM2-135M-Instruct (dequantized baseline), float32 on every machine. All adapters see the same
 windows of the same rows of Dolly (training split; loss on the responses), with the same steps, rank 8, alpha 16, on
@@ -11,63 +12,35 @@ many bits as NF4 takes, "2.75" in 2.75. Each small model is made once and given 
 a workspace of their own. A row has three losses on held-out rows of Dolly (test split, responses only): of the small
 base, of the small model with its adapter (inference without recovery), and of the full model with the recovered
 adapter. "kept" is the share of full LoRA's improvement over the untuned model that the recovered adapter keeps,
-"speed" the training throughput over full LoRA's. Both, and the peak memory, are those that the stage recorded.
+"speed" the training throughput over full LoRA's, in windows a second. Speed and peak memory are those that the stage
+``train`` recorded, in a process of its own: its peak is that of training, or of opening the result in float32 after it.
 
 The part masks has LoRAM-semi (4:8 and 2:4) and -unst (scores of Wanda). The recovered adapter is the product as it is;
 "masked" is the full model with the product times the mask, which no adapter file can hold.
 
-Rows are on disk as soon as they are known: run it again to go on. Small models stay in ``--work``.
+Rows are on disk as soon as they are known: run it again to go on. In ``--work`` stay small models, and every row beside
+what it depends on: another ratio, number of alignment steps or part measures only the rows that they change.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compress.adapters.attach import load_adapter
-from compress.adapters.masked import mask_adapters
+from compress.benchmarks.loram_rows import Bench, full_row, shared_row, small_row
 from compress.benchmarks.protocol import Rows
-from compress.data.sources import load_text
-from compress.data.windows import Windows, token_windows
 from compress.errors import UsageError
-from compress.evaluate.perplexity import mean_loss
-from compress.model.checkpoint import Checkpoint
-from compress.model.load import load_model, load_tokenizer, resolve
-from compress.pipelines.dispatch import run_verb
-from compress.pipelines.settings import Common
-from compress.prune.weight_masks import load_masks
+from compress.model.load import resolve
 
 TAKES = ("hours", "minutes")
 NEEDS = ("wikitext2",)
 
-DTYPE = "float32"
-CUT: dict[str, Any] = {
-    "shape": "local",
-    "ratio_of": "model",
-    "skip_first": 4,
-    "skip_last": 2,
-    "repair": "none",
-    "repair_steps": 0,
-}
-PRUNINGS: dict[str, dict[str, Any]] = {
-    "rand": {"criterion": "random", **CUT},
-    "stru": {"criterion": "taylor", **CUT},
-    "semi 4:8": {"criterion": "wanda", "shape": "semi", "pattern": "4:8", "skip_first": 4, "skip_last": 2},
-    "semi 2:4": {"criterion": "wanda", "shape": "semi", "pattern": "2:4", "skip_first": 4, "skip_last": 2},
-    "unst": {"criterion": "wanda", "shape": "unstructured", "skip_first": 4, "skip_last": 2},
-}
-QUANTIZED = {
-    "nf4": {"budget": "4.127bit", "rank": "0", "objective": "frobenius"},
-    "2.75": {"budget": "2.75bit"},
-}
 PARTS: dict[str, tuple[str, ...]] = {
     "table": (
         "rand",
@@ -81,119 +54,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "masks": tuple(f"{name}{end}" for name in ("semi 4:8", "semi 2:4", "unst") for end in ("", ", aligned")),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
-    """What the rows of one file share.
-
-    Attributes:
-        full: Folder of the full model.
-        work: Where small models and workspaces are.
-        data: Instructions to train on and to score.
-        corpus: Text of alignment.
-        ratio: Of the decoder linear weights.
-        calibration: Settings of scoring.
-        align: Settings of alignment.
-        train: Settings of adapter training.
-        windows: Windows that are scored.
-        length: Their tokens.
-    """
-
-    full: Path
-    work: Path
-    data: str
-    corpus: str
-    ratio: float
-    calibration: Mapping[str, Any]
-    align: Mapping[str, Any]
-    train: Mapping[str, Any]
-    windows: int
-    length: int
-
-    def common(self, run: Path, model: Path, data: str, seed: int = 0) -> Common:
-        """Options of one chain."""
-        return Common(run=run, model=str(model), data=data, seed=seed, dtype=DTYPE, effort="quick")
-
-    def held_out(self) -> Windows:
-        """Rows that nothing else reads."""
-        text = load_text(self.data, "test")
-        return token_windows(text, load_tokenizer(self.full), length=self.length, count=self.windows)
-
-    def loss(self, model: Path, adapter: Path | None = None) -> float:
-        """Mean loss on the held-out rows, nats per response token."""
-        network = load_model(model, dtype=torch.float32)
-        if adapter is not None:
-            network = load_adapter(network, adapter)
-        return mean_loss(network, self.held_out(), batch_size=4)
-
-
-def small_model(bench: Bench, name: str) -> Path:
-    """The folder of a small model, made on the first call; prunings and alignments are shared by later steps."""
-    kind, *steps = name.split(", ")
-    run = bench.work / _file_name(kind)
-    common = bench.common(run, bench.full, bench.corpus)
-    given = {**PRUNINGS[kind], **bench.calibration}
-    if given["shape"] != "semi":
-        given["ratio"] = bench.ratio
-    folder = Path(run_verb("prune", common, given, quiet=True)["path"])
-    if "aligned" in steps:
-        folder = Path(run_verb("align", common, dict(bench.align), quiet=True)["path"])
-    for step in steps:
-        if step in QUANTIZED:
-            run = bench.work / "-".join([folder.parent.name, folder.name, step])
-            settings = {**bench.calibration, **QUANTIZED[step]}
-            chain = bench.common(run, folder, bench.corpus)
-            folder = Path(run_verb("quantize", chain, settings, quiet=True)["path"])
-    return folder
-
-
-def _file_name(name: str) -> str:
-    return name.replace(",", "").replace(":", "-").replace(" ", "-")
-
-
-def train(bench: Bench, model: Path, run: Path, seed: int) -> tuple[Path, dict[str, Any]]:
-    """An adapter on ``model`` in a fresh workspace; its folder, and what training took."""
-    record = run_verb("train", bench.common(run, model, bench.data, seed), dict(bench.train), quiet=True)
-    metrics = record["metrics"]
-    return Path(record["path"]), {
-        "tokens": metrics["tokens"],
-        "windows_per_second": metrics["steps"] * bench.train["micro_batch"] / metrics["train_seconds"],
-        "peak_memory_bytes": record["peak_memory_bytes"],
-        "trainable_parameters": metrics["trainable_parameters"],
-    }
-
-
-def full_row(bench: Bench, seed: int) -> dict[str, Any]:
-    """LoRA on the full model."""
-    run = bench.work / f"user-full-{seed}"
-    adapter, facts = train(bench, bench.full, run, seed)
-    row = {"recovered": bench.loss(bench.full, adapter), **facts}
-    shutil.rmtree(run)
-    return row
-
-
-def small_row(bench: Bench, name: str, seed: int) -> dict[str, Any]:
-    """LoRAM on one small model."""
-    small, run = small_model(bench, name), bench.work / f"user-{_file_name(name)}-{seed}"
-    checkpoint = Checkpoint(small)
-    adapter, facts = train(bench, small, run, seed)
-    common = bench.common(run, small, bench.data, seed)
-    recovered = run_verb("recover", common, {"onto": str(bench.full)}, quiet=True)["path"]
-    row = {
-        "base": bench.loss(small),
-        "small": bench.loss(small, adapter),
-        "recovered": bench.loss(bench.full, Path(recovered)),
-        "bytes": checkpoint.bytes,
-        **facts,
-    }
-    masks = load_masks(adapter)
-    if masks is not None:
-        network = load_adapter(load_model(bench.full, dtype=torch.float32), Path(recovered))
-        mask_adapters(network, masks)
-        row["masked"] = mean_loss(network, bench.held_out(), batch_size=4)
-    shutil.rmtree(run)
-    return row
+TRAINING: dict[str, Any] = {"lr": 3e-4, "rank": 8, "alpha": 16, "dropout": 0.05}
 
 
 def table(rows: Rows, names: tuple[str, ...], seeds: list[int]) -> str:
@@ -250,7 +111,15 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
         ratio=arguments.ratio,
         calibration={"calibration_tokens": 16_384},
         align={**loop, "accumulation": 2, "steps": arguments.align_steps, "lr": 2e-4},
-        train={**loop, "accumulation": 2, "steps": 200, "lr": 3e-4, "rank": 8, "alpha": 16, "dropout": 0.05},
+        train={
+            **loop,
+            "accumulation": 2,
+            "steps": arguments.train_steps,
+            "lr": 3e-4,
+            "rank": 8,
+            "alpha": 16,
+            "dropout": 0.05,
+        },
         windows=128,
         length=256,
     )
@@ -279,6 +148,7 @@ def main() -> int:
     parser.add_argument("--corpus", default="wikitext2", help="text of alignment and calibration")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--align-steps", type=int, default=400, help="2048 tokens each")
+    parser.add_argument("--train-steps", type=int, default=200, help="of adapter training, 2048 tokens each")
     parser.add_argument("--seeds", default="0", help="of adapter training, separated by commas")
     parser.add_argument("--only", help="methods, separated by ;")
     parser.add_argument("--work", type=Path, default=Path("loram-work"), help="where small models are kept")
@@ -295,30 +165,27 @@ def main() -> int:
                 f"Choose among {'; '.join(PARTS[arguments.part])}.",
             )
     seeds = [int(part) for part in arguments.seeds.split(",")]
-    identity = {
-        "benchmark": "loram",
+    identity = bench.identity() | {
         "part": arguments.part,
-        "model": Checkpoint(bench.full).fingerprint(),
-        "data": Path(bench.data).name,
         "corpus": Path(bench.corpus).name,
-        "dtype": DTYPE,
         "ratio": bench.ratio,
         "calibration": dict(bench.calibration),
         "align": dict(bench.align),
         "train": dict(bench.train),
-        "windows": bench.windows,
-        "length": bench.length,
     }
     rows = Rows(arguments.out or Path(f"loram-{arguments.part}.json"), identity)
     bench.work.mkdir(parents=True, exist_ok=True)
-    if not rows.has("untuned"):
-        rows.put("untuned", {"recovered": bench.loss(bench.full)})
+
+    def measured(name: str, seed: int | None, measure: Callable[[], dict[str, Any]]) -> None:
+        key = name if seed is None else f"{name} {seed}"
+        if not rows.has(key):
+            rows.put(key, shared_row(bench, name, key, measure))
+
+    measured("untuned", None, lambda: {"recovered": bench.loss(bench.full)})
     for seed in seeds:
-        if not rows.has(f"full {seed}"):
-            rows.put(f"full {seed}", full_row(bench, seed))
+        measured("full", seed, partial(full_row, bench, seed))
         for name in names:
-            if not rows.has(f"{name} {seed}"):
-                rows.put(f"{name} {seed}", small_row(bench, name, seed))
+            measured(name, seed, partial(small_row, bench, name, seed))
     print(table(rows, names, seeds))
     return 0
 

@@ -1,10 +1,10 @@
 """Recovery of an adapter with the shapes of LLaMA-2-70B: seconds, peak memory, bytes.
 
-``python -m compress.benchmarks.loram_recover [--quick] [--rank 8] [--work DIR] [--out FILE]``
+``python -m compress.benchmarks.loram_recover [--quick] [--rank 8] [--dtype bfloat16] [--work DIR] [--out FILE]``
 
 The structure is LoRAM's at a ratio of 0.85 (arXiv 2502.13533): 2 of 8 KV groups and 4300 of 28672 channels in every
 layer but the first four and last two, at random. The adapter is on all seven projections and the output matrix, random
-numbers in bfloat16. It is recovered three times, each in a process of its own on one thread: as it is, with initial
+numbers in ``--dtype``. It is recovered three times, each in a process of its own on one thread: as it is, with initial
 factors (the difference, at twice the rank), and that cut back to the rank. Seconds and peak memory are those of the
 recovery alone. The full model is a file of the output matrix's shape without content: recovery reads its shapes only.
 """
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, write_adapter
+from compress.adapters.adapter_file import write_adapter
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.recover import recover_adapter
 from compress.benchmarks.model_shapes import CONFIGS, architecture
 from compress.benchmarks.protocol import host, versions, write_json
@@ -60,7 +61,14 @@ def structure_of(arch: Architecture, *, seed: int = 0) -> StructureMap:
     return structure_map(arch, layers, base_fingerprint="")
 
 
-def write_small_adapter(arch: Architecture, structure: StructureMap, rank: int, folder: Path) -> None:
+def write_small_adapter(
+    arch: Architecture,
+    structure: StructureMap,
+    rank: int,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """A random adapter for the model that ``structure`` leaves, with and without initial factors."""
     generator = torch.Generator().manual_seed(1)
     small = replace(arch, layer_shapes=structure.shapes)
@@ -76,7 +84,7 @@ def write_small_adapter(arch: Architecture, structure: StructureMap, rank: int, 
         for module, (out, into) in shapes.items():
             for side, shape in (("A", (rank, into)), ("B", (out, rank))):
                 values = torch.randn(shape, generator=generator)
-                found[f"{PREFIX}{module}.lora_{side}.weight"] = values.to(torch.bfloat16)
+                found[f"{PREFIX}{module}.lora_{side}.weight"] = values.to(dtype)
         return found
 
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "init_lora_weights": True}
@@ -126,12 +134,12 @@ def measure(folder: Path, way: str, rank: int) -> dict[str, Any]:
     }
 
 
-def run_all(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+def run_all(folder: Path, rank: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Make the inputs, then recover in every way."""
     arch = architecture(MODEL)
     structure = structure_of(arch)
     structure.save(folder / "structure.safetensors")
-    write_small_adapter(arch, structure, rank, folder)
+    write_small_adapter(arch, structure, rank, folder, dtype=dtype)
     write_hollow_model(arch, folder / "full")
     rows = {}
     for way in WAYS:
@@ -161,6 +169,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="rank 1")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the factors")
     parser.add_argument("--work", type=Path, help="where the adapters go (default: a temporary folder)")
     parser.add_argument("--one", choices=WAYS, help="only this way, on what lies in --work")
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
@@ -170,9 +179,10 @@ def main() -> int:
         print(json.dumps(measure(arguments.work, arguments.one, rank)))
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        rows = run_all(Path(folder), rank)
+        rows = run_all(Path(folder), rank, getattr(torch, arguments.dtype))
     if arguments.out is not None:
         identity = {"benchmark": "loram_recover", "model": MODEL, "ratio": RATIO, "rank": rank}
+        identity |= {"dtype": arguments.dtype}
         content = {"identity": identity, "versions": versions(), "host": host(), "rows": rows}
         write_json(arguments.out, {"format_version": 1, **content})
     print(table(rows))

@@ -2,8 +2,9 @@
 
 ``python -m compress.benchmarks.plan_check [--quick] [--model M] [--data D] [--run DIR] [--out FILE]``
 
-Every stage runs in a process of its own; its peak resident memory (of a GPU, what torch allocated there) is set against
-the peak that was counted for the same options, and the weight files against the sizes that were counted. The shape is
+Every stage runs in a process of its own. The peak that was counted for the same options is set against what it took:
+on the CPU the process's peak resident memory; on a GPU what torch allocated there, and beside it the host's (a stage
+that used no GPU: the host's alone). The weight files are set against the sizes that were counted. The shape is
 the plan's own: where scores choose a near one, sizes differ by that. A chain that lies in ``--run`` is not run again.
 Times are products and transfers alone: what they leave out is the ratio. They are measured when this runs, so a machine
 that does other things compares nothing.
@@ -83,18 +84,20 @@ def check(
         if verb not in records:
             continue
         found = verdict(footprint, work, limits, speed)
-        resource = next(
-            (each for each in found["resources"] if each["resource"] == "device memory"),
-            found["resources"][0],
-        )
-        alone = limits.device is None
-        counted = found["process_bytes"] if alone else resource["needs"]
         record = records[verb]
-        stages[verb] = {
-            "peak_bytes": _pair(counted, record["peak_memory_bytes"]),
-            "phase": found["process_phase"] if alone else resource["phase"],
-            "seconds": _pair(found["at_least_seconds"], record["seconds"]),
-        }
+        host_peak = record.get("peak_host_bytes", record["peak_memory_bytes"])
+        host_pair = _pair(found["process_bytes"], host_peak)
+        on_device = [each for each in found["resources"] if each["resource"] == "device memory"]
+        if on_device and record.get("peak_device_bytes"):
+            stages[verb] = {
+                "peak_of": "device",
+                "peak_bytes": _pair(on_device[0]["needs"], record["peak_device_bytes"]),
+                "phase": on_device[0]["phase"],
+                "host_peak_bytes": host_pair,
+            }
+        else:
+            stages[verb] = {"peak_of": "host", "peak_bytes": host_pair, "phase": found["process_phase"]}
+        stages[verb]["seconds"] = _pair(found["at_least_seconds"], record["seconds"])
         if ROWS.get(verb) in measured_rows:
             stages[verb]["file_bytes"] = _pair(files[ROWS[verb]], measured_rows[ROWS[verb]]["bytes"])
         elif verb in ("prune", "align", "quantize") and "path" in record:
@@ -135,11 +138,17 @@ def report(result: Mapping[str, Any]) -> str:
     lines = []
     for verb, stage in result["stages"].items():
         parts = []
-        for name in ("peak_bytes", "file_bytes", "seconds"):
+        labels = {
+            "peak_bytes": f"peak_bytes of the {stage['peak_of']}",
+            "host_peak_bytes": "peak_bytes of the host",
+            "file_bytes": "file_bytes",
+            "seconds": "seconds",
+        }
+        for name, label in labels.items():
             pair = stage.get(name)
             if pair is not None and pair["ratio"] is not None:
                 parts.append(
-                    f"{name} {pair['predicted']:,.4g} / {pair['measured']:,.4g} = {pair['ratio']:.2f}"
+                    f"{label} {pair['predicted']:,.4g} / {pair['measured']:,.4g} = {pair['ratio']:.2f}"
                 )
         lines.append(f"{verb}: {'; '.join(parts)} (peak in: {stage['phase']})")
     ratios = {verb: stage["peak_bytes"]["ratio"] for verb, stage in result["stages"].items()}

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
-from compress.adapters.adapter_file import PREFIX, write_adapter
+from compress.adapters.adapter_file import write_adapter
+from compress.adapters.initial_factors import PREFIX
 from compress.model.checkpoint import Checkpoint, CheckpointWriter, checkpoint_architecture
 from compress.model.config import build_config
 from compress.model.planned import headers_of

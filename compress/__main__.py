@@ -29,7 +29,7 @@ from compress.cli.options import (
 from compress.cli.verb import app, meanings, verb
 
 
-@verb("plan", OUTPUT)
+@verb("plan", PLACE)
 def plan(
     model: Annotated[
         str | None,
@@ -90,6 +90,13 @@ def plan(
     ] = None,
     skip_first: Annotated[int | None, typer.Option(help="First layers left whole (with --loram).")] = None,
     skip_last: Annotated[int | None, typer.Option(help="Last layers left whole (with --loram).")] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check",
+            help="Exit with 1 where a step has no room, in memory (--memory-limit, else what is free) or on the disk.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     effort: Effort = None,
@@ -267,6 +274,12 @@ def bench(
     repeats: Annotated[int | None, typer.Option(help="Runs behind a baseline (default 3).")] = None,
     baselines: Annotated[
         Path | None, typer.Option(help="Folder of baselines (default: those that ship with compress).")
+    ] = None,
+    finished: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run nothing: compare the chain in this workspace with the baseline recipe.json, or write that."
+        ),
     ] = None,
     model: Model = None,
     data: Data = None,

@@ -65,6 +65,27 @@ def system_failure(error: OSError) -> CompressError | None:
     return CompressError(f"{cause}{place}.", remedy)
 
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""In what torch says when there is no memory, where it has no class of its own for that."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of a device, rather than anything being wrong."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return (
+        named
+        or isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY))
+    )
+
+
 def shown(value: object) -> str:
     """``repr`` of a value that a stranger may have written, cut where it is long or deeply nested."""
     cutting = reprlib.Repr()

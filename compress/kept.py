@@ -23,6 +23,10 @@ class Kept:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
+    def path(self, name: str) -> Path | None:
+        """A folder within this one, for results of another kind; None where nothing is kept."""
+        return None if self._folder is None else self._folder / name
+
     def has(self, name: str) -> bool:
         """Whether ``name`` was made before."""
         return self._folder is not None and self._file(self._folder, name).is_file()

@@ -161,10 +161,16 @@ def regression_options(given: Mapping[str, Any], chosen: Sequence[str]) -> list[
     """The options that only the regression suite takes, for its command line.
 
     Raises:
-        UsageError: One is given and the suite does not run.
+        UsageError: One is given and the suite does not run, or it would do nothing.
     """
     found: list[str] = []
-    for name in ("update", "repeats", "baselines", "model", "data"):
+    if given.get("repeats") is not None and not given.get("update"):
+        raise UsageError(
+            "--repeats counts the runs behind a baseline, and none is written.", "Give --update too."
+        )
+    if given.get("finished") is not None:
+        _refuse_beside_finished(given)
+    for name in ("update", "repeats", "baselines", "finished", "model", "data"):
         value = given.get(name)
         if value is None or value is False:
             continue
@@ -174,6 +180,15 @@ def regression_options(given: Mapping[str, Any], chosen: Sequence[str]) -> list[
             )
         found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return found
+
+
+def _refuse_beside_finished(given: Mapping[str, Any]) -> None:
+    idle = [name for name in ("quick", "repeats", "model", "data") if given.get(name)]
+    if idle:
+        raise UsageError(
+            f"--finished takes a chain that was run, and --{idle[0]} says how to run one.",
+            f"Leave --{idle[0]} out.",
+        )
 
 
 def run_benchmark(reporter: Reporter, name: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from compress.errors import system_failure
 from compress.pipelines.engines import opened_engine
+from compress.pipelines.exhausted import memory_failure
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import (
     VERBS,
@@ -60,14 +61,17 @@ def run_verb(
 
     Raises:
         Stopped: ``stop`` said so.
-        CompressError: Whatever the verb or the operating system refuses, with cause and remedy.
+        CompressError: Whatever the verb or the operating system refuses, memory included, with cause and remedy.
     """
     try:
         if team is not None:
             team.require(verb, common)
         return _run(verb, common, given, Reporter(quiet=quiet, stop=stop), team)
-    except (OSError, SafetensorError) as error:
-        refused = system_failure(error if isinstance(error, OSError) else _os_error(error))
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        told = _os_error(error) if isinstance(error, SafetensorError) else error
+        refused = memory_failure(told, verb)
+        if refused is None and isinstance(told, OSError):
+            refused = system_failure(told)
         if refused is None:
             raise
         raise refused from error

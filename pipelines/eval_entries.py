@@ -13,7 +13,8 @@ from typing import Any
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import Checkpoint
 from compress.model.config import build_config, meta_shapes, quantization_method
-from compress.model.load import EMBEDDED, resolve
+from compress.model.load import EMBEDDED, resolve, resolve_headers
+from compress.model.planned import PlannedCheckpoint, headers_of
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import HUB_NAME, ModelInput, check_stage, open_model
 from compress.pipelines.reporter import Reporter
@@ -80,8 +81,13 @@ def chain_entries(context: Context, full: ModelInput) -> list[Entry]:
     return entries
 
 
-def named_entries(reporter: Reporter, names: Sequence[str]) -> list[Entry]:
+def named_entries(reporter: Reporter, names: Sequence[str], *, dry: bool = False) -> list[Entry]:
     """The models a user named, in order; a folder is called by its last part where that tells it apart.
+
+    Args:
+        reporter: Shows conversions.
+        names: What the user calls them.
+        dry: Fetch no weights; see `named_entry`.
 
     Raises:
         UsageError: A model is named twice.
@@ -90,7 +96,7 @@ def named_entries(reporter: Reporter, names: Sequence[str]) -> list[Entry]:
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise UsageError(f"The model {twice[0]} is named {names.count(twice[0])} times.", "Name it once.")
-    entries = [named_entry(reporter, name) for name in names]
+    entries = [named_entry(reporter, name, dry=dry) for name in names]
     shared = {name for name, times in Counter(entry.name for entry in entries).items() if times > 1}
     return [
         replace(entry, name=given) if entry.name in shared else entry
@@ -98,25 +104,31 @@ def named_entries(reporter: Reporter, names: Sequence[str]) -> list[Entry]:
     ]
 
 
-def named_entry(reporter: Reporter, name: str) -> Entry:
+def named_entry(reporter: Reporter, name: str, *, dry: bool = False) -> Entry:
     """A model by hub id, folder (also of a PEFT adapter), GGUF file or embedded name.
+
+    Args:
+        reporter: Shows conversions.
+        name: What the user calls it.
+        dry: Fetch no more than config and index from the hub; where weights are not here, the entry has no identity.
 
     Raises:
         CompressError: It, or the base of the adapter, is not to be had.
     """
-    path = _resolve(reporter, name)
+    path = _resolve(reporter, name, dry=dry)
     adapter = None
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
-        adapter, path = path, adapter_base(reporter, path)
-    checkpoint = Checkpoint(path)
+        adapter, path = path, adapter_base(reporter, path, dry=dry)
+    checkpoint = headers_of(str(path))[0] if dry else Checkpoint(path)
     files = {} if adapter is None else describe_files(adapter)
     given = Path(name).expanduser()
+    here = not isinstance(checkpoint, PlannedCheckpoint)
     return Entry(
         name=given.resolve().name if given.exists() else name,
         model=path,
         adapter=adapter,
         parameters=parameters_of(checkpoint),
-        id=digest({"model": checkpoint.fingerprint(), "adapter": files, "name": name}),
+        id=digest({"model": checkpoint.fingerprint(), "adapter": files, "name": name}) if here else "",
     )
 
 
@@ -128,16 +140,17 @@ def parameters_of(checkpoint: Checkpoint) -> int:
     return sum(math.prod(shape) for shape in meta_shapes(build_config(plain)).values())
 
 
-def adapter_base(reporter: Reporter, adapter: Path) -> Path:
+def adapter_base(reporter: Reporter, adapter: Path, *, dry: bool = False) -> Path:
     """The folder of the model that an adapter belongs to.
 
     An adapter that is a stage of a workspace belongs to that chain's small or full model. Any other names its base
-    in ``adapter_config.json``: a folder (as it is, or beside the adapter), a hub id or an embedded model.
+    in ``adapter_config.json``: a folder (as it is, or beside the adapter), a hub id or an embedded model. ``dry``
+    fetches no weights.
 
     Raises:
         CompressError: It names none, or one that is not to be had.
     """
-    staged = _stage_base(reporter, adapter)
+    staged = _stage_base(reporter, adapter, dry=dry)
     if staged is not None:
         return staged
     try:
@@ -158,7 +171,7 @@ def adapter_base(reporter: Reporter, adapter: Path) -> Path:
     try:
         if (beside / "config.json").is_file() and not (Path(base) / "config.json").is_file():
             return beside.resolve()
-        return _resolve(reporter, EMBEDDED if embedded is not None else base)
+        return _resolve(reporter, EMBEDDED if embedded is not None else base, dry=dry)
     except CompressError as error:
         raise CompressError(
             f"The base {base!r} of the adapter {adapter} is not to be had: {error.cause}",
@@ -166,7 +179,7 @@ def adapter_base(reporter: Reporter, adapter: Path) -> Path:
         ) from error
 
 
-def _stage_base(reporter: Reporter, adapter: Path) -> Path | None:
+def _stage_base(reporter: Reporter, adapter: Path, *, dry: bool) -> Path | None:
     """The model that an adapter of a workspace is on; None where the folder is no stage of ``train`` or ``recover``."""
     root = adapter.resolve().parent
     if not (adapter / "stage.json").is_file() or not (root / "run.json").is_file():
@@ -179,9 +192,11 @@ def _stage_base(reporter: Reporter, adapter: Path) -> Path | None:
     if small is not None:
         return small.path
     onto = stage.record["config"].get("onto") if stage.verb == "recover" else None
-    return _resolve(reporter, str(onto)) if onto is not None else Path(workspace.model["path"])
+    return _resolve(reporter, str(onto), dry=dry) if onto is not None else Path(workspace.model["path"])
 
 
-def _resolve(reporter: Reporter, name: str) -> Path:
+def _resolve(reporter: Reporter, name: str, *, dry: bool) -> Path:
+    if dry:
+        return resolve_headers(name)
     with reporter.bar(f"model {name}") as progress:
         return resolve(name, progress=progress)

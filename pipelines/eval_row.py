@@ -69,13 +69,7 @@ class Bench:
             ) from error
         if entry.adapter is None:
             return network
-        try:
-            return load_adapter(network, entry.adapter).eval()
-        except (RuntimeError, ValueError) as error:
-            raise CompressError(
-                f"The adapter {entry.adapter} does not fit the model in {entry.model}.",
-                "Use the model that it was trained on.",
-            ) from error
+        return load_adapter(network, entry.adapter)
 
 
 def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | None) -> dict[str, Any]:
@@ -122,6 +116,7 @@ def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | No
         "bits_per_weight": 8 * size / entry.parameters,
         "resident_bytes": resident,
         "peak_memory_bytes": peak.device_bytes or peak.host_bytes,
+        "peak_memory_of": "device" if peak.device_bytes else "host",
         "perplexity": result.value,
         "standard_error": result.standard_error,
         "perplexity_interval": None if result.interval is None else list(result.interval),

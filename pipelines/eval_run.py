@@ -37,11 +37,13 @@ def make_bench(reporter: Reporter, common: Common, settings: EvalSettings) -> Be
     return Bench(reporter=reporter, settings=settings, device=device, dtype=dtype, tasks=tasks)
 
 
-def reference_of(reporter: Reporter, settings: EvalSettings, entries: Sequence[Entry]) -> Entry:
-    """The model that the others are compared with: ``--reference``, else the first."""
+def reference_of(
+    reporter: Reporter, settings: EvalSettings, entries: Sequence[Entry], *, dry: bool = False
+) -> Entry:
+    """The model that the others are compared with: ``--reference``, else the first; ``dry`` fetches no weights."""
     if settings.reference is None:
         return entries[0]
-    found = named_entry(reporter, settings.reference)
+    found = named_entry(reporter, settings.reference, dry=dry)
     return next(
         (e for e in entries if (e.model.resolve(), e.adapter) == (found.model.resolve(), found.adapter)),
         found,

@@ -113,8 +113,9 @@ def _harness(reporter: Reporter, rows: Rows) -> None:
 
 
 def _size(reporter: Reporter, rows: Rows) -> None:
+    on_device = any(row.get("peak_memory_of") == "device" for row in rows)
     reporter.table(
-        "size and memory",
+        "size and memory" + (" (peak of the GPU)" if on_device else " (peak of the host)"),
         ("model", "parameters", "file", "bits/param", "resident", "peak"),
         [
             (

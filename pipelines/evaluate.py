@@ -44,7 +44,7 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
     full = original(context)
     check_length(full.path, settings.sequence)
     entries = chain_entries(context, full)
-    reference = reference_of(context.reporter, settings, entries)
+    reference = reference_of(context.reporter, settings, entries, dry=context.common.dry_run)
     check_length(reference.model, settings.sequence)
     bench = make_bench(context.reporter, context.common, settings)
     source = context.common.data or default_source()
@@ -57,8 +57,9 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
 
     texts = text_inputs(source, "test")
     texts |= text_inputs(training_source, "validation", name=HELD_OUT)
-    measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
-    refuse_evaluation(context.common, measured, settings, bench.device, bench.dtype)
+    measured = [(entry.model, entry.adapter) for entry in entries]
+    other = (reference.model, reference.adapter)
+    refuse_evaluation(context.common, measured, other, settings, bench.device, bench.dtype)
 
     def work(folder: Path) -> Mapping[str, Any]:
         text = read_text(context, source, "test", full.path)

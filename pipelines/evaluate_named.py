@@ -30,6 +30,9 @@ from compress.pipelines.stage import host, show_plan, versions
 from compress.pipelines.ways_of_stages import refuse_evaluation
 from compress.pipelines.workspace import FORMAT_VERSION, TEXT, stage_id, write_json
 
+FETCHED = ("c4", "wikitext2")
+"""Texts that may come from the hub, for which a dry run does not ask."""
+
 
 def evaluate_named(
     reporter: Reporter,
@@ -74,18 +77,19 @@ def evaluate_named(
     if out is not None:
         check_out(out)
     bench = make_bench(reporter, common, settings)
-    text = load_text(source, "test")
-    entries = named_entries(reporter, names)
-    reference = reference_of(reporter, settings, entries)
+    text = None if common.dry_run and source in FETCHED else load_text(source, "test")
+    entries = named_entries(reporter, names, dry=common.dry_run)
+    reference = reference_of(reporter, settings, entries, dry=common.dry_run)
     for entry in (*entries, reference):
         check_length(entry.model, settings.sequence, whose=f"{entry.name}'s")
-    measured = [(entry.model, entry.adapter) for entry in (*entries, reference)]
-    refuse_evaluation(common, measured, settings, bench.device, bench.dtype)
-    config, inputs = configuration(bench, source), identities(bench, entries, reference)
-    inputs[TEXT] = text.sha256
-    if common.dry_run:
+    measured = [(entry.model, entry.adapter) for entry in entries]
+    other = (reference.model, reference.adapter)
+    refuse_evaluation(common, measured, other, settings, bench.device, bench.dtype)
+    config = configuration(bench, source)
+    if common.dry_run or text is None:
         show_plan(reporter, "eval", config)
         return {"verb": "eval", "config": config}
+    inputs = identities(bench, entries, reference) | {TEXT: text.sha256}
     wanted = stage_id("eval", config, inputs)
     done = None if out is None or common.redo else finished_record(out, wanted)
     if done is not None:

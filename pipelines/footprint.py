@@ -14,6 +14,8 @@ from dataclasses import replace
 from math import prod
 
 from compress.adapters.batched import LIMIT as WINDOW_BYTES
+from compress.adapters.optimizer import galore_numbers, is_projected
+from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.evaluate.training_memory import (
     activation_bytes,
     adapter_parameters,
@@ -34,10 +36,12 @@ from compress.pipelines.phase import (
     largest,
     loading,
     loss_bytes,
+    one_layer,
     reopening,
     scoring,
     spilled,
     training,
+    unpacked,
 )
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.settings import AlignSettings, QuantizeSettings, TrainSettings
@@ -54,12 +58,17 @@ def align_footprint(
     """``align``: ``4 P`` float32 weights, ``4 P'`` gradients and ``8 P'`` moments of all P' but the output matrix.
 
     Backward: activations as with adapters of rank 0, and ``e W`` rounded weights where e is 2. Update: ``4 P'`` roots
-    of all second moments at once. With a teacher ``e`` times the full model.
-    Disk: the state, ``12 P'``, twice while it is replaced, and the result.
+    of all second moments at once. With a teacher ``e`` times the full model. GaLore: of every projected matrix of sides
+    m >= n moments ``8 r m`` and a basis ``4 r n`` instead (r 128), and one matrix after the other is decomposed,
+    ``4 (2 m n + 5 n^2)``, or one tensor that is not projected updated, 8 bytes a number.
+    Disk: the state, ``4 P'`` and what the optimizer holds, twice while it is replaced, and the result.
     """
     arch, e, tokens = small.arch, ground.itemsize, settings.micro_batch * settings.sequence
     trained = small.parameters - arch.vocab * arch.hidden
-    held = {"weights": 4.0 * small.parameters, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
+    optimizer, update = 8.0 * trained, Phase(name="update", device={"update": 4.0 * trained})
+    if settings.optimizer == "galore":
+        optimizer, update = _galore(arch, trained)
+    held = {"weights": 4.0 * small.parameters, "gradients": 4.0 * trained, "optimizer": optimizer}
     if settings.loss != "text":
         held["teacher"] = full.loaded(e)
     kept = sum(activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers))
@@ -69,12 +78,25 @@ def align_footprint(
     phases = (
         loading(small, ground, 4),
         Phase(name="backward", device=backward),
-        Phase(name="update", device={**held, "update": 4.0 * trained}),
+        Phase(name=update.name, device={**held, **update.device}),
         scoring(small, ground, length=ground.length, windows=ground.windows),
         *reopening(small, ground),
     )
     size = small.file_bytes
-    return Footprint(verb="align", phases=phases, disk_peak=24.0 * trained + size, disk_kept=size)
+    state = 2.0 * (4.0 * trained + optimizer)
+    return Footprint(verb="align", phases=phases, disk_peak=state + size, disk_kept=size)
+
+
+def _galore(arch: Architecture, trained: int) -> tuple[float, Phase]:
+    """What GaLore holds for ``trained`` numbers, and the step that takes the most beside it."""
+    shapes = [arch.at(i).linear_shape(spec) for i in range(arch.layers) for spec in arch.linears_at(i)]
+    projected = [shape for shape in shapes if is_projected(shape)]
+    whole = trained - sum(map(prod, projected))
+    numbers = 2 * whole + sum(map(galore_numbers, projected))
+    decomposed = max((4 * (2 * prod(shape) + 5 * min(shape) ** 2) for shape in projected), default=0)
+    embedding = 0 if arch.tied else arch.vocab * arch.hidden
+    rest = max([embedding, *(prod(shape) for shape in shapes if not is_projected(shape))])
+    return 4.0 * numbers, Phase(name="project", device={"update": float(max(decomposed, 8 * rest))})
 
 
 def quantize_footprint(
@@ -205,16 +227,61 @@ def recover_footprint(
 
 
 def eval_footprint(
-    entries: list[tuple[PlannedModel, int]], ground: Ground, *, length: int, windows: int
+    entries: list[tuple[PlannedModel, int]],
+    ground: Ground,
+    *,
+    length: int,
+    windows: int,
+    reference: tuple[PlannedModel, int] | None = None,
 ) -> Footprint:
-    """``eval``: one model after the other, whole, each as `scoring` with its adapter. Disk: nothing to speak of."""
+    """``eval``: one model after the other, whole, each as `scoring` with its adapter; then each beside the reference.
+
+    Compared are the two models' logits of one window, ``2 T V e``, in chunks of five float32 numbers for each logit.
+    Disk: nothing to speak of.
+
+    Args:
+        entries: Models with the parameters of their adapters.
+        ground: Of all stages; nothing is streamed.
+        length: Tokens of a window.
+        windows: Test windows.
+        reference: What the others are compared with; None where nothing is compared.
+    """
     phases = []
     ground = replace(ground, streamed=False)
     for model, adapter in entries:
         found = scoring(model, ground, length=length, windows=windows, adapter=adapter)
-        name = f"{model.name} + adapter" if adapter else model.name
+        name = _with_adapter(model, adapter)
         phases += [loading(model, ground, name=f"load {name}"), Phase(name=name, device=found.device)]
+    if reference is not None:
+        for entry in entries:
+            if entry != reference:
+                phases += _beside(entry, reference, ground, length)
     return Footprint(verb="eval", phases=tuple(phases), disk_peak=0.0, disk_kept=0.0)
+
+
+def _with_adapter(model: PlannedModel, adapter: int) -> str:
+    return f"{model.name} + adapter" if adapter else model.name
+
+
+def _beside(
+    entry: tuple[PlannedModel, int], reference: tuple[PlannedModel, int], ground: Ground, length: int
+) -> list[Phase]:
+    """A model loaded while the reference is in memory, then both at work on one window."""
+    (model, adapter), (other, others) = entry, reference
+    arch, e = model.arch, ground.itemsize
+    name = f"{_with_adapter(model, adapter)} beside {_with_adapter(other, others)}"
+    there = {"reference": other.loaded(e) + 4.0 * others}
+    alone = loading(model, ground, name=f"load {name}")
+    logits = length * arch.vocab
+    work = max(one_layer(each.arch, length, e) + unpacked(each) for each in (model, other))
+    terms = {
+        **held(model, ground),
+        **there,
+        "adapters": 4.0 * adapter,
+        "logits": 2.0 * e * logits + 20.0 * min(CHUNK_ELEMENTS, logits),
+        "one layer": work,
+    }
+    return [replace(alone, device={**alone.device, **there}), Phase(name=name, device=terms)]
 
 
 def _merging(checkpoint: Checkpoint, *, batched: bool) -> dict[str, float]:

@@ -164,8 +164,10 @@ def gpu_memory(machine: Machine, device: str) -> int:
 
 
 def too_large(weights: int, room: int, device: str) -> str:
-    """What to say of a model that this machine cannot hold."""
+    """What to say of a model that this machine cannot hold whole."""
     return (
-        f"The weights alone take {human_bytes(weights)} and {device} has {human_bytes(room)}: prune, train and "
-        "quantize hold the whole model, so this will not run here. Take a larger machine, or see compress plan."
+        f"The weights alone take {human_bytes(weights)} and {device} has {human_bytes(room)}. prune, quantize and "
+        "recover read such a model layer by layer (--memory-limit says how much of the host they may take). What "
+        "trains (train, align, the repair of prune) and eval hold their models whole. compress plan counts what each "
+        "step needs and says what to change."
     )

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from compress.adapters.loss import TokenLoss
 from compress.data.stream import conversation_stream
-from compress.data.windows import Windows, token_windows
+from compress.data.windows import Draw, Windows, token_windows
 from compress.errors import CompressError, UsageError
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
-from compress.model.checkpoint import Checkpoint
+from compress.model.checkpoint import read_config
 from compress.model.config import build_config
 from compress.model.load import load_tokenizer
 from compress.pipelines.model_input import ModelInput
@@ -57,7 +57,9 @@ def training_windows(
     )
 
 
-def calibration_windows(context: Context, model: Path, source: str, *, tokens: int, draw: int = 0) -> Windows:
+def calibration_windows(
+    context: Context, model: Path, source: str, *, tokens: int, apart_from: int | None = None
+) -> Windows:
     """About ``tokens`` tokens of the training split, drawn under a seed that no training uses.
 
     Args:
@@ -65,7 +67,8 @@ def calibration_windows(context: Context, model: Path, source: str, *, tokens: i
         model: Folder of the model that will read them.
         source: Text source.
         tokens: How many; rounded down to whole windows, but at least one.
-        draw: Draws with other numbers read other windows.
+        apart_from: Draw windows that the calibration on so many tokens does not read, as long as there are some; see
+            :func:`compress.data.windows.token_windows`.
 
     Returns:
         Fewer where there is not so much text. No padding: conversations follow one another.
@@ -73,11 +76,14 @@ def calibration_windows(context: Context, model: Path, source: str, *, tokens: i
     tokenizer = load_tokenizer(model)
     text = read_text(context, source, "train", model)
     length = min(LENGTH, positions(model))
-    count = max(1, tokens // length)
-    seed = context.common.seed + CALIBRATION_SEED * (1 + draw)
+    count, seed, apart = max(1, tokens // length), context.common.seed + CALIBRATION_SEED, None
+    known = 0 if apart_from is None else max(1, apart_from // length)
     if text.conversations:
-        return conversation_stream(text, tokenizer, length=length, count=count, seed=seed)
-    return token_windows(text, tokenizer, length=length, count=count, seed=seed)
+        return conversation_stream(text, tokenizer, length=length, count=count, seed=seed, after=known)
+    if apart_from is not None:
+        apart = Draw(seed=seed, count=known)
+        seed += CALIBRATION_SEED
+    return token_windows(text, tokenizer, length=length, count=count, seed=seed, apart=apart)
 
 
 def full_calibration(context: Context, model: Path, source: str, *, tokens: int) -> Windows:
@@ -107,7 +113,7 @@ def validation_windows(context: Context, model: Path, source: str, *, length: in
 
 def positions(model: Path) -> int:
     """Most tokens that the model in a folder can read at once."""
-    config = build_config(Checkpoint(model).config)
+    config = build_config(read_config(model))
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 

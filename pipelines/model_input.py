@@ -13,7 +13,8 @@ import torch
 from compress.errors import CompressError, UsageError, choose
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.model.load import EMBEDDED, preferred_dtype, resolve
+from compress.model.load import EMBEDDED, preferred_dtype, resolve, resolve_headers
+from compress.model.planned import PlannedCheckpoint, headers_of
 from compress.pipelines.integrity import require_unchanged
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
@@ -25,7 +26,15 @@ HUB_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInput:
-    """A model on disk as the input of a stage."""
+    """A model on disk as the input of a stage.
+
+    Attributes:
+        name: What the user calls it.
+        path: Its folder.
+        id: Its identity; empty where a dry run has not fetched its weights.
+        checkpoint: Its tensors, or in such a dry run what its config says of them.
+        architecture: What it is made of.
+    """
 
     name: str
     path: Path
@@ -35,7 +44,7 @@ class ModelInput:
 
 
 def original(context: Context) -> ModelInput:
-    """The model the chain starts from; decided by the first verb of the chain.
+    """The model the chain starts from; decided by the first verb of the chain. A dry run fetches no weights for it.
 
     Raises:
         UsageError: ``--model`` names another model than the chain's own.
@@ -47,26 +56,33 @@ def original(context: Context) -> ModelInput:
         path = Path(known["path"])
         if not path.is_dir():
             path = _resolve(context, known["name"])
-        found = _opened(known["name"], path)
-        if found.id != known["fingerprint"]:
+        found = _opened(context, known["name"], path)
+        if found.id and found.id != known["fingerprint"]:
             raise CompressError(
                 f"The model {known['name']} has changed since this chain began.",
                 "Start another chain with --run DIR.",
             )
         return found
     name = common.model or EMBEDDED
-    found = _opened(name, _resolve(context, name))
+    found = _opened(context, name, _resolve(context, name))
+    if not found.id and known is None:
+        return found
     workspace.set_model({"name": name, "path": str(found.path.resolve()), "fingerprint": found.id})
     return found
 
 
-def current(context: Context, verb: str) -> ModelInput:
+def current(context: Context, verb: str, start: ModelInput | None = None) -> ModelInput:
     """The model that ``verb`` works on: the last model stage before it, else the original.
+
+    Args:
+        context: Has the chain.
+        verb: The stage.
+        start: The original, where it is known.
 
     Raises:
         CompressError: Its files are not those that the stage before recorded.
     """
-    start = original(context)
+    start = original(context) if start is None else start
     stage = context.workspace.model_before(verb)
     if stage is None:
         return start
@@ -93,7 +109,7 @@ def check_stage(context: Context, stage: Stage, *, only: Sequence[str] = ()) -> 
 
 def open_model(context: Context, name: str) -> ModelInput:
     """Any model by name, folder or GGUF file."""
-    return _opened(name, _resolve(context, name))
+    return _opened(context, name, _resolve(context, name))
 
 
 def base_name(context: Context) -> str:
@@ -104,13 +120,17 @@ def base_name(context: Context) -> str:
 
 
 def _resolve(context: Context, name: str) -> Path:
+    if context.common.dry_run:
+        return resolve_headers(name)
     with context.reporter.bar(f"model {name}") as progress:
         return resolve(name, progress=progress)
 
 
-def _opened(name: str, path: Path) -> ModelInput:
-    checkpoint = Checkpoint(path)
+def _opened(context: Context, name: str, path: Path) -> ModelInput:
+    checkpoint = headers_of(str(path))[0] if context.common.dry_run else Checkpoint(path)
     architecture = checkpoint_architecture(checkpoint)  # reads headers only, so it comes first
+    if isinstance(checkpoint, PlannedCheckpoint):
+        return ModelInput(name=name, path=path, id="", checkpoint=checkpoint, architecture=architecture)
     checkpoint.require_finite()
     return ModelInput(
         name=name, path=path, id=checkpoint.fingerprint(), checkpoint=checkpoint, architecture=architecture

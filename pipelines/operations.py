@@ -197,11 +197,28 @@ def recover_work(full: PlannedModel, adapter: int) -> Work:
     return Work(verb="recover", read=2 * full.weight_bytes, written=4.0 * adapter)
 
 
-def eval_work(entries: list[tuple[PlannedModel, int]], ground: Ground, *, length: int, windows: int) -> Work:
-    """For each model the test windows, the held-out windows, three prompts and the tokens after them."""
+def eval_work(
+    entries: list[tuple[PlannedModel, int]],
+    ground: Ground,
+    *,
+    length: int,
+    windows: int,
+    reference: tuple[PlannedModel, int] | None = None,
+    kl_windows: int = 0,
+) -> Work:
+    """For each model the test windows, the held-out windows, three prompts and the tokens after them.
+
+    With a reference, ``kl_windows`` more for each other model and as many for the reference beside it.
+    """
     tokens = (windows + ground.windows + 3) * length + DECODED
     products = sum(forward(m.arch, tokens, length) + 2.0 * adapter * tokens for m, adapter in entries)
     read = sum(m.weight_bytes + 4.0 * adapter for m, adapter in entries)
+    others = [] if reference is None or not kl_windows else [each for each in entries if each != reference]
+    if reference is not None and others:
+        again = [*others, *(reference for _ in others)]
+        compared = min(kl_windows, windows) * length
+        products += sum(forward(m.arch, compared, length) + 2.0 * a * compared for m, a in again)
+        read += sum(m.weight_bytes + 4.0 * a for m, a in (*others, reference))
     return Work(verb="eval", products=products, read=read)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -124,6 +124,8 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
     if not settings.no_time and not elsewhere:
         speed = measure_speed(common.run, device, dtype)
     limit = limit_of(common)
+    if limit is None and settings.check:
+        limit = machine.host_free
     limited: list[dict[str, Any] | None] = [None] * len(chain.stages)
     if limit is not None:
         limited = [*_limited(model, settings, effort, dtype, limit, machine.device_free, workers)]
@@ -153,8 +155,19 @@ def plan(reporter: Reporter, common: Common, settings: PlanSettings) -> dict[str
         "speed": None if speed is None else asdict(speed),
         "rows": loram_rows(full.arch, full.parameters, settings, machine.device_total),
     }
+    if settings.check:
+        result["refused"] = refused = [*_without_room(result["stages"])]
+        result["ok"] = not refused
     show(reporter, settings, result)
     return result
+
+
+def _without_room(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The stages that fit neither whole nor layer by layer, or not on the disk."""
+    for stage in stages:
+        disk = next(each for each in stage["resources"] if each["resource"] == "disk")
+        if stage["limited"]["fits"] is False or disk["fits"] is False:
+            yield stage["verb"]
 
 
 def planned_chain(
@@ -241,14 +254,18 @@ def planned_chain(
     merged = settings.merge or bool(exact.get("recover", {}).get("merge"))
     evaluation = resolve(EvalSettings, exact.get("eval", {}), effort)
     entries = [*((each, 0) for each in models), (current, own), (full, recovered)]
-    test = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
+    test: dict[str, Any] = {"length": min(evaluation.sequence, positions), "windows": evaluation.windows}
+    test["reference"] = (full, 0) if evaluation.kl_windows else None
     stages += [
         (train_footprint(current, train, ground), train_work(current, train, ground)),
         (
             recover_footprint(full, recovered, ground, merged=merged, batched=batched),
             recover_work(full, recovered),
         ),
-        (eval_footprint(entries, ground, **test), eval_work(entries, ground, **test)),
+        (
+            eval_footprint(entries, ground, **test),
+            eval_work(entries, ground, **test, kl_windows=evaluation.kl_windows),
+        ),
     ]
     used |= {"train": asdict(train), "eval": asdict(evaluation)}
     return Chain(

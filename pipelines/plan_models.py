@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compress.evaluate.training_memory import adapter_parameters
 from compress.model.architecture import Architecture
 from compress.model.planned import cut
 from compress.model.tensor_file import DTYPE_NAMES
@@ -243,8 +242,3 @@ def quantized(model: PlannedModel, settings: QuantizeSettings) -> PlannedModel:
         matrices=len(linears) + len(vocabulary),
     )
     return replace(model, name="quantized", packed=packed)
-
-
-def adapter_size(model: PlannedModel, rank: int, *, head: bool) -> int:
-    """Parameters of an adapter on every decoder matrix, and on the output matrix if asked."""
-    return adapter_parameters(model.arch, rank, head=head)

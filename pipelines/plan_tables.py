@@ -93,6 +93,9 @@ def show(reporter: Reporter, settings: PlanSettings, result: Mapping[str, Any]) 
                 f"{stage['verb']} does not fit: {human_bytes(limit['needs'])} of {limit['resource']}, and "
                 f"{human_bytes(limit['has'])} are there. Change: {stage['change']}.",
             )
+    if settings.check:
+        refused = ", ".join(result["refused"])
+        say(reporter, f"No room here for: {refused}." if refused else "Every step has room here.")
     if settings.loram:
         show_loram(reporter, settings, result["rows"])
 

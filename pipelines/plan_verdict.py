@@ -49,6 +49,7 @@ CHANGES = {
     "repair": "--repair-loss text (no teacher), --micro-batch 1, or --repair-steps 0",
     "backward": "--micro-batch 1, a shorter --sequence, or no alignment",
     "update": "align with --optimizer galore, or not at all",
+    "project": "a smaller model (a larger --ratio), or no alignment",
     "sensitivities": "--objective frobenius, which loads no model",
     "error tables": "--objective frobenius, which loads no model",
     "Fisher information": "--objective frobenius, which loads no model",
@@ -169,6 +170,8 @@ def change(limiting: dict[str, Any], verb: str, *, streamed: bool = False) -> st
         return known
     if verb == "quantize" and limiting["phase"] == "round" and len(limiting["terms"]) > 2:
         return "--objective frobenius, which loads no model"
+    if verb == "eval" and limiting["terms"].get("reference"):
+        return "--kl-windows 0, which leaves the comparison with the reference out"
     if verb == "eval" and limiting["terms"].get("logits", 0) > limiting["needs"] / 2:
         return "a shorter --sequence"
     if streamed:

@@ -24,15 +24,21 @@ from compress.pipelines.measure import (
 )
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prove import record_and_score
-from compress.pipelines.prune_bias import bias_additions
+from compress.pipelines.prune_bias import bias_additions, unrepaired
 from compress.pipelines.prune_find import find_structure
-from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
+from compress.pipelines.prune_goal import (
+    Goal,
+    default_multiple,
+    goal_of,
+    parse_options,
+    parse_targets,
+)
 from compress.pipelines.prune_masks import MASKED, thin
-from compress.pipelines.prune_metrics import size_metrics, structure_metrics
+from compress.pipelines.prune_metrics import show, size_metrics, structure_metrics
 from compress.pipelines.prune_place import Place
 from compress.pipelines.prune_repair import refit_deltas, train_repair
+from compress.pipelines.prune_size import sized_reason
 from compress.pipelines.reopen import check_reopens
-from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.small_files import write_base
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
@@ -109,6 +115,10 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         )
         reopened = check_reopens(folder, way=place.way)
         small = Checkpoint(folder)
+        sized = sized_reason(settings, small.parameters, small.bytes)
+        if sized is not None:
+            measured["requested_size"] = settings.params or settings.size
+            measured["reason"] = f"{sized}. {measured['reason']}"
         return {
             "before": size_metrics(model.checkpoint) | before,
             "after": size_metrics(small) | after,
@@ -181,6 +191,7 @@ def prune_in_rounds(place: Place, goal: Goal, folder: Path) -> dict[str, Any]:
     total = goal.model.architecture.decoder_linear_parameters()
     structure: StructureMap | None = None
     measured: dict[str, Any] = {}
+    by_round: list[dict[str, Any]] = []
     for number in range(1, rounds + 1):
         here = folder / f"round-{number}"
         here.mkdir(exist_ok=True)
@@ -197,7 +208,10 @@ def prune_in_rounds(place: Place, goal: Goal, folder: Path) -> dict[str, Any]:
             if number < rounds:
                 shutil.rmtree(target, ignore_errors=True)  # of an interrupted run, incomplete
             measured = _prune_once(place, this, goal.model, here, target, number)
-            write_json(here / DONE, {"format_version": FORMAT_VERSION})
+            write_json(here / DONE, {"format_version": FORMAT_VERSION, "measured": measured})
+        else:
+            measured = read_json(here / DONE).get("measured", {})  # an earlier version kept none
+        by_round.append(dict(measured))
         found = StructureMap.load(here / "cut" / STRUCTURE)
         structure = found if structure is None else composed(structure, found)
         if number < rounds:
@@ -217,6 +231,7 @@ def prune_in_rounds(place: Place, goal: Goal, folder: Path) -> dict[str, Any]:
         if rounds > 1:
             lead = met_or_missed(achieved, goal.ratio)
             measured["reason"] = f"{lead} in {rounds} rounds; the last round: {measured['reason']}"
+            measured["by_round"] = by_round
     return measured
 
 
@@ -235,7 +250,7 @@ def _prune_once(
         shutil.rmtree(cut, ignore_errors=True)
         store = GramStore(here / "moments")
         found = find_structure(place, goal, here / "scoring", store)
-        deltas, biases = found.deltas, None
+        deltas, biases, lost = found.deltas, None, list[str]()
         if settings.repair == "refit":
             kept = Kept(here / "refit")
             deltas = refit_deltas(place, model, found.structure, store, settings.calibration_tokens, kept)
@@ -243,6 +258,7 @@ def _prune_once(
             biases = bias_additions(
                 place, model, found.structure, settings.calibration_tokens, Kept(here / "scoring")
             )
+            lost = unrepaired(model.architecture, found.structure, biases)
         with context.reporter.bar("cut") as progress:
             slice_checkpoint(
                 model.checkpoint,
@@ -260,6 +276,12 @@ def _prune_once(
             "certificate": found.plan.certificate,
             **found.measured,
         }
+        if lost:
+            metrics["biases_lost"] = lost
+            metrics["reason"] += (
+                f" The mean of {len(lost)} branches that are gone whole is not made up for: nothing is left there "
+                "that could hold a bias."
+            )
         write_json(here / MEASURED, {"format_version": FORMAT_VERSION, **metrics})
         for scratch in (store.folder, here / "refit", here / "scoring"):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -274,27 +296,3 @@ def _prune_once(
         for file in cut.iterdir():
             shutil.copyfile(file, target / file.name)
     return measured
-
-
-def show(context: Context, metrics: Mapping[str, Any]) -> None:
-    """Print the before and after table."""
-    before, after = metrics["before"], metrics["after"]
-    context.reporter.table(
-        "prune",
-        ("", "before", "after"),
-        [
-            ("parameters", human_count(before["parameters"]), human_count(after["parameters"])),
-            ("weight bytes", human_bytes(before["bytes"]), human_bytes(after["bytes"])),
-            (
-                "perplexity (validation)",
-                f"{before['perplexity']:.2f}",
-                f"{after['perplexity']:.2f}",
-            ),
-            (
-                "decoder linear parameters removed",
-                f"asked {metrics['requested_ratio']:.1%}",
-                f"{metrics['achieved_ratio']:.1%}",
-            ),
-        ],
-    )
-    context.reporter.out.print(f"perplexity: {after['protocol_line']}", markup=False)

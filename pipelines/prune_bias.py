@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from compress.kept import Kept
+from compress.model.architecture import Architecture
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.prune_place import BATCH, Place
 from compress.pipelines.prune_refit import stored_weight
 from compress.prune.mean_bias import mean_biases, mean_inputs
-from compress.structure import StructureMap
+from compress.structure import StructureMap, kept_columns
 
 
 def bias_additions(
@@ -22,7 +22,7 @@ def bias_additions(
     structure: StructureMap,
     tokens: int,
     kept: Kept,
-    network: PreTrainedModel | None = None,
+    network: nn.Module | None = None,
 ) -> Mapping[str, Tensor]:
     """The mean of what the removed inputs of o and down added, by module.
 
@@ -49,3 +49,15 @@ def bias_additions(
     means = kept.tensors("mean-inputs", gather)
     arch = model.architecture
     return mean_biases(lambda name: stored_weight(model.checkpoint, arch, name), arch, structure, means)
+
+
+def unrepaired(arch: Architecture, structure: StructureMap, biases: Mapping[str, Tensor]) -> list[str]:
+    """The modules among ``biases`` whose whole branch is gone, so that the cut model has no place for them."""
+    return [
+        name
+        for index, layer in enumerate(structure.layers)
+        for spec in arch.linears_at(index)
+        if (name := arch.module_name(index, spec)) in biases
+        and (columns := kept_columns(arch, spec, layer)) is not None
+        and len(columns) == 0
+    ]

@@ -73,37 +73,50 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) 
         and fits(model.architecture, OUTPUTS)
     ):
         criterion.store = store
-    whole = criterion.needs in ("adapters", "gradients") or settings.repair == "lora"
-    network = (place.load_whole if whole else place.load)(model.path)
     kept = Kept(state_dir)
     if isinstance(criterion, ObsCriterion):
         criterion.kept = kept
+    if criterion.needs == "adapters":
+        return _train(place, goal, lambda: place.load_whole(model.path), criterion, state_dir, store, kept)
+    trains = settings.repair == "lora"
+    network = (place.load_whole if trains or criterion.needs == "gradients" else place.load)(model.path)
     windows: Windows | None = None
-    if criterion.needs not in ("adapters", "weights"):
+    if criterion.needs != "weights":
         windows = calibration_windows(
             place.context, model.path, place.source, tokens=settings.calibration_tokens
         )
-    if criterion.needs != "adapters":
-        if not kept.has("criterion"):
-            _calibrate(place, goal, network, criterion, windows)
-            kept.put("criterion", criterion.state_dict())
-        criterion.load_state_dict(kept.get("criterion"))
-    if criterion.needs == "adapters" or settings.repair == "lora":
-        return _train(place, goal, network, criterion, state_dir)
-    scores = criterion.scores()
-    plan = goal.choose(scores, lambda known: _measured(place, goal, known, Kept(state_dir / "costs")))
-    plan, trials = try_shapes(place, goal, network, scores, plan, store, kept)
-    layers = select(model.architecture, scores, plan.shapes)
+    if not kept.has("criterion"):
+        _calibrate(place, goal, network, criterion, windows)
+        kept.put("criterion", criterion.state_dict())
+    criterion.load_state_dict(kept.get("criterion"))
+    if trains:
+        return _train(place, goal, lambda: network, criterion, state_dir, store, kept)
     measured: dict[str, Any] = {"skipped_steps": criterion.skipped_steps, "scoring_tokens": 0}
-    if trials:
-        measured["trials"] = trials
     if windows is not None:
         measured |= {"data_protocol": dict(windows.protocol), "scoring_tokens": windows.ids.numel()}
+    return _tried(place, goal, network, criterion.scores(), store, kept, lambda _: None, measured)
+
+
+def _tried(
+    place: Place,
+    goal: Goal,
+    network: nn.Module,
+    scores: GroupScores,
+    store: GramStore,
+    kept: Kept,
+    deltas: Deltas,
+    measured: dict[str, Any],
+) -> Found:
+    """Choose by final scores, with trials on ``network``, which is what will be cut."""
+    plan = goal.choose(scores, lambda known: _measured(place, goal, known, Kept(kept.path("costs"))))
+    plan, trials = try_shapes(place, goal, network, scores, plan, store, kept)
+    arch = goal.model.architecture
+    layers = select(arch, scores, plan.shapes)
     return Found(
-        structure=structure_map(model.architecture, layers, base_fingerprint=model.id),
+        structure=structure_map(arch, layers, base_fingerprint=goal.model.id),
         plan=plan,
-        deltas=lambda _: None,
-        measured=measured,
+        deltas=deltas,
+        measured=measured | trials,
     )
 
 
@@ -147,9 +160,19 @@ def _measured(place: Place, goal: Goal, scores: GroupScores, kept: Kept = NOTHIN
 
 
 def _train(
-    place: Place, goal: Goal, network: PreTrainedModel, criterion: Criterion, state_dir: Path
+    place: Place,
+    goal: Goal,
+    opened: Callable[[], PreTrainedModel],
+    criterion: Criterion,
+    state_dir: Path,
+    store: GramStore,
+    kept: Kept,
 ) -> Found:
-    """One loop scores, closes the masks and trains the adapter (LoRAPrune, arXiv 2305.18403, algorithm 1)."""
+    """One loop scores, closes the masks and trains the adapter (LoRAPrune, arXiv 2305.18403, algorithm 1).
+
+    Where it does not close masks, shapes are tried afterwards: on the model with the adapter that the cut folds in,
+    else on the one that it started from.
+    """
     settings, model = goal.settings, goal.model
     arch = model.architecture
     windows = training_windows(place.context, model.path, place.source, settings)
@@ -162,7 +185,7 @@ def _train(
     }
     beside = {"path": str(model.path), "dtype": str(place.dtype).removeprefix("torch."), "adapter": what}
     ranks = announced(place.context, "score", place.device, beside)
-    adapted = scored_adapter(network, arch, **what)
+    adapted = scored_adapter(opened(), arch, **what)
     schedule = PruningSchedule(total_steps=settings.steps)
 
     def choose(scores: GroupScores) -> ShapePlan:
@@ -185,17 +208,25 @@ def _train(
             state_dir=state_dir,
             progress=progress,
         )
-        structure = hook.structure(base_fingerprint=model.id)
-    return Found(
-        structure=structure,
-        plan=hook.plan,
-        deltas=(lambda name: lora_delta(adapted, name)) if settings.repair == "lora" else (lambda _: None),
-        measured={
-            **training_metrics(result),
-            "skipped_steps": hook.skipped_steps,
-            "data_protocol": dict(windows.protocol),
-        },
-    )
+        structure = None if settings.one_shot else hook.structure(base_fingerprint=model.id)
+    measured = {
+        **training_metrics(result),
+        "skipped_steps": hook.skipped_steps,
+        "data_protocol": dict(windows.protocol),
+    }
+    folds = settings.repair == "lora"
+    deltas = _deltas_of(adapted) if folds else (lambda _: None)
+    if structure is not None:
+        return Found(structure=structure, plan=hook.plan, deltas=deltas, measured=measured)
+    network: nn.Module = adapted if folds else adapted.unload()
+    if settings.int8 and not folds:  # what is cut is not in 8 bit; the model that is goes first
+        del adapted, hook, hooks, network
+        network = place.load(model.path)
+    return _tried(place, goal, network, criterion.scores(), store, kept, deltas, measured)
+
+
+def _deltas_of(adapted: PeftModel) -> Deltas:
+    return lambda name: lora_delta(adapted, name)
 
 
 def scored_adapter(

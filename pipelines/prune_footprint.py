@@ -216,8 +216,8 @@ def size_after(full: PlannedModel, small: PlannedModel, share: float) -> float:
     kept = small.linears / full.linears
     if kept == 1:
         return float(full.file_bytes)
-    removed: float = (1 - kept**share) / (1 - kept)
-    return full.file_bytes - (full.file_bytes - small.file_bytes) * removed
+    removed = (1 - kept**share) / (1 - kept)
+    return float(full.file_bytes - (full.file_bytes - small.file_bytes) * removed)
 
 
 def _widths(arch: Architecture) -> tuple[int, int]:

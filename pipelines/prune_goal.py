@@ -12,6 +12,7 @@ from compress.model.architecture import Architecture, LayerShape, resized_config
 from compress.model.uneven_config import can_be_uneven, refuse_uneven
 from compress.pipelines.allocation_of_shapes import LayerDamage, allocate_shapes
 from compress.pipelines.model_input import ModelInput
+from compress.pipelines.prune_size import OUTPUT_OF, added_parameters
 from compress.pipelines.settings import PruneSettings
 from compress.prune.goal import parse_count, ratio_for_bytes, ratio_for_parameters
 from compress.prune.plan import plan_shapes
@@ -60,7 +61,7 @@ class Goal:
             )
         if kind == "allocated":  # whole branches may go, so that every ratio has shapes
             check_ratio(self.ratio)
-            self._choices()
+            self._check_something_stays()
         else:  # global ones need scores; a uniform shape of the same ratio exists when theirs do
             self._plan("local" if kind == "local" else "uniform", None)
         self._check_rounds()
@@ -95,6 +96,25 @@ class Goal:
             multiple=self.multiple,
             head_unit=self.settings.head_unit,
         )
+
+    def _check_something_stays(self) -> None:
+        """Refuse an allocation that would leave nothing of the targets in any layer."""
+        arch, choices = self.model.architecture, self._choices()
+        units, full, free = choices.units, choices.full, list[int]()
+        fixed = choices.size
+        if "heads" in self.targets and arch.prunable_heads:
+            fixed -= units.attention(full.kv_heads, full.queries)
+            free.append(min(units.attention(*pair) for pair in choices.pairs))
+        if "mlp" in self.targets and arch.prunable_channels:
+            fixed -= units.channel * full.channels
+            free.append(units.channel * choices.widths[0])
+        total = arch.decoder_linear_parameters()
+        most = 1 - (arch.layers * fixed + min(free, default=0)) / total
+        if self.ratio > most:
+            raise CompressError(
+                f"Removing {self.ratio:.1%} leaves nothing of {' and '.join(self.targets)} in any layer.",
+                f"Ask for {most:.1%} or less, or name more --targets.",
+            )
 
     def _check_rounds(self) -> None:
         """Refuse rounds that would each remove less than the smallest step there is."""
@@ -144,8 +164,8 @@ class Goal:
         model = self.model
         if self.settings.repair != "bias":
             return model.checkpoint.config, model.architecture
-        role = {"heads": "o", "mlp": "down"}
-        return with_biases(model.checkpoint, model.architecture, [role[target] for target in self.targets])
+        roles = [OUTPUT_OF[target] for target in self.targets]
+        return with_biases(model.checkpoint, model.architecture, roles)
 
     def _allocate(self, scores: GroupScores) -> ShapePlan:
         arch, units = self.model.architecture, unit_parameters(self.model.architecture)
@@ -206,6 +226,7 @@ def requested_goal(
         CompressError: A size that cannot be reached; names the range.
     """
     arch, checkpoint = model.architecture, model.checkpoint
+    biases = added_parameters(model, settings, targets)
     sized = settings.params is not None or settings.size is not None
     if sized and settings.shape == "local" and settings.ratio_of == "layers":
         raise UsageError(
@@ -215,7 +236,7 @@ def requested_goal(
     ratio = settings.ratio if settings.ratio is not None else DEFAULT_RATIO
     if settings.params is not None:
         ratio = ratio_for_parameters(
-            checkpoint.parameters,
+            checkpoint.parameters + biases,
             arch,
             parse_count(settings.params),
             targets=targets,
@@ -228,10 +249,10 @@ def requested_goal(
             raise UsageError(
                 f"--size {settings.size} is no file size.", "Give bytes, such as 150MB or 0.5GiB."
             )
-        first = arch.tensor_name(0, arch.linears[0])
+        itemsize = checkpoint.dtype(arch.tensor_name(0, arch.linears[0])).itemsize
         ratio = ratio_for_bytes(
-            checkpoint.bytes,
-            checkpoint.dtype(first).itemsize,
+            checkpoint.bytes + itemsize * biases,
+            itemsize,
             arch,
             budget.value,
             targets=targets,

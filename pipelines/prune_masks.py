@@ -177,6 +177,11 @@ def check_settings(settings: PruneSettings) -> None:
                 f"--shape {settings.shape} leaves the sizes as they are, so --{name} cannot be reached.",
                 "Give --ratio or --pattern, or another --shape.",
             )
+    if settings.criterion_options.strip():
+        raise UsageError(
+            f"--criterion-options are about the scores of groups, and --shape {settings.shape} scores single weights.",
+            "Leave them out.",
+        )
     if settings.shape == "semi" and settings.ratio is not None:
         raise UsageError("With --shape semi the pattern decides how much goes.", "Leave out --ratio.")
 

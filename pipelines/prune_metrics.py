@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from compress.model.checkpoint import Checkpoint
 from compress.pipelines.model_input import ModelInput
+from compress.pipelines.reporter import human_bytes, human_count
+from compress.pipelines.stage import Context
 from compress.structure import StructureMap
 
 
@@ -33,3 +36,29 @@ def structure_metrics(model: ModelInput, structure: StructureMap) -> dict[str, A
 def size_metrics(checkpoint: Checkpoint) -> dict[str, int]:
     """Parameters and bytes of the stored tensors."""
     return {"parameters": checkpoint.parameters, "bytes": checkpoint.bytes}
+
+
+def show(context: Context, metrics: Mapping[str, Any]) -> None:
+    """Print the before and after table."""
+    before, after = metrics["before"], metrics["after"]
+    if "requested_size" in metrics:
+        context.reporter.say(f"prune: {metrics['reason']}")
+    context.reporter.table(
+        "prune",
+        ("", "before", "after"),
+        [
+            ("parameters", human_count(before["parameters"]), human_count(after["parameters"])),
+            ("weight bytes", human_bytes(before["bytes"]), human_bytes(after["bytes"])),
+            (
+                "perplexity (validation)",
+                f"{before['perplexity']:.2f}",
+                f"{after['perplexity']:.2f}",
+            ),
+            (
+                "decoder linear parameters removed",
+                f"asked {metrics['requested_ratio']:.1%}",
+                f"{metrics['achieved_ratio']:.1%}",
+            ),
+        ],
+    )
+    context.reporter.out.print(f"perplexity: {after['protocol_line']}", markup=False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import MutableMapping
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from compress.importance.gram_store import GramStore, fits
 from compress.importance.moments import OUTPUTS
@@ -31,7 +30,7 @@ def refitted(
     store: GramStore,
     *,
     tokens: int,
-    network: PreTrainedModel | None = None,
+    network: nn.Module | None = None,
     kept: Kept = NOTHING_KEPT,
     progress: Progress | None = None,
 ) -> MutableMapping[str, Tensor]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from compress.evaluate.perplexity import mean_loss
 from compress.importance.base import GroupScores
@@ -29,47 +28,46 @@ from compress.structure import LayerStructure, structure_map
 
 TRIAL_TOKENS, TRIAL_SHARE = 4096, 0.25
 """Tokens they are scored on: a share of the calibration tokens, at least so many."""
-TRIAL_DRAW = 1
-"""Which draw of the training text they are scored on; 0 is the one that groups are scored and refitted on."""
 
 
 def try_shapes(
     place: Place,
     goal: Goal,
-    network: PreTrainedModel,
+    network: nn.Module,
     scores: GroupScores,
     plan: ShapePlan,
     store: GramStore,
     kept: Kept,
-) -> tuple[ShapePlan, list[dict[str, Any]]]:
+) -> tuple[ShapePlan, dict[str, Any]]:
     """The best of ``--trials`` candidates of a uniform plan, by their loss on training text.
 
+    A repair by training comes too late for a trial, except for the adapter that has scored.
     Predictions rank shapes of nearly the same size poorly where heads stand against channels; a masked model tells.
 
     Args:
         place: Where to compute and what to read.
         goal: What to aim at.
-        network: The full model; as it was afterwards.
+        network: What will be cut: the full model, with the adapter that is folded in; as it was afterwards.
         scores: Scores of its groups.
         plan: With candidates, best first.
         store: Where the moments of the inputs are, for the refit.
         kept: Has the losses that an interrupted run has found.
 
     Returns:
-        The plan with the best shape, and what every trial measured; the same plan and nothing for one candidate.
+        The plan with the best shape, and what every trial measured and on which text, as JSON values; the same plan
+        and nothing for one candidate.
     """
     candidates = (*plan.candidates, *plan.further)
     trials = min(goal.settings.trials, len(candidates))
     if trials < 2:
-        return plan, []
+        return plan, {}
     arch = goal.model.architecture
-    tokens = max(TRIAL_TOKENS, round(TRIAL_SHARE * goal.settings.calibration_tokens))
+    repair, scored_on = goal.settings.repair, goal.settings.calibration_tokens
+    tokens = max(TRIAL_TOKENS, round(TRIAL_SHARE * scored_on))
     windows = calibration_windows(
-        place.context, goal.model.path, place.source, tokens=tokens, draw=TRIAL_DRAW
+        place.context, goal.model.path, place.source, tokens=tokens, apart_from=scored_on
     )
     batch = min(BATCH, len(windows))
-
-    repair, scored_on = goal.settings.repair, goal.settings.calibration_tokens
 
     def loss_of(layers: Sequence[LayerStructure]) -> float:
         weights: Mapping[str, Tensor] = {}
@@ -93,16 +91,15 @@ def try_shapes(
         ):
             return mean_loss(network, windows, batch_size=batch)
 
-    suffix = "-bias" if repair == "bias" else ""  # once trials left the bias out: what they kept is not this
     found: list[dict[str, Any]] = []
     losses: dict[int, float] = {}
     with place.context.reporter.bar("try shapes") as progress:
-        whole = kept.number("whole", lambda: mean_loss(network, windows, batch_size=batch))
+        whole = kept.number("held-out-whole", lambda: mean_loss(network, windows, batch_size=batch))
         for done in range(1, trials + 1):
             at = next_trial(candidates, {known: loss - whole for known, loss in losses.items()})
             candidate = candidates[at]
             layers = select(arch, scores, [candidate.layer] * arch.layers)
-            losses[at] = kept.number(f"trial-{at:04d}{suffix}", partial(loss_of, layers))
+            losses[at] = kept.number(f"held-out-{at:04d}-{repair}", partial(loss_of, layers))
             shape = {
                 "kv_heads": candidate.kv_heads,
                 "queries": candidate.queries,
@@ -114,4 +111,5 @@ def try_shapes(
             progress(done, trials, f"loss {losses[at]:.3f}")
     chosen = candidates[min(losses, key=lambda at: losses[at])]
     rest = tuple(candidate for candidate in plan.candidates if candidate is not chosen)
-    return replace(goal.uniform(chosen.layer), candidates=(chosen, *rest), further=plan.further), found
+    measured = {"trials": found, "trials_protocol": dict(windows.protocol)}
+    return replace(goal.uniform(chosen.layer), candidates=(chosen, *rest), further=plan.further), measured

@@ -26,12 +26,13 @@ from compress.pipelines.model_input import (
     open_model,
     original,
 )
-from compress.pipelines.reopen import check_ids, check_reopens, record_logits
+from compress.pipelines.reopen import TOLERANCE, check_ids, check_reopens, logits_error, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
 from compress.pipelines.small_files import check_base, is_small
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.train import train
+from compress.pipelines.way import Way
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import recover_count
 from compress.pipelines.workspace import digest
@@ -100,6 +101,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             with context.reporter.bar("merge") as progress:
                 merge_adapter(full.checkpoint, folder, folder / "merged", device=device, progress=progress)
             metrics["merged"] = "merged"
+            metrics |= _proved(folder / "merged", full, context.common.seed, way)
         return metrics | {
             "onto": name,
             "adapter": adapter.name,
@@ -136,6 +138,26 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             ],
         )
     return outcome
+
+
+def _proved(merged: Path, full: ModelInput, seed: int, way: Way) -> dict[str, float]:
+    """How the merged model opens in a fresh process, and how far it is from the model with its adapter beside it.
+
+    Raises:
+        CompressError: It gives other logits there; or, stored in float32, where nothing is rounded, here.
+    """
+    network = way.open(merged, dtype="float32").eval()
+    record_logits(network, check_ids(full.architecture.vocab, seed), merged)
+    del network
+    distance = logits_error(merged, merged.parent)
+    exact = all(full.checkpoint.dtype(name) == torch.float32 for name in full.checkpoint.names)
+    if exact and not distance <= TOLERANCE:
+        raise CompressError(
+            f"The merged model gives other logits than its adapter (relative error {distance:.1e}).",
+            "Please report this with the command you ran.",
+        )
+    reopened = check_reopens(merged, way=way)
+    return {"merged_relative_error": distance, "merged_reopened_relative_error": reopened}
 
 
 def _full_model(context: Context, settings: RecoverSettings, start: ModelInput) -> ModelInput:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
@@ -54,6 +54,12 @@ def record_logits(model: PreTrainedModel, ids_BS: torch.Tensor, folder: Path) ->
     with torch.inference_mode():
         logits_BV = model(ids_BS.to(model.device), use_cache=False).logits[:, -1].float().cpu()
     save_file({"input_ids": ids_BS.contiguous(), "logits": logits_BV.contiguous()}, folder / RECORD)
+
+
+def logits_error(folder: Path, other: Path) -> float:
+    """How far the recorded logits of ``folder`` are from those of ``other``, relative to the largest of these."""
+    ours, theirs = (load_file(each / RECORD)["logits"] for each in (folder, other))
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def check_ids(vocab: int, seed: int) -> torch.Tensor:

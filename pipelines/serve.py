@@ -26,6 +26,7 @@ from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
 from compress.pipelines.align import weights_to_train
 from compress.pipelines.dispatch import quiet_libraries
+from compress.pipelines.exhausted import memory_failure
 from compress.pipelines.launch import POLL, Launch
 from compress.pipelines.prune_find import scored_adapter
 from compress.pipelines.prune_repair import repair_to_train
@@ -92,7 +93,8 @@ def _serve(launch: Launch) -> int:
                 with suppress(KeyboardInterrupt, Broken):
                     _take_part(launch, note)
             except Exception as error:
-                return _failed(launch, error, meets=note["kind"] in MEETING)
+                told = memory_failure(error, note["kind"]) or error
+                return _failed(launch, told, meets=note["kind"] in MEETING)
             number += 1
             gc.collect()
 

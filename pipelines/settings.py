@@ -327,7 +327,7 @@ class EvalSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """Settings of ``plan``, which has no workspace: options of the stages, None where they are not asked for."""
+    """Settings of ``plan``, which makes no stage: options of the stages, None where they are not asked for."""
 
     model: str | None = None
     ratio: float | None = None
@@ -354,6 +354,7 @@ class PlanSettings:
     ratios: str = "0.65,0.75,0.85,0.95"
     skip_first: int = 4
     skip_last: int = 2
+    check: bool = False
 
     def __post_init__(self) -> None:
         check_least(self, skip_first=0, skip_last=0, train_rank=1, micro_batch=1, sequence=2)

@@ -47,6 +47,14 @@ def write_base(context: Context, full: ModelInput, folder: Path) -> None:
     BaseRecord(name=public_name(name), tensors=full.checkpoint.digests()).save(folder / BASE)
 
 
+def write_base_beside(context: Context, start: ModelInput, source: Path, folder: Path) -> None:
+    """Record beside an adapter which full model stands behind the model in ``source`` that it was trained on."""
+    if (source / BASE).is_file():
+        shutil.copyfile(source / BASE, folder / BASE)
+    elif not is_small(source):
+        write_base(context, start, folder)
+
+
 def public_name(name: str) -> str:
     """A model's name without the folders of this machine; a hub id stays as it is."""
     return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name

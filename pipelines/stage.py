@@ -153,9 +153,7 @@ def run_stage(
     stage = workspace.complete(partial, record, scratch=scratch, replaces=replaces)
     if dropped:
         reporter.say(f"{verb}: --redo dropped {', '.join(dropped)}.")
-    reporter.say(
-        f"{verb}: {stage.path} in {record['seconds']:.0f} s, peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB."
-    )
+    reporter.say(f"{verb}: {stage.path} in {record['seconds']:.0f} s, peak memory {_peaks(record)}.")
     return Outcome(stage=stage, fresh=True)
 
 
@@ -180,19 +178,24 @@ def _work(
     started = time.monotonic()
     from compress.evaluate.memory import PeakMemory
     from compress.evaluate.memory_timeline import MemoryTimeline
+    from compress.pipelines.model_input import device_and_dtype  # it needs this module
+
+    device, _ = device_and_dtype(context.common)
+    gpu = None if device == "cpu" else device
 
     try:
         if disk is not None:
             from compress.pipelines.disk import require_space
 
             require_space(workspace.root, verb, disk(), partial)
-        with PeakMemory() as peak, MemoryTimeline() as timeline:
+        with PeakMemory(device) as peak, MemoryTimeline(device=gpu) as timeline:
             metrics = work(partial)
     except BaseException:
         workspace.abandon(partial)
         raise
-    # Work that measures peaks of its own resets the system's high-water mark: what was sampled before that counts too.
-    peak_bytes = peak.device_bytes or max(peak.host_bytes, timeline.host_peak)
+    # Work that measures peaks of its own resets the high-water marks: what was sampled before that counts too.
+    host_peak = max(peak.host_bytes, timeline.host_peak)
+    device_peak = None if gpu is None else max(peak.device_bytes or 0, timeline.device_peak)
     return {
         "format_version": FORMAT_VERSION,
         "id": wanted,
@@ -206,11 +209,21 @@ def _work(
         "host": host(),
         "command": ["compress", *sys.argv[1:]],
         "seconds": round(time.monotonic() - started, 2),
-        "peak_memory_bytes": peak_bytes,
+        "peak_memory_bytes": device_peak or host_peak,
+        "peak_host_bytes": host_peak,
+        "peak_device_bytes": device_peak,
         "memory_timeline": timeline.record(),
         "metrics": dict(metrics),
         "files": describe_files(partial, scratch=scratch),
     }
+
+
+def _peaks(record: Mapping[str, Any]) -> str:
+    """Peaks in words; of the host alone without more, as there is nothing to tell it from."""
+    host, device = record.get("peak_host_bytes"), record.get("peak_device_bytes")
+    if not device or host is None:
+        return f"{record['peak_memory_bytes'] / 1e9:.2f} GB"
+    return f"{device / 1e9:.2f} GB on the GPU, {host / 1e9:.2f} GB on the host"
 
 
 def show_plan(reporter: Reporter, verb: str, config: Mapping[str, Any]) -> None:

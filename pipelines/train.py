@@ -26,10 +26,10 @@ from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
 from compress.pipelines.measure import check_length, training_windows, validation_windows
-from compress.pipelines.model_input import ModelInput, current, device_and_dtype
+from compress.pipelines.model_input import ModelInput, current, device_and_dtype, original
 from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
-from compress.pipelines.small_files import is_small, public_name
+from compress.pipelines.small_files import is_small, public_name, write_base_beside
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.text import text_inputs
 from compress.pipelines.training import (
@@ -54,7 +54,8 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         UsageError: ``lq`` on a model that is not an LQ checkpoint, ``pissa`` on one, either on a thinned model; a
             target that the model has not got; windows longer than the model's positions.
     """
-    model = current(context, "train")
+    start = original(context)
+    model = current(context, "train", start)
     check_length(model.path, settings.sequence)
     quantized = is_quantized(model)
     if settings.method == "lq" and not quantized:
@@ -109,9 +110,10 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
                 progress=progress,
                 validation=validation,
             )
-        structure = StructureMap.load(model.path / STRUCTURE) if is_small(model.path) else None
         name = public_name(model.name)
-        save_adapter(adapted, folder, base_name=name, initial=initial, structure=structure)
+        base = StructureMap.load(model.path / STRUCTURE) if is_small(model.path) else start.id
+        save_adapter(adapted, folder, base_name=name, initial=initial, base=base)
+        write_base_beside(context, start, model.path, folder)
         if masks is not None:
             masks.save(folder / MASKS)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,12 +43,13 @@ def fit_config(settings: LoopSettings, common: Common) -> FitConfig:
 def training_metrics(result: FitResult) -> dict[str, Any]:
     """What a training run measured, as JSON values."""
     return {
-        "losses": [round(loss, 5) for loss in result.losses],
+        "losses": [round(loss, 5) if math.isfinite(loss) else None for loss in result.losses],
         "validation_loss_before": result.validation_before,
         "validation_loss_after": result.validation_after,
         "tokens": result.tokens,
         "train_seconds": round(result.seconds, 2),
         "steps": result.steps,
+        "skipped_updates": result.skipped,
     }
 
 
@@ -79,8 +81,14 @@ def train_model(
         CompressError: What ``fit`` raises, here or in another process.
     """
     if context.team is None or ranks is None:
-        return fit(model, windows, config, **more)
-    return context.team.fit(ranks, model, windows, config, **more)
+        result = fit(model, windows, config, **more)
+    else:
+        result = context.team.fit(ranks, model, windows, config, **more)
+    if result.skipped:
+        context.reporter.say(
+            f"{result.skipped} of {result.steps} training steps were skipped: their gradients were not finite."
+        )
+    return result
 
 
 def parse_adapter_targets(text: str) -> tuple[str, ...]:

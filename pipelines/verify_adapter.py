@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, AdapterFile, Scaling, owner
+from compress.adapters.adapter_file import AdapterFile, Scaling, owner
 from compress.adapters.factors import difference_factors, squared_norm
-from compress.model.architecture import Architecture
+from compress.adapters.initial_factors import PREFIX
+from compress.adapters.places import Place, places_of
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.model_input import HUB_NAME
 from compress.pipelines.small_files import public_name
 from compress.pipelines.verify_target import Finding, Target, Value
 from compress.progress import Progress
-from compress.structure import FILE_NAME, StructureMap, kept_columns, kept_rows
+from compress.structure import FILE_NAME, StructureMap
 
 TOLERANCE = 1e-5
 """Relative; norms of float32 factors."""
@@ -108,8 +108,13 @@ def check_slices(target: Target, adapter: AdapterFile, progress: Progress) -> It
     if base is None:
         yield target.not_checked("slices", "the model that the adapter was trained on is not here")
         return
-    kept = source if source is not None and (source / FILE_NAME).is_file() else None
-    places = _places(checkpoint_architecture(Checkpoint(base)), kept)
+    arch, kept = checkpoint_architecture(Checkpoint(base)), None
+    if source is not None and (source / FILE_NAME).is_file():
+        kept = StructureMap.load(source / FILE_NAME)
+        arch = replace(
+            arch, heads=kept.heads, kv_heads=kept.kv_heads, channels=kept.channels, layer_shapes=None
+        )
+    places = places_of(arch, kept)
     faults: list[str] = []
     square = lost = 0.0
     with AdapterFile(trained.path) as start:
@@ -119,7 +124,7 @@ def check_slices(target: Target, adapter: AdapterFile, progress: Progress) -> It
         for done, module in enumerate(shared, start=1):
             wanted = _wanted(start, module)
             found = _Factors(*adapter.factors(module), adapter.scaling(module))
-            cut, fault = _sliced(found, places.get(module, _Place()), wanted)
+            cut, fault = _sliced(found, places.get(module), wanted)
             square += wanted.scaling.value**2 * squared_norm(wanted.a, wanted.b)
             if fault:
                 faults.append(f"{module} {fault}")
@@ -155,15 +160,6 @@ class _Factors:
     scaling: Scaling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Shape of a linear in the full model, and its rows and columns that were kept (None: all)."""
-
-    shape: tuple[int, int] | None = None
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-
-
 def _wanted(start: AdapterFile, module: str) -> _Factors:
     """What recovery makes of a trained module before it scatters: the difference to the start, where one was kept."""
     a, b = start.factors(module)
@@ -174,12 +170,12 @@ def _wanted(start: AdapterFile, module: str) -> _Factors:
     return _Factors(a, b, scaling)
 
 
-def _sliced(found: _Factors, place: _Place, wanted: _Factors) -> tuple[_Factors, str]:
+def _sliced(found: _Factors, place: Place | None, wanted: _Factors) -> tuple[_Factors, str]:
     """The kept part of a recovered module, and what is wrong with the rest of it."""
-    if place.shape is not None and (found.b.shape[0], found.a.shape[1]) != place.shape:
+    if place is not None and (found.b.shape[0], found.a.shape[1]) != place.shape:
         return found, f"is {found.b.shape[0]} x {found.a.shape[1]} where the full model has {place.shape}"
-    a = found.a if place.columns is None else found.a[:, place.columns]
-    b = found.b if place.rows is None else found.b[place.rows]
+    a = found.a if place is None or place.columns is None else found.a[:, place.columns]
+    b = found.b if place is None or place.rows is None else found.b[place.rows]
     if (b.shape[0], a.shape[1]) != (wanted.b.shape[0], wanted.a.shape[1]):
         return found, "does not have the trained adapter's rows and columns"
     if a.count_nonzero() != found.a.count_nonzero() or b.count_nonzero() != found.b.count_nonzero():
@@ -193,24 +189,3 @@ def _distance(one: _Factors, other: _Factors) -> float:
     """Squared Frobenius norm of the difference of two deltas."""
     a = torch.cat([one.a.double() * one.scaling.value, other.a.double() * -other.scaling.value])
     return squared_norm(a, torch.cat([one.b.double(), other.b.double()], dim=1))
-
-
-def _places(small: Architecture, pruned: Path | None) -> dict[str, _Place]:
-    """Module -> its place in the full model, from the small model's architecture and what pruning kept."""
-    if pruned is None:
-        return {
-            small.module_name(i, spec): _Place(shape=small.at(i).linear_shape(spec))
-            for i in range(small.layers)
-            for spec in small.linears_at(i)
-        }
-    kept = StructureMap.load(pruned / FILE_NAME)
-    full = replace(small, heads=kept.heads, kv_heads=kept.kv_heads, channels=kept.channels, layer_shapes=None)
-    return {
-        full.module_name(i, spec): _Place(
-            shape=full.linear_shape(spec),
-            rows=kept_rows(full, spec, layer),
-            columns=kept_columns(full, spec, layer),
-        )
-        for i, layer in enumerate(kept.layers)
-        for spec in full.linears
-    }

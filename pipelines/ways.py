@@ -227,10 +227,13 @@ def ground_of(model: ModelInput, effort: str, dtype: torch.dtype) -> Ground:
 
 
 def counted(model: ModelInput) -> PlannedModel:
-    """A model on disk, as footprints count it."""
+    """A model on disk, as footprints count it.
+
+    One whose weights a dry run has not fetched counts as dense: only their headers say what codes take.
+    """
     checkpoint, arch = model.checkpoint, model.architecture
     declared = checkpoint.config.get("quantization_config")
-    if declared is None:
+    if declared is None or isinstance(checkpoint, PlannedCheckpoint):
         return PlannedModel(name=model.name, input=model)
     records = read_lq_config(declared)
     sizes = {"linear": 0.0, "vocabulary": 0.0}

@@ -12,7 +12,8 @@ from compress.adapters.adapter_file import AdapterFile
 from compress.errors import CompressError
 from compress.machine import capacity
 from compress.model.architecture import Architecture
-from compress.model.checkpoint import Checkpoint, checkpoint_architecture
+from compress.model.checkpoint import checkpoint_architecture
+from compress.model.planned import headers_of
 from compress.pipelines.footprint import (
     align_footprint,
     eval_footprint,
@@ -22,7 +23,7 @@ from compress.pipelines.footprint import (
 )
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.phase import Footprint, Ground
-from compress.pipelines.plan_models import pruned, quantized
+from compress.pipelines.plan_models import PlannedModel, pruned, quantized
 from compress.pipelines.prune_footprint import prune_footprint
 from compress.pipelines.prune_goal import Goal
 from compress.pipelines.settings import (
@@ -35,6 +36,9 @@ from compress.pipelines.settings import (
 )
 from compress.pipelines.stage import Context
 from compress.pipelines.ways import Count, best_fit, counted, limit_of, refuse
+
+Located = tuple[Path, Path | None]
+"""Folder of a model, and that of the adapter on it."""
 
 
 def prune_count(model: ModelInput, goal: Goal, settings: PruneSettings) -> Count:
@@ -97,50 +101,74 @@ def align_count(model: ModelInput, full: Path | None, settings: AlignSettings) -
     return count
 
 
-def eval_count(entries: Sequence[tuple[Path, Path | None]], settings: EvalSettings) -> Count:
-    """Of ``eval``, which holds one model after the other whole: folders of models, each with that of its adapter.
+def eval_count(entries: Sequence[Located], settings: EvalSettings, reference: Located | None = None) -> Count:
+    """Of ``eval``, which holds one model after the other whole, then each beside the reference.
 
     A model of a kind that is not understood here is left out.
     """
-    models = []
-    for folder, adapter in entries:
-        try:
-            model = counted(_opened(folder))
-        except CompressError:
-            continue
-        models.append((model, 0 if adapter is None else _parameters(adapter, model.arch)))
+    models = {place: found for place in entries if (found := _located(place)) is not None}
+    compared = None if reference is None or not settings.kl_windows else _located(reference)
+    if reference in models and compared is not None:
+        compared = models[reference]
 
     def count(ground: Ground) -> Footprint:
-        return eval_footprint(models, ground, length=settings.sequence, windows=settings.windows)
+        return eval_footprint(
+            list(models.values()),
+            ground,
+            length=settings.sequence,
+            windows=settings.windows,
+            reference=compared,
+        )
 
     return count
 
 
 def refuse_evaluation(
     common: Common,
-    entries: Sequence[tuple[Path, Path | None]],
+    entries: Sequence[Located],
+    reference: Located,
     settings: EvalSettings,
     device: str,
     dtype: torch.dtype,
 ) -> None:
     """Refuse an evaluation that ``--memory-limit`` has no room for.
 
+    Args:
+        common: Gives the limit.
+        entries: What is measured.
+        reference: What it is compared with: one of them, or another.
+        settings: Of the verb.
+        device: Where models compute.
+        dtype: In which precision.
+
     Raises:
         UsageError: The limit is no memory size.
-        CompressError: A model does not fit into it whole; memory and speed are measured of nothing less.
+        CompressError: A model does not fit into it whole, or not beside the reference; memory and speed are measured
+            of nothing less.
     """
     limit = limit_of(common)
     if limit is None:
         return
     ground = Ground(itemsize=dtype.itemsize, length=settings.sequence, windows=settings.windows)
     machine = capacity(common.run, device)
-    count = eval_count(entries, settings)
+    count = eval_count(entries, settings, reference)
+    if not count(ground).phases:  # models of kinds that are not understood here, all of them
+        return
     found = best_fit(count, ground, "eval", limit=limit, device_free=machine.device_free, streams=False)
     refuse(common, "eval", found)
 
 
+def _located(place: Located) -> tuple[PlannedModel, int] | None:
+    folder, adapter = place
+    try:
+        model = counted(_opened(folder))
+    except CompressError:
+        return None
+    return model, 0 if adapter is None else _parameters(adapter, model.arch)
+
+
 def _opened(folder: Path) -> ModelInput:
-    checkpoint = Checkpoint(folder)
+    checkpoint, _ = headers_of(str(folder))  # in a dry run there may be no weights
     architecture = checkpoint_architecture(checkpoint)
     return ModelInput(name=folder.name, path=folder, id="", checkpoint=checkpoint, architecture=architecture)
 

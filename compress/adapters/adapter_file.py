@@ -13,25 +13,30 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.adapters.initial_factors import INITIAL_FILE, PREFIX, InitialFactors
 from compress.errors import CompressError
 from compress.model.inside import read_json_inside, require_inside
-from compress.model.tensor_file import DTYPES
+from compress.model.tensor_file import TensorEntry, read_header
 from compress.structure import StructureMap
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-INITIAL_FILE = "initial_factors.safetensors"
-PREFIX = "base_model.model."
-"""What PEFT puts before every module name."""
+STARTED_KEY = "initial_factors"
+"""Entry of the config's ``auto_mapping``: in how many modules a part of the base was the start.
+
+PEFT keeps that field as it is and looks into it where a config names no task. So the two files that PEFT knows are
+enough to tell that the third one is missing.
+"""
 
 ORIGIN_FILE = "trained_on.json"
 BASE_KEY, STRUCTURE_KEY = "base_fingerprint", "structure"
 """Entries of the origin file: the fingerprint of the full model behind the small one, and a hash of what that keeps."""
 
+TRAINED_TOKENS = "token_adapter.trainable_tokens_delta"
+"""Kind of whole trained rows of an embedding (``trainable_token_indices``)."""
 _KINDS = (
     "lora_A.weight",
     "lora_B.weight",
@@ -39,6 +44,7 @@ _KINDS = (
     "lora_magnitude_vector",
     "lora_embedding_A",
     "lora_embedding_B",
+    TRAINED_TOKENS,
     "weight",
     "bias",
 )
@@ -94,7 +100,8 @@ class AdapterFile:
 
     Raises:
         CompressError: It is no such folder, has a file that is a link out of it, is not a LoRA whose delta is
-            ``scaling * B A``, or names ranks that its factors have not.
+            ``scaling * B A``, or names ranks that its factors have not; or it started from a part of its base, and the
+            initial factors beside it are not those of all the modules that did.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,13 +118,30 @@ class AdapterFile:
         for key, reason in _UNSUPPORTED.items():
             if config.get(key):
                 raise CompressError(f"The adapter {path} is not supported: {reason}.", "Train a plain LoRA.")
-        self._weights = _open(weights_path)
-        self.names: tuple[str, ...] = tuple(self._weights.keys())
+        self._weights = _header(weights_path)
+        self.names: tuple[str, ...] = tuple(sorted(self._weights))
         self.origin: dict[str, Any] = _read_origin(path / ORIGIN_FILE)
         initial = path / INITIAL_FILE
-        self._initial = _open(initial) if initial.is_file() else None
-        self._initial_names = frozenset() if self._initial is None else frozenset(self._initial.keys())
+        self._initial = InitialFactors(initial, _header(initial)) if initial.is_file() else None
+        if self._initial is not None:
+            self._initial.require_match(self._weights)
         self._check_ranks()
+        self._require_start()
+
+    def _require_start(self) -> None:
+        mapping = self.config.get("auto_mapping")
+        expected = mapping.get(STARTED_KEY, 0) if isinstance(mapping, dict) else 0
+        if not isinstance(expected, int):
+            raise CompressError(
+                f"{STARTED_KEY} in {self.path / CONFIG_FILE} is no number.", "Save the adapter again."
+            )
+        found = len(self.initial_modules)
+        if found < expected:
+            raise CompressError(
+                f"The adapter {self.path} started from a part of its base in {expected} modules, and no initial "
+                f"factors were kept for {expected - found} of them.",
+                f"Copy {INITIAL_FILE} too from where the adapter was saved, or train it again.",
+            )
 
     def __enter__(self) -> AdapterFile:
         return self
@@ -125,9 +149,7 @@ class AdapterFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._weights, self._initial):
-            if file is not None:
-                file.__exit__(kind, error, trace)
+        """Nothing stays open between two readings."""
 
     def _check_ranks(self) -> None:
         """Refuse ranks that no stored factor has: PEFT makes factors of whatever rank the config names."""
@@ -152,9 +174,8 @@ class AdapterFile:
         )
 
     def read(self, name: str) -> Tensor:
-        """One stored tensor."""
-        tensor: Tensor = self._weights.get_tensor(name)
-        return tensor
+        """One stored tensor, in memory of its own."""
+        return self._weights[name].read()
 
     def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a stored tensor, from the header alone.
@@ -162,16 +183,13 @@ class AdapterFile:
         Raises:
             CompressError: There is none of that name.
         """
-        if name not in self.names:
+        if name not in self._weights:
             raise CompressError(f"The adapter {self.path} has no {name}.", "Save the adapter again.")
-        return _spec(self._weights, name)
+        return self._weights[name].shape, self._weights[name].dtype
 
-    def initial_ranks(self, module: str) -> tuple[int, int] | None:
-        """Ranks of A0 and B0, from the header alone; None where ``B0 A0`` was zero."""
-        names = (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
-        if self._initial is None or names[0] not in self._initial_names:
-            return None
-        return _spec(self._initial, names[0])[0][0], _spec(self._initial, names[1])[0][1]
+    def initial_rank(self, module: str) -> int | None:
+        """Rank of ``B0 A0``, from the header alone; None where it was zero."""
+        return None if self._initial is None else self._initial.rank(module)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """(A [r, in], B [out, r]) of ``module``, in their stored dtype.
@@ -186,15 +204,12 @@ class AdapterFile:
 
     def initial_factors(self, module: str) -> tuple[Tensor, Tensor] | None:
         """(A0, B0) that training started from, or None where ``B0 A0`` was zero."""
-        names = (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
-        if self._initial is None or names[0] not in self._initial_names:
-            return None
-        return self._initial.get_tensor(names[0]), self._initial.get_tensor(names[1])
+        return None if self._initial is None else self._initial.read(module)
 
     @property
     def initial_modules(self) -> tuple[str, ...]:
         """Modules whose initial factors were kept."""
-        return tuple(m for m in self.modules if f"{PREFIX}{m}.lora_A.weight" in self._initial_names)
+        return () if self._initial is None else self._initial.modules
 
     @property
     def has_initial_factors(self) -> bool:
@@ -217,9 +232,15 @@ class AdapterFile:
         )
 
 
-def origin_of(structure: StructureMap) -> dict[str, Any]:
-    """The origin of an adapter that was trained on a model with this structure."""
-    return {"format_version": 1, BASE_KEY: structure.base_fingerprint, STRUCTURE_KEY: structure.digest()}
+def origin_of(base: StructureMap | str) -> dict[str, Any]:
+    """The origin of an adapter that was trained on a model with this structure, or on all of a full model.
+
+    Args:
+        base: What pruning kept, or the fingerprint of a full model, quantized since or not.
+    """
+    if isinstance(base, str):
+        return {"format_version": 1, BASE_KEY: base}
+    return {"format_version": 1, BASE_KEY: base.base_fingerprint, STRUCTURE_KEY: base.digest()}
 
 
 def _read_origin(path: Path) -> dict[str, Any]:
@@ -257,8 +278,7 @@ def write_adapter(
     ``origin`` says what the adapter was trained on, in a file that PEFT does not look at.
     """
     out.mkdir(parents=True, exist_ok=True)
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (out / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(out, config)
     _save(tensors, out / WEIGHTS_FILE)
     if initial:
         _save(initial, out / INITIAL_FILE)
@@ -268,21 +288,22 @@ def write_adapter(
     return out
 
 
+def write_config(out: Path, config: Mapping[str, Any]) -> None:
+    """Write ``adapter_config.json``. Sets become sorted lists."""
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (out / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(ready, str(path), metadata={"format": "pt"})
 
 
-def _spec(file: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    found = file.get_slice(name)
-    return tuple(found.get_shape()), DTYPES[found.get_dtype()]
-
-
-def _open(path: Path) -> Any:
+def _header(path: Path) -> dict[str, TensorEntry]:
     require_inside(path.parent, path)
     try:
-        return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
+        return read_header(path)[0]
+    except CompressError as error:
         raise CompressError(
-            f"{path} is not a safetensors file ({error}).", "Save the adapter again."
+            f"{path} is not a safetensors file: {error.cause}", "Save the adapter again."
         ) from error

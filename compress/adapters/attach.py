@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.adapters.adapter_file import (
-    PREFIX,
+    STARTED_KEY,
     AdapterFile,
     Scaling,
     origin_of,
@@ -23,6 +23,8 @@ from compress.adapters.adapter_file import (
     write_adapter,
 )
 from compress.adapters.factors import factor_product
+from compress.adapters.filled import filled_adapter
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.masked import mask_adapters
 from compress.adapters.starts import lq_linear, switch_off_factors, take_out
 from compress.errors import CompressError, UsageError
@@ -173,7 +175,7 @@ def save_adapter(
     *,
     base_name: str,
     initial: Mapping[str, Tensor] | None = None,
-    structure: StructureMap | None = None,
+    base: StructureMap | str | None = None,
 ) -> Path:
     """Write the adapter as a PEFT folder that names ``base_name`` as its base; returns ``out``.
 
@@ -182,12 +184,16 @@ def save_adapter(
         out: Folder to write.
         base_name: Model id or name of the base; never a path of this machine.
         initial: What ``attach_factors`` or ``attach_pissa`` returned.
-        structure: What the base kept of a full model; noted, so that recovery can tell another one.
+        base: What the base kept of a full model, or that model's fingerprint where it kept everything; noted, so that
+            recovery can tell another one.
     """
     tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     config = {**peft_model.peft_config["default"].to_dict(), "inference_mode": True}
     config["base_model_name_or_path"] = base_name
-    origin = None if structure is None else origin_of(structure)
+    if initial:
+        started = sum(name.endswith(".lora_A.weight") for name in initial)
+        config["auto_mapping"] = {**(config.get("auto_mapping") or {}), STARTED_KEY: started}
+    origin = None if base is None else origin_of(base)
     return write_adapter(out, config, tensors, initial, origin)
 
 
@@ -197,6 +203,9 @@ def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> Pe
     The result is in eval mode. An adapter with initial factors replaces the LQ model's own, so those are
     switched off; stock PEFT would add both. Those of PiSSA are taken out of the base, which stock PEFT does by
     decomposing every weight again. One with masks computes with its masked product; stock PEFT would take all of it.
+
+    Raises:
+        CompressError: The adapter's modules, shapes or tensor names are not those of the model.
     """
     with AdapterFile(path) as file:  # first: it checks what PEFT would take as it is
         config = LoraConfig.from_pretrained(str(path))
@@ -207,9 +216,7 @@ def load_adapter(model: nn.Module, path: Path, *, trainable: bool = False) -> Pe
             switch_off_factors(model, file.initial_modules)
     config.inference_mode = not trainable
     with _peft_notice_off():
-        peft_model: PeftModel = PeftModel.from_pretrained(
-            model, str(path), is_trainable=trainable, config=config
-        ).eval()
+        peft_model = filled_adapter(model, config, path, trainable=trainable).eval()
     masks = load_masks(path)
     if masks is not None:
         mask_adapters(peft_model, masks)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import BASE_KEY, STRUCTURE_KEY, AdapterFile, owner
+from compress.adapters.adapter_file import BASE_KEY, STRUCTURE_KEY, TRAINED_TOKENS, AdapterFile, owner
+from compress.adapters.places import Place
 from compress.errors import CompressError
+from compress.model.base_record import FILE_NAME as BASE_FILE
+from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint
 from compress.structure import StructureMap
 
@@ -24,9 +29,11 @@ def check_kind(small: AdapterFile, compress_rank: int | None) -> None:
             would have to change.
     """
     start = small.config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_BASE_CHANGING) and not small.has_initial_factors:
+    unknown = sorted(set(small.modules) - set(small.initial_modules))
+    if isinstance(start, str) and start.startswith(_BASE_CHANGING) and unknown:
         raise CompressError(
-            f"The adapter started from {start} factors, which hold a part of its base, and none were kept.",
+            f"The adapter started from {start} factors, which hold a part of its base, and those of {unknown[0]} "
+            "were not kept.",
             "Convert it with PEFT's path_initial_model_for_weight_conversion first.",
         )
     if small.config.get("use_dora") and (compress_rank is not None or small.has_initial_factors):
@@ -36,16 +43,22 @@ def check_kind(small: AdapterFile, compress_rank: int | None) -> None:
         )
 
 
-def check_origin(small: AdapterFile, structure: StructureMap) -> None:
+def check_origin(small: AdapterFile, structure: StructureMap, full: Checkpoint) -> None:
     """Refuse an adapter that says it was trained on another small model; one that says nothing is compared by shape.
 
+    Args:
+        small: The adapter.
+        structure: What pruning kept.
+        full: The full model, read only to say what in it is another.
+
     Raises:
-        CompressError: The full model behind it, or what it keeps, is another.
+        CompressError: The full model behind it, or what it keeps, is another; names the first tensor that differs,
+            where ``base.json`` is there.
     """
     base, digest = small.origin.get(BASE_KEY), small.origin.get(STRUCTURE_KEY)
     if base is not None and base != structure.base_fingerprint:
         raise CompressError(
-            f"The adapter {small.path} was trained on a model cut from another full model.",
+            f"The adapter {small.path} was trained on a model made of another full model{_difference(small, full)}.",
             "Give the adapter and the small model that belong together.",
         )
     if digest is not None and digest != structure.digest():
@@ -55,39 +68,82 @@ def check_origin(small: AdapterFile, structure: StructureMap) -> None:
         )
 
 
+def _difference(small: AdapterFile, full: Checkpoint) -> str:
+    """Which one, and what in ours is another; empty where it is not known."""
+    file = small.path / BASE_FILE
+    record = BaseRecord.load(file) if file.is_file() else None
+    if record is None or record.fingerprint != small.origin[BASE_KEY]:
+        return ""
+    difference = record.difference(full.digests())
+    return f", {record.name}" + (f": of ours {difference}" if difference else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Carried:
+    """A tensor for the full model: what it is, and how to make it when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
 def carried_over(
-    small: AdapterFile, changed: Collection[str], full: Checkpoint, base: Checkpoint | None
-) -> dict[str, Tensor]:
+    small: AdapterFile, places: Mapping[str, Place], full: Checkpoint, base: Checkpoint | None
+) -> dict[str, Carried]:
     """Every tensor of an adapter but the factor pairs and biases of LoRA, for the full model.
 
     Args:
         small: The adapter.
-        changed: Modules that pruning has cut.
+        places: Of the modules that pruning may have cut.
         full: The full model.
-        base: The model the adapter was trained on; None: taken to be the full one outside of ``changed``.
+        base: The model the adapter was trained on; None: taken to be what pruning left of the full one.
 
     Raises:
-        CompressError: A tensor belongs to a module that was cut, or to a weight that the small model has changed.
+        CompressError: A tensor belongs to a module that was cut, to a weight that the small model has changed, or is
+            of a kind that is not known.
     """
-    copies: dict[str, Tensor] = {}
+    found: dict[str, Carried] = {}
     for name in small.names:
         module, kind = owner(name)
         if kind in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
             continue
-        if module in changed:
-            what, why = "trained base tensor", "its pruned part was never trained"
-            if kind == "lora_magnitude_vector":
-                what, why = "DoRA magnitude", "it was trained for the norms of the pruned weight"
-            raise CompressError(
-                f"The {what} of {module} cannot be recovered: {why}.", "Train a plain LoRA on pruned linears."
-            )
-        trained = small.read(name)
+        shape, dtype = small.spec(name)
+        make = partial(small.read, name)
+        place = places.get(module)
+        if place is not None and place.changed and kind != "bias":
+            _refuse_cut(module, kind)
         if kind == "lora_magnitude_vector" and base is not None:
             _check_same(f"{module}.weight", full, base)
-        if kind in ("weight", "bias") and base is not None:
-            trained = _moved(trained, f"{module}.{kind}", full, base)
-        copies[name] = trained
-    return copies
+        if kind == "bias" and place is not None and place.rows is not None:
+            target = f"{module}.bias"
+            _check_both(target, full, base, (place.shape[0],), shape)
+            make, shape = partial(_scattered, small, name, target, full, base, place.rows), (place.shape[0],)
+        elif kind in ("weight", "bias") and base is not None:
+            _check_both(f"{module}.{kind}", full, base, shape, shape)
+            make = partial(_moved, small, name, f"{module}.{kind}", full, base)
+        elif kind == TRAINED_TOKENS:
+            rows, target = _token_rows(small, module), f"{module}.weight"
+            if target not in full or shape != (len(rows), *full.shape(target)[1:]):
+                _refuse_missing(name)
+            if base is not None:
+                _check_both(target, full, base, full.shape(target), full.shape(target))
+                make = partial(_moved_rows, small, name, target, full, base, torch.tensor(rows))
+        elif not kind:
+            raise CompressError(
+                f"The adapter's tensor {name} cannot be recovered: it is of a kind that is not known.",
+                "Train a plain LoRA.",
+            )
+        found[name] = Carried(shape=shape, dtype=dtype, make=make)
+    return found
+
+
+def _refuse_cut(module: str, kind: str) -> None:
+    what, why = "trained base tensor", "its pruned part was never trained"
+    if kind == "lora_magnitude_vector":
+        what, why = "DoRA magnitude", "it was trained for the norms of the pruned weight"
+    raise CompressError(
+        f"The {what} of {module} cannot be recovered: {why}.", "Train a plain LoRA on pruned linears."
+    )
 
 
 def _check_same(name: str, full: Checkpoint, base: Checkpoint) -> None:
@@ -100,12 +156,56 @@ def _check_same(name: str, full: Checkpoint, base: Checkpoint) -> None:
         )
 
 
-def _moved(trained: Tensor, name: str, full: Checkpoint, base: Checkpoint) -> Tensor:
+def _check_both(
+    name: str, full: Checkpoint, base: Checkpoint | None, wanted: tuple[int, ...], small: tuple[int, ...]
+) -> None:
+    """Refuse a trained tensor unless the full model has it in one shape and the small one in the other."""
+    there = name in full and full.shape(name) == wanted
+    if base is not None:
+        there = there and name in base and base.shape(name) == small and base.dtype(name).is_floating_point
+    if not there:
+        _refuse_missing(name)
+
+
+def _refuse_missing(name: str) -> None:
+    raise CompressError(
+        f"The trained {name} cannot be recovered: the full and the small model do not both have it.",
+        "Train a plain LoRA.",
+    )
+
+
+def _moved(small: AdapterFile, name: str, target: str, full: Checkpoint, base: Checkpoint) -> Tensor:
     """The full model's tensor plus what training changed in the small one; sums in float32."""
-    there = name in full and name in base and base.dtype(name).is_floating_point
-    if not there or not full.shape(name) == base.shape(name) == tuple(trained.shape):
-        raise CompressError(
-            f"The trained {name} cannot be recovered: the full and the small model do not both have it.",
-            "Train a plain LoRA.",
-        )
-    return (full.read(name).float() + (trained.float() - base.read(name).float())).to(trained.dtype)
+    trained = small.read(name)
+    change = trained.float() - base.read(target).float()
+    return (full.read(target).float() + change).to(trained.dtype)
+
+
+def _scattered(
+    small: AdapterFile, name: str, target: str, full: Checkpoint, base: Checkpoint | None, rows: Tensor
+) -> Tensor:
+    """The full model's bias, with what training changed in the small one at ``rows``."""
+    trained, whole = small.read(name), full.read(target).float()
+    kept = whole[rows]
+    before = kept if base is None else base.read(target).float()
+    # a difference of the same numbers is zero: bit by bit what was trained, where the two models agree
+    whole[rows] = trained.float() + (kept - before)
+    return whole.to(trained.dtype)
+
+
+def _moved_rows(
+    small: AdapterFile, name: str, target: str, full: Checkpoint, base: Checkpoint, rows: Tensor
+) -> Tensor:
+    """The full model's rows of the trained tokens plus what training changed in the small one's."""
+    trained = small.read(name)
+    change = trained.float() - base.read(target)[rows].float()
+    return (full.read(target)[rows].float() + change).to(trained.dtype)
+
+
+def _token_rows(small: AdapterFile, module: str) -> list[int]:
+    """The tokens whose rows of ``module`` were trained, as PEFT reads its config: a list is of the embedding."""
+    given = small.config.get("trainable_token_indices") or {}
+    if isinstance(given, list):
+        return given
+    names = [name for name in given if module == name or module.endswith(f".{name}")]
+    return list(given[names[0]]) if names else []

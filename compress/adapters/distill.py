@@ -120,7 +120,7 @@ class DistillationLoss(nn.Module):
         self.chunk = chunk
         self._layers: list[tuple[nn.Module, nn.Module]] = []
         if self.feature_weight > 0:
-            stacks = [_layers(part) for part in (self.student, self._teacher[0])]
+            stacks = [part.layers for part in (self.student, self._teacher[0])]
             if not stacks[0] or len(stacks[0]) != len(stacks[1]):
                 raise CompressError(
                     f"The hidden states of {len(stacks[0])} and {len(stacks[1])} layers cannot be compared.",
@@ -179,14 +179,6 @@ class DistillationLoss(nn.Module):
 def _relative(ours_ND: Tensor, theirs_ND: Tensor) -> Tensor:
     wide = theirs_ND.float()
     return (ours_ND.float() - wide).square().sum() / wide.square().sum()
-
-
-def _layers(part: TokenLoss) -> list[nn.Module]:
-    """The decoder layers: the longest list of modules in the body."""
-    if part.body is None:
-        return []
-    stacks = [child for child in part.body.children() if isinstance(child, nn.ModuleList)]
-    return max((list(stack) for stack in stacks), key=len, default=[])
 
 
 @contextmanager

@@ -31,6 +31,10 @@ class MaskLeader:
             self._ranks.tensors(alive_tensors(layers))
             self._told = layers
 
+    def skip_step(self, step: int) -> None:
+        """The same: masks close on schedule, whether or not the step is taken."""
+        self.before_step(step)
+
 
 class MaskFollower:
     """The hook in the controller's place on the other ranks.
@@ -49,6 +53,10 @@ class MaskFollower:
         """Take over the first rank's masks."""
         if self._ranks.value(None):
             self._masks.update(alive_layers(self._ranks.tensors(None), self._layers))
+
+    def skip_step(self, step: int) -> None:
+        """The same for a step that is not taken."""
+        self.before_step(step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing: the first rank saves the controller's."""

@@ -169,6 +169,12 @@ class TokenLoss(nn.Module):
         return self._inner.get_decoder() if hasattr(self._inner, "get_decoder") else None
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers: the longest list of modules in the body; empty where there is none."""
+        children = () if self.body is None else self.body.children()
+        return max((list(c) for c in children if isinstance(c, nn.ModuleList)), key=len, default=[])
+
+    @property
     def plain_head(self) -> bool:
         """Whether the head is a frozen linear layer without bias."""
         head = self.head

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from compress.adapters.adapter_file import AdapterFile, owner
+from compress.adapters.adapter_file import TRAINED_TOKENS, AdapterFile, owner
 from compress.adapters.lanes import device_lanes
 from compress.adapters.merged import Request, merged_tensors
 from compress.errors import CompressError
@@ -118,13 +118,18 @@ def adapter_changes(names: Collection[str], arch: Architecture, file: AdapterFil
         file: The adapter.
 
     Raises:
-        CompressError: The adapter is a DoRA, changes what the model has not got, or one side of tied embeddings.
+        CompressError: The adapter is a DoRA or holds single rows, changes what the model has not got, or one side of
+            tied embeddings.
     """
     if file.config.get("use_dora"):
         raise CompressError(f"The adapter {file.path} is a DoRA.", "Merge it with PEFT's merge_and_unload.")
     changes: dict[str, str] = {}
     for name in file.names:
         module, kind = owner(name)
+        if kind == TRAINED_TOKENS:
+            raise CompressError(
+                f"The adapter holds single rows of {module}.", "Merge it with PEFT's merge_and_unload."
+            )
         target = f"{module}.bias" if kind.endswith("bias") else f"{module}.weight"
         tied_head = arch.tied and target == arch.lm_head and kind in ("lora_A.weight", "lora_B.weight")
         if arch.tied and target in (arch.embedding, arch.lm_head) and not tied_head:

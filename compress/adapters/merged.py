@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, AdapterFile, owner
+from compress.adapters.adapter_file import AdapterFile, owner
 from compress.adapters.batched import LIMIT, Job, Spec, run_batched
 from compress.adapters.factors import add_rounded, factor_product
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.lanes import Lanes
 from compress.adapters.stacked import AddProduct
 from compress.errors import CompressError
@@ -104,12 +105,12 @@ def product_job(request: Request, file: AdapterFile) -> Job | None:
     pair = (request.change.removesuffix(kind) + kind.replace("_B", "_A"), request.change)
     (shape_a, dtype_a), (shape_b, dtype_b) = (file.spec(name) for name in pair)
     ranks = (shape_a[0], shape_b[1])
-    started = file.initial_ranks(module) if kind == "lora_B.weight" else None
-    if ranks[0] != ranks[1] or (started is not None and started[0] != started[1]):
+    started = file.initial_rank(module) if kind == "lora_B.weight" else None
+    if ranks[0] != ranks[1]:
         raise CompressError(f"The factors of {module} differ in rank.", "Save the adapter again.")
     rank, made_for = ranks[0], (shape_b[0], shape_a[1])
     if started is not None:
-        rank, dtype_a, dtype_b = rank + started[0], torch.float32, torch.float32
+        rank, dtype_a, dtype_b = rank + started, torch.float32, torch.float32
     # an embedding's delta is the transpose of B A, and so is that of a weight [in, out]
     flipped = (kind == "lora_embedding_B") != request.transposed
     made_for = made_for[::-1] if flipped else made_for

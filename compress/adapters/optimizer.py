@@ -37,6 +37,17 @@ def require_galore() -> None:
         )
 
 
+def is_projected(shape: tuple[int, ...]) -> bool:
+    """Whether GaLore projects the gradient of a linear's weight of this shape."""
+    return min(shape) > GALORE_RANK
+
+
+def galore_numbers(shape: tuple[int, int]) -> int:
+    """Numbers that GaLore holds for a projected weight: two moments of its longer side, one basis of its shorter."""
+    shorter, longer = sorted(shape)
+    return GALORE_RANK * (2 * longer + shorter)
+
+
 def make_optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter], config: FitConfig) -> Optimizer:
     """The optimizer of ``config`` over the ``trained`` parameters of ``model``.
 
@@ -55,7 +66,7 @@ def make_optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter], config
     from galore_torch import GaLoreAdamW
 
     linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
-    large = [p for p in trained.values() if id(p) in linears and min(p.shape) > GALORE_RANK]
+    large = [p for p in trained.values() if id(p) in linears and is_projected(tuple(p.shape))]
     chosen = {id(p) for p in large}
     groups: list[dict[str, Any]] = [{"params": [p for p in trained.values() if id(p) not in chosen]}]
     projected = {
@@ -72,6 +83,8 @@ def make_optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter], config
         weight_decay=config.weight_decay,
         no_deprecation_warning=True,
     )
+    for parameter in large:
+        optimizer.state[parameter]["projector"] = _projector(groups[-1])
     return optimizer
 
 
@@ -90,7 +103,7 @@ def optimizer_tensors(
     found: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         state = optimizer.state.get(parameter, {})
-        if not state:
+        if "step" not in state:
             continue
         found[f"step.{name}"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
         for moment in _MOMENTS:
@@ -121,7 +134,14 @@ def restore_optimizer(
 def _projector(group: Mapping[str, Any]) -> Any:
     from galore_torch.galore_projector import GaLoreProjector
 
-    return GaLoreProjector(
+    class Compact(GaLoreProjector):  # type: ignore[misc, unused-ignore]  # types where there are any
+        """Holds the basis alone; as it is, a part of all singular vectors keeps them all in memory."""
+
+        def get_orthogonal_matrix(self, weights: Tensor, rank: int, type: str) -> Tensor:
+            basis: Tensor = super().get_orthogonal_matrix(weights, rank, type)
+            return basis.clone()
+
+    return Compact(
         group["rank"],
         update_proj_gap=group["update_proj_gap"],
         scale=group["scale"],

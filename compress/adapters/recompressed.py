@@ -8,9 +8,10 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from compress.adapters.adapter_file import PREFIX, AdapterFile
+from compress.adapters.adapter_file import AdapterFile
 from compress.adapters.batched import Job, Spec, run_batched
 from compress.adapters.factors import Recompressed, difference_factors, recompress, squared_norm
+from compress.adapters.initial_factors import PREFIX
 from compress.adapters.lanes import Lanes
 from compress.adapters.stacked import Recompress
 
@@ -29,21 +30,26 @@ class Trained:
     def __init__(self, file: AdapterFile, module: str) -> None:
         self.module = module
         self._file = file
-        started = file.initial_ranks(module)
+        started = file.initial_rank(module)
         self.started = started is not None
         (shape_a, dtype_a), (shape_b, dtype_b) = (
             file.spec(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB"
         )
-        more = (0, 0) if started is None else started
+        more = 0 if started is None else started
         self.specs = (
-            Spec((shape_a[0] + more[0], shape_a[1]), dtype_a),
-            Spec((shape_b[0], shape_b[1] + more[1]), dtype_b),
+            Spec((shape_a[0] + more, shape_a[1]), dtype_a),
+            Spec((shape_b[0], shape_b[1] + more), dtype_b),
         )
 
     @property
     def rank(self) -> int:
         """Of the delta: r, or r + r0."""
         return self.specs[0].shape[0]
+
+    def kept(self, rank: int | None) -> int:
+        """What is left of it when it is cut to ``rank``."""
+        into, out = self.specs[0].shape[1], self.specs[1].shape[0]
+        return self.rank if rank is None or self.rank <= rank else min(rank, into, out)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank]."""
@@ -88,7 +94,7 @@ def _job(delta: Trained, rank: int | None) -> Job:
     into, out = spec_a.shape[1], spec_b.shape[0]
     cut: tuple[Spec, ...] = ()
     if rank is not None and delta.rank > rank:
-        kept = min(rank, into, out)
+        kept = delta.kept(rank)
         cut = (Spec((kept, into), spec_a.dtype), Spec((out, kept), spec_b.dtype))
 
     def fill(targets: Sequence[Tensor]) -> None:

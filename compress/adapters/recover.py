@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,26 @@ import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import (
-    PREFIX,
+    WEIGHTS_FILE,
     AdapterFile,
     Scaling,
+    owner,
     scaling_entries,
-    write_adapter,
+    write_config,
 )
 from compress.adapters.carried import carried_over, check_kind, check_origin
 from compress.adapters.factors import Recompressed, scatter_rows
+from compress.adapters.initial_factors import PREFIX, pair_of
 from compress.adapters.lanes import device_lanes
+from compress.adapters.places import Place, places_of
 from compress.adapters.recompressed import Trained, recompressed
 from compress.errors import CompressError, UsageError
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
+from compress.model.placed import PlacedWriter, Spec
 from compress.model.uneven_config import refuse_uneven
 from compress.progress import Progress
-from compress.structure import StructureMap, kept_columns, kept_rows
+from compress.structure import StructureMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,30 +63,6 @@ class RecoveryReport:
     truncation_overall: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Where a small linear lies in the full one: its shape there, and kept rows and columns (None: all)."""
-
-    shape: tuple[int, int]
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-
-    @property
-    def changed(self) -> bool:
-        return self.rows is not None or self.columns is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Recovered:
-    """One module's tensors, and the squared norms of ``scaling * B A`` and of what re-compression lost."""
-
-    tensors: dict[str, Tensor]
-    scaling: Scaling
-    difference: bool
-    norm: float
-    lost: float
-
-
 def recover_adapter(
     small_adapter: Path,
     structure: StructureMap,
@@ -99,7 +80,8 @@ def recover_adapter(
 
     Rows of B of q, k, v, gate, up and columns of A of o, down are scattered into zeros at the kept indices;
     the other factors are copied, and every dtype is kept. An adapter with kept initial factors becomes the
-    difference ``B A - B0 A0`` with rank r + r0, because the full base holds ``B0 A0`` already (METHODS §2.4).
+    difference ``B A - B0 A0`` with rank r + r0, because the full base holds ``B0 A0`` already (METHODS §2.4). Nothing
+    is written before all of it has been checked; then one module is in memory at a time.
 
     Args:
         small_adapter: PEFT folder, with ``initial_factors.safetensors`` when it did not start from zero.
@@ -108,9 +90,9 @@ def recover_adapter(
         full: The full model; gives the shapes of adapted linears outside of the decoder layers.
         out: Folder to write.
         full_name: What ``adapter_config.json`` names as its base (never the pruned model).
-        small_base: The model the adapter was trained on. Whole trained tensors (embeddings, norms, biases of linears
-            that kept their shape) then become the full model's own plus what training changed; without it they
-            are copied, which is right only where the two models have the same.
+        small_base: The model the adapter was trained on. Whole trained tensors (embeddings or rows of them, norms,
+            biases) then become the full model's own plus what training changed; without it they are copied, which is
+            right only where the two models have the same.
         compress_rank: Cut deltas of a larger rank back to this one, by QR of both factors and SVD of the
             core.
         device: Where deltas are measured and cut; on a CUDA device those of equal shapes together.
@@ -126,48 +108,56 @@ def recover_adapter(
     structure.check_matches(arch_full)
     if not structure.is_identity:
         refuse_uneven(arch_full)
-    places = _places(arch_full, structure)
-    found: dict[str, _Recovered] = {}
+    places = places_of(arch_full, structure)
     with AdapterFile(small_adapter) as small:
+        if not small.modules:
+            raise CompressError(f"The adapter {small_adapter} has no LoRA factors.", "Train a LoRA.")
         # trained on LQ linears it says no, although the full model's own are stored transposed
         transposed = small.transposed or any(spec.transposed for spec in arch_full.linears)
         check_kind(small, compress_rank)
-        check_origin(small, structure)
-        changed = {module for module, place in places.items() if place.changed}
-        tensors = carried_over(small, changed, full, small_base)
+        check_origin(small, structure, full)
+        carried = carried_over(small, places, full, small_base)
         for module in small.modules:
             places[module] = places.get(module) or _outside(full, arch_full, module, transposed)
         made = [_trained(small, module, places[module]) for module in small.modules]
-        with closing(recompressed(made, compress_rank, device_lanes(device))) as deltas:
-            for one, delta in zip(made, deltas, strict=True):
-                found[one.module] = _recovered(small, one, places[one.module], delta)
-                tensors |= found[one.module].tensors
-                if progress is not None:
-                    progress(len(found), len(made), one.module)
-        if not found:
-            raise CompressError(f"The adapter {small_adapter} has no LoRA factors.", "Train a LoRA.")
+        scalings = {one.module: _scaling(small, one, compress_rank) for one in made}
+        specs: dict[str, Spec] = {name: (one.shape, one.dtype) for name, one in carried.items()}
+        for one in made:
+            specs |= _specs(small, one, places[one.module], scalings[one.module].rank)
         config = {**small.config, "base_model_name_or_path": full_name, "revision": None}
         config["fan_in_fan_out"] = transposed
         gone = replace(arch_full, layer_shapes=structure.shapes).gone()
         if gone:
             config["exclude_modules"] = _excluding(config.get("exclude_modules"), gone)
-    if compress_rank is not None or any(r.difference for r in found.values()):
-        config |= _plain_start({module: r.scaling for module, r in found.items()})
-    write_adapter(out, config, tensors)
-    norm, lost = sum(r.norm for r in found.values()), sum(r.lost for r in found.values())
+        if compress_rank is not None or any(one.started for one in made):
+            config |= _plain_start(scalings | _embeddings(small))
+        norms: dict[str, tuple[float, float]] = {}
+        out.mkdir(parents=True, exist_ok=True)
+        with PlacedWriter(out / WEIGHTS_FILE, specs) as writer:
+            for name, copied in carried.items():
+                writer.put(name, copied.make())
+            with closing(recompressed(made, compress_rank, device_lanes(device))) as deltas:
+                for one, delta in zip(made, deltas, strict=True):
+                    _write(writer, small, one.module, places[one.module], delta)
+                    square = scalings[one.module].value ** 2
+                    norms[one.module] = square * delta.norm, square * delta.lost
+                    if progress is not None:
+                        progress(len(norms), len(made), one.module)
+    write_config(out, config)
+    norm, lost = (sum(pair[side] for pair in norms.values()) for side in (0, 1))
     return RecoveryReport(
-        modules=len(found),
-        scattered=len(changed & set(found)),
-        differences=sum(r.difference for r in found.values()),
-        max_rank=max(r.scaling.rank for r in found.values()),
-        parameters=sum(t.numel() for t in tensors.values()),
+        modules=len(made),
+        scattered=sum(places[one.module].changed for one in made),
+        differences=sum(one.started for one in made),
+        max_rank=max(scaling.rank for scaling in scalings.values()),
+        parameters=sum(prod(shape) for shape, _ in specs.values()),
         delta_norm=math.sqrt(max(0.0, norm - lost)),
-        truncation={m: _relative(r.lost, r.norm) for m, r in found.items()} if compress_rank else {},
+        truncation={m: _relative(lost, norm) for m, (norm, lost) in norms.items()} if compress_rank else {},
         truncation_overall=_relative(lost, norm),
     )
 
 
-def _trained(small: AdapterFile, module: str, place: _Place) -> Trained:
+def _trained(small: AdapterFile, module: str, place: Place) -> Trained:
     """What training left of a module; its factors are read when they are asked for.
 
     Raises:
@@ -185,43 +175,44 @@ def _trained(small: AdapterFile, module: str, place: _Place) -> Trained:
     return Trained(small, module)
 
 
-def _recovered(small: AdapterFile, made: Trained, place: _Place, found: Recompressed) -> _Recovered:
-    # after the cut: the zero rows and columns that are put in change no singular value
-    module, scaling = made.module, small.scaling(made.module)
-    for rank in (made.rank, found.a.shape[0]):
-        scaling = scaling if rank == scaling.rank else scaling.with_rank(rank)
-    tensors = {
-        f"{PREFIX}{module}.lora_A.weight": scatter_rows(found.a.T, place.columns, place.shape[1]).T,
-        f"{PREFIX}{module}.lora_B.weight": scatter_rows(found.b, place.rows, place.shape[0]),
+def _scaling(small: AdapterFile, made: Trained, rank: int | None) -> Scaling:
+    """Rank and alpha of a recovered module; the value of the scaling stays."""
+    scaling = small.scaling(made.module)
+    for now in (made.rank, made.kept(rank)):
+        scaling = scaling if now == scaling.rank else scaling.with_rank(now)
+    return scaling
+
+
+def _embeddings(small: AdapterFile) -> dict[str, Scaling]:
+    """Those of the embeddings that are adapted: copied, whatever ranks the linears get."""
+    owners = (owner(name) for name in small.names)
+    return {module: small.scaling(module) for module, kind in owners if kind == "lora_embedding_A"}
+
+
+def _specs(small: AdapterFile, made: Trained, place: Place, rank: int) -> dict[str, Spec]:
+    """Shapes and dtypes of what `_write` writes."""
+    name_a, name_b = pair_of(made.module)
+    found: dict[str, Spec] = {
+        name_a: ((rank, place.shape[1]), made.specs[0].dtype),
+        name_b: ((place.shape[0], rank), made.specs[1].dtype),
     }
+    bias = f"{PREFIX}{made.module}.lora_B.bias"
+    if bias in small.names:
+        found[bias] = ((place.shape[0],), small.spec(bias)[1])
+    return found
+
+
+def _write(writer: PlacedWriter, small: AdapterFile, module: str, place: Place, found: Recompressed) -> None:
+    # after the cut: the zero rows and columns that are put in change no singular value
+    name_a, name_b = pair_of(module)
+    writer.put(name_a, scatter_rows(found.a.T, place.columns, place.shape[1]).T)
+    writer.put(name_b, scatter_rows(found.b, place.rows, place.shape[0]))
     bias = f"{PREFIX}{module}.lora_B.bias"
     if bias in small.names:
-        tensors[bias] = scatter_rows(small.read(bias), place.rows, place.shape[0])
-    square = scaling.value**2
-    return _Recovered(
-        tensors=tensors,
-        scaling=scaling,
-        difference=made.started,
-        norm=square * found.norm,
-        lost=square * found.lost,
-    )
+        writer.put(bias, scatter_rows(small.read(bias), place.rows, place.shape[0]))
 
 
-def _places(arch: Architecture, structure: StructureMap) -> dict[str, _Place]:
-    """Module -> its place, for the decoder linears."""
-    pruned = not structure.is_identity
-    return {
-        arch.module_name(index, spec): _Place(
-            shape=arch.at(index).linear_shape(spec),
-            rows=kept_rows(arch, spec, layer) if pruned else None,
-            columns=kept_columns(arch, spec, layer) if pruned else None,
-        )
-        for index, layer in enumerate(structure.layers)
-        for spec in arch.linears_at(index)
-    }
-
-
-def _outside(full: Checkpoint, arch: Architecture, module: str, transposed: bool) -> _Place:
+def _outside(full: Checkpoint, arch: Architecture, module: str, transposed: bool) -> Place:
     """The place of a linear that pruning never touches, such as lm_head."""
     name = f"{module}.weight"
     if name == arch.lm_head and arch.tied:
@@ -232,7 +223,7 @@ def _outside(full: Checkpoint, arch: Architecture, module: str, transposed: bool
         )
     rows, columns = full.shape(name)
     flip = transposed and name not in (arch.lm_head, arch.embedding)
-    return _Place(shape=(columns, rows) if flip else (rows, columns))
+    return Place(shape=(columns, rows) if flip else (rows, columns))
 
 
 def _check_fits(module: str, width: int, kept: Tensor | None, size: int, label: str) -> None:
@@ -249,6 +240,7 @@ def _plain_start(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
     return {
         **scaling_entries(scalings),
         "init_lora_weights": True,
+        "auto_mapping": None,
         "loftq_config": {},
         "corda_config": None,
         "eva_config": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from compress.adapters.distill import Distillation, DistillationLoss
 from compress.adapters.fit_config import FitConfig, learning_rate
@@ -27,7 +29,15 @@ class StepHook(Protocol):
     """Sees the gradients of a step: averaged over accumulation, unscaled, before clipping and the update."""
 
     def before_step(self, step: int) -> None:
-        """Act on step ``step`` (from 0)."""
+        """Act on step ``step`` (from 0), whose gradients are finite."""
+
+
+@runtime_checkable
+class SkipHook(StepHook, Protocol):
+    """A hook that wants to know of steps that are not taken, as their gradients are not finite."""
+
+    def skip_step(self, step: int) -> None:
+        """Act on step ``step`` in the place of ``before_step``."""
 
 
 @runtime_checkable
@@ -106,6 +116,15 @@ class Run:
                 self.accelerator.backward(loss)
             total += loss.detach()
         return float(total)
+
+    def finite(self) -> bool:
+        """Whether all gradients are, the same on every process."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        return math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+
+    def drop(self) -> None:
+        """Forget the gradients of a step that is not taken."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int) -> None:
         """Clip and take optimizer step ``step``."""

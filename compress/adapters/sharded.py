@@ -33,7 +33,7 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
         CompressError: The model has no stack of decoder layers, or trains weights outside of its body.
     """
     loss = TokenLoss(model)
-    layers = [] if loss.body is None else decoder_layers(loss.body)
+    layers = loss.layers
     if not layers:
         raise CompressError(
             f"The weights of {type(model).__name__} cannot be divided among processes: it has no stack of layers.",
@@ -57,12 +57,6 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
             "its body.",
             "Launch one process.",
         )
-
-
-def decoder_layers(body: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a body: its longest list of modules; empty where there is none."""
-    stacks = [list(child) for child in body.children() if isinstance(child, nn.ModuleList)]
-    return max(stacks, key=len, default=[])
 
 
 def whole(tensor: Tensor, ranks: Ranks) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.adapters.distill import Distillation
 from compress.adapters.fit_config import FitConfig, window_order
 from compress.adapters.loss import trained_tokens
-from compress.adapters.run import Run, StatefulHook, StepHook
+from compress.adapters.run import Run, SkipHook, StatefulHook, StepHook
 from compress.adapters.state import FitState, load_state, save_state
 from compress.data.windows import Windows
 from compress.errors import CompressError
@@ -25,13 +25,15 @@ from compress.progress import Progress
 if TYPE_CHECKING:  # one process needs none of it
     from compress.adapters.ranks import Ranks
 
-__all__ = ["Distillation", "FitConfig", "FitResult", "StatefulHook", "StepHook", "fit"]
+__all__ = ["Distillation", "FitConfig", "FitResult", "SkipHook", "StatefulHook", "StepHook", "fit"]
 
 
 SAVE_SECONDS = 60.0
 """A state is saved after so long, whatever the number of steps."""
 SAVE_COST = 20.0
 """But not before so many times what the last one took."""
+MOST_SKIPPED = 5
+"""Training ends with an error after so many steps in a row whose gradients are not finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +41,13 @@ class FitResult:
     """What training did.
 
     Attributes:
-        losses: Training loss of every step (nats per trained token).
+        losses: Training loss of every step (nats per trained token); that of a skipped step may be no finite number.
         validation_before: Mean loss on the validation windows before the first step; None without windows.
         validation_after: The same after the last step.
         tokens: Trained tokens, counted every time they were used.
         seconds: Time in training, over all resumed parts, validation left out.
-        steps: Optimizer steps done.
+        steps: Steps done, skipped ones included.
+        skipped: Steps whose gradients were not finite: the optimizer did not take them.
     """
 
     losses: tuple[float, ...]
@@ -53,6 +56,7 @@ class FitResult:
     tokens: int
     seconds: float
     steps: int
+    skipped: int = 0
 
 
 def fit(
@@ -74,6 +78,9 @@ def fit(
     the end, and on Ctrl-C; the same call then goes on from it and ends bit for bit where an uninterrupted run ends.
     The caller deletes the file when the result is safe. The model is left in eval mode.
 
+    A step whose gradients are not finite changes nothing: the optimizer does not take it, hooks do not see its
+    gradients, and it is counted. After `MOST_SKIPPED` of them in a row, or when there are no others, training gives up.
+
     With ``distillation`` the loss compares with a teacher at the positions that carry a label; validation keeps the
     labels' own loss.
 
@@ -82,8 +89,8 @@ def fit(
     With ``sharded`` the model is one that `compress.adapters.sharded.shard` was called on.
 
     Raises:
-        CompressError: There is nothing to train or to train on, the loss is not finite, the saved state
-            belongs to a different run, several processes were launched without ``ranks``, or another of them
+        CompressError: There is nothing to train or to train on, the gradients are not finite time and again, the saved
+            state belongs to a different run, several processes were launched without ``ranks``, or another of them
             failed.
     """
     usable = (windows.labels[:, 1:] != -100).any(dim=1).nonzero().flatten()
@@ -107,8 +114,10 @@ def fit(
     if state is not None:
         run.restore(state, hooks)
     before, seconds, done, losses = None, 0.0, 0, torch.zeros(0, dtype=torch.float64)
+    skipped = in_a_row = 0
     if state is not None:
         before, seconds, done, losses = state.notes["before"], state.seconds, state.step, state.losses
+        skipped, in_a_row = state.notes.get("skipped", (0, 0))
     elif validation is not None:
         before = run.evaluate(validation)
     begun = time.perf_counter() - seconds
@@ -117,7 +126,7 @@ def fit(
         tensors = run.tensors(hooks)
         if state_dir is not None:
             elapsed = time.perf_counter() - begun
-            notes = {"before": before}
+            notes = {"before": before, "skipped": [skipped, in_a_row]}
             save_state(
                 state_dir,
                 FitState(
@@ -136,19 +145,29 @@ def fit(
             if run.can_save and state_dir is not None:
                 save()
             raise
-        if not math.isfinite(loss):
-            raise CompressError(
-                f"The training loss of step {done + 1} is {loss}.", "Give a lower learning rate."
-            )
-        for hook in hooks:
-            hook.before_step(done)
-        run.update(done)
+        taken = run.finite() and math.isfinite(loss)
+        if taken:
+            for hook in hooks:
+                hook.before_step(done)
+            run.update(done)
+        else:
+            for hook in hooks:
+                if isinstance(hook, SkipHook):
+                    hook.skip_step(done)
+            run.drop()
+        skipped, in_a_row = skipped + (not taken), 0 if taken else in_a_row + 1
         done += 1
+        if in_a_row == min(MOST_SKIPPED, config.steps):
+            raise CompressError(
+                f"The gradients of {in_a_row} training steps in a row, up to step {done}, are not finite "
+                f"(its loss is {loss:.4g}).",
+                "Give a lower learning rate, or --dtype float32.",
+            )
         losses = torch.cat([losses, torch.tensor([loss], dtype=torch.float64)])
         stopped: KeyboardInterrupt | None = None
         if progress is not None:
             try:
-                progress(done, config.steps, f"loss {loss:.3f}")
+                progress(done, config.steps, f"loss {loss:.3f}" if taken else "skipped: not finite")
             except KeyboardInterrupt as interrupt:
                 stopped = interrupt
         waited = time.perf_counter() - saved
@@ -177,6 +196,7 @@ def fit(
         tokens=int((windows.labels[:, 1:] != -100).sum(dim=1)[used].sum()),
         seconds=seconds,
         steps=done,
+        skipped=skipped,
     )
 
 

@@ -10,6 +10,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress plan meta-llama/Llama-2-13b-hf --loram",
         "compress plan ./my-model --ratio 0.5 --budget 2.75bit --memory 24GiB",
         "compress plan ./my-model --budget 3bit --no-time --json",
+        "compress plan ./my-model --check --memory-limit 12GiB",
     ),
     "init": (
         "compress init",
@@ -70,6 +71,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress bench --list",
         "compress bench --quick",
         "compress bench solver error_table --quick --out results",
+        "compress bench --finished work --baselines baselines",
     ),
     "doctor": (
         "compress doctor",

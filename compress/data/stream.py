@@ -12,7 +12,9 @@ from compress.data.windows import Windows
 from compress.errors import CompressError
 
 
-def conversation_stream(text: Text, tokenizer: Any, *, length: int, count: int, seed: int) -> Windows:
+def conversation_stream(
+    text: Text, tokenizer: Any, *, length: int, count: int, seed: int, after: int = 0
+) -> Windows:
     """Windows of whole conversations one after another, cut where a window is full: no padding.
 
     Statistics of inputs and gradients count every position of a window, and padding is no input. All tokens carry
@@ -24,6 +26,8 @@ def conversation_stream(text: Text, tokenizer: Any, *, length: int, count: int, 
         length: Tokens per window.
         count: Windows wanted; fewer where there is not so much text.
         seed: Of the order of the conversations.
+        after: Pass over so many windows, which another draw under this seed has read. Where too few are left, the rest
+            are of those after all, and the protocol says how many: ``shared_windows``.
 
     Raises:
         CompressError: All conversations together are shorter than one window.
@@ -31,16 +35,19 @@ def conversation_stream(text: Text, tokenizer: Any, *, length: int, count: int, 
     order = torch.randperm(len(text.conversations), generator=torch.Generator().manual_seed(seed)).tolist()
     stream: list[int] = []
     for index in order:
-        if len(stream) >= count * length:
+        if len(stream) >= (after + count) * length:
             break
         stream.extend(encode_conversation(text.conversations[index], tokenizer)[0])
-    whole = min(count, len(stream) // length)
+    whole = min(after + count, len(stream) // length)
     if whole == 0:
         raise CompressError(
             f"The {text.split} split of {text.source} has {len(stream)} tokens, fewer than one window of {length}.",
             "Give a longer text.",
         )
-    ids = torch.tensor(stream[: whole * length], dtype=torch.long).view(whole, length)
+    every = torch.tensor(stream[: whole * length], dtype=torch.long).view(whole, length)
+    fresh = every[after:]
+    shared = every[:after][: count - len(fresh)]
+    ids = torch.cat([fresh, shared])
     labels = ids.clone()
     labels[:, 0] = IGNORE  # nothing comes before it
     return Windows(
@@ -55,10 +62,11 @@ def conversation_stream(text: Text, tokenizer: Any, *, length: int, count: int, 
             "length": length,
             "stride": length,
             "layout": "stream",
-            "windows": whole,
+            "windows": len(ids),
             "requested_windows": count,
-            "tokens": whole * (length - 1),
+            "tokens": len(ids) * (length - 1),
             "text_tokens": None,
             "seed": seed,
+            **({"shared_windows": len(shared)} if after else {}),
         },
     )

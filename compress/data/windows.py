@@ -45,6 +45,14 @@ class Windows:
         return int(self.ids.shape[0])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """Windows drawn under ``seed``, ``count`` of them, of a length that goes without saying."""
+
+    seed: int
+    count: int
+
+
 def token_windows(
     text: Text,
     tokenizer: Any,
@@ -53,6 +61,7 @@ def token_windows(
     count: int | None = None,
     bos: bool = False,
     seed: int | None = None,
+    apart: Draw | None = None,
 ) -> Windows:
     """Cut a text into windows of ``length`` tokens that do not overlap.
 
@@ -67,6 +76,9 @@ def token_windows(
     answers carry labels. A conversation longer than the window loses its end, and is dropped when no answer
     is left. Padding has label -100 and comes last, so causal attention never sees it.
 
+    With ``apart`` the windows (or conversations) of that other draw are passed over. Where too few are left, the rest
+    are windows of that draw after all, and the protocol says how many of them there are: ``shared_windows``.
+
     Args:
         text: What to cut.
         tokenizer: Its special tokens are not added, whatever its settings; see ``bos``.
@@ -74,6 +86,7 @@ def token_windows(
         count: Windows wanted; None or more than there are gives all there are.
         bos: Begin every window of plain text with BOS. Conversations follow the chat template instead.
         seed: Seed of the draw; None for evaluation order.
+        apart: Another draw of this text and length to keep away from; needs ``seed`` and ``count``.
 
     Raises:
         UsageError: ``length`` below 2 or ``count`` below 1.
@@ -85,10 +98,12 @@ def token_windows(
         )
     if count is not None and count < 1:
         raise UsageError(f"{count} windows were asked for.", "Ask for 1 or more.")
+    if apart is not None and (seed is None or count is None):
+        raise ValueError("windows apart from others need a seed and a count")
     if text.conversations:
-        ids, labels, known = _chat_windows(text, tokenizer, length, count, seed)
+        ids, labels, known, shared = _chat_windows(text, tokenizer, length, count, seed, apart)
     else:
-        ids, labels, known = _plain_windows(text, tokenizer, length, count, bos, seed)
+        ids, labels, known, shared = _plain_windows(text, tokenizer, length, count, bos, seed, apart)
     chat = bool(text.conversations)
     return Windows(
         ids=ids,
@@ -107,23 +122,31 @@ def token_windows(
             "tokens": int((labels[:, 1:] != IGNORE).sum()),
             "text_tokens": known,
             "seed": seed,
+            **({} if apart is None else {"shared_windows": shared}),
         },
     )
 
 
 def _plain_windows(
-    text: Text, tokenizer: Any, length: int, count: int | None, bos: bool, seed: int | None
-) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    text: Text,
+    tokenizer: Any,
+    length: int,
+    count: int | None,
+    bos: bool,
+    seed: int | None,
+    apart: Draw | None,
+) -> tuple[torch.Tensor, torch.Tensor, int | None, int]:
     if bos and tokenizer.bos_token_id is None:
         raise CompressError("The tokenizer has no BOS token to begin windows with.", "Do without BOS.")
     stride = length - 1 if bos else length
     joined = text.joined
     known: int | None
+    shared = 0
     if seed is None:
         windows, known = _cut(joined, tokenizer, stride)
         windows = windows[:count]
     else:
-        windows, known = _draw(joined, tokenizer, stride, count, seed)
+        windows, known, shared = _draw(joined, tokenizer, stride, count, seed, apart)
     if len(windows) == 0:
         raise CompressError(
             f"The {text.split} split of {text.source} has {known} tokens, fewer than one window of {length}.",
@@ -133,7 +156,7 @@ def _plain_windows(
         windows = torch.cat((torch.full((len(windows), 1), tokenizer.bos_token_id), windows), dim=1)
     labels = windows.clone()
     labels[:, 0] = IGNORE  # nothing comes before it
-    return windows, labels, known
+    return windows, labels, known, shared
 
 
 def _cut(joined: str, tokenizer: Any, stride: int) -> tuple[torch.Tensor, int]:
@@ -142,21 +165,36 @@ def _cut(joined: str, tokenizer: Any, stride: int) -> tuple[torch.Tensor, int]:
 
 
 def _draw(
-    joined: str, tokenizer: Any, stride: int, count: int | None, seed: int
-) -> tuple[torch.Tensor, int | None]:
-    generator = torch.Generator().manual_seed(seed)
+    joined: str, tokenizer: Any, stride: int, count: int | None, seed: int, apart: Draw | None
+) -> tuple[torch.Tensor, int | None, int]:
+    """The windows [n, stride], tokens of the whole text when all was tokenised, and how many are of ``apart``."""
     segments = list(_segments(joined, stride))
-    parts: list[torch.Tensor] = []
-    have = known = used = 0
-    for index in torch.randperm(len(segments), generator=generator).tolist():
-        if count is not None and have >= count:
-            break
-        windows, tokens = _cut(joined[slice(*segments[index])], tokenizer, stride)
-        parts.append(windows)
-        have, known, used = have + len(windows), known + tokens, used + 1
-    pool = torch.cat(parts)
-    order = torch.randperm(have, generator=generator)[:count]
-    return pool[order], known if used == len(segments) else None
+    cut: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def places(
+        count: int | None, seed: int, passed: frozenset[tuple[int, int]] = frozenset()
+    ) -> list[tuple[int, int]]:
+        """(segment, window in it) in the order drawn."""
+        generator = torch.Generator().manual_seed(seed)
+        pool: list[tuple[int, int]] = []
+        for index in torch.randperm(len(segments), generator=generator).tolist():
+            if count is not None and len(pool) >= count:
+                break
+            if index not in cut:
+                cut[index] = _cut(joined[slice(*segments[index])], tokenizer, stride)
+            rows = range(len(cut[index][0]))
+            pool += [(index, row) for row in rows if (index, row) not in passed]
+        return [pool[at] for at in torch.randperm(len(pool), generator=generator)[:count].tolist()]
+
+    others = frozenset[tuple[int, int]]() if apart is None else frozenset(places(apart.count, apart.seed))
+    found, shared = places(count, seed, others), 0
+    if count is not None and len(found) < count and others:
+        found += [place for place in places(None, seed) if place in others][: count - len(found)]
+        shared = sum(place in others for place in found)
+    known = sum(tokens for _, tokens in cut.values()) if len(cut) == len(segments) else None
+    if not found:
+        return torch.empty(0, stride, dtype=torch.long), known, 0
+    return torch.stack([cut[index][0][row] for index, row in found]), known, shared
 
 
 def _segments(joined: str, stride: int) -> Iterator[tuple[int, int]]:
@@ -176,25 +214,18 @@ def _segments(joined: str, stride: int) -> Iterator[tuple[int, int]]:
 
 
 def _chat_windows(
-    text: Text, tokenizer: Any, length: int, count: int | None, seed: int | None
-) -> tuple[torch.Tensor, torch.Tensor, None]:
+    text: Text, tokenizer: Any, length: int, count: int | None, seed: int | None, apart: Draw | None
+) -> tuple[torch.Tensor, torch.Tensor, None, int]:
     total = len(text.conversations)
     order: Sequence[int] = range(total)
+    others: frozenset[int] = frozenset()
     if seed is not None:
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    rows: list[tuple[list[int], list[int]]] = []
-    for index in order:
-        ids, labels = encode_conversation(text.conversations[index], tokenizer)
-        ids, labels = ids[:length], [IGNORE, *labels[1:length]]
-        if all(label == IGNORE for label in labels):
-            continue
-        if seed is not None and rows and len(rows[-1][0]) + len(ids) <= length:
-            rows[-1][0].extend(ids)
-            rows[-1][1].extend(labels)
-        elif count is not None and len(rows) == count:
-            break
-        else:
-            rows.append((ids, labels))
+        order = _permuted(total, seed)
+        if apart is not None:
+            rows = _chat_rows(text, tokenizer, length, apart.count, _permuted(total, apart.seed), packed=True)
+            others = frozenset(index for row in rows for index in row.conversations)
+            order = [index for index in order if index not in others] + [i for i in order if i in others]
+    rows = _chat_rows(text, tokenizer, length, count, order, packed=seed is not None)
     if not rows:
         raise CompressError(
             f"No conversation of {text.source} has its answer within {length} tokens.",
@@ -203,7 +234,41 @@ def _chat_windows(
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     ids_NL = torch.full((len(rows), length), pad, dtype=torch.long)
     labels_NL = torch.full((len(rows), length), IGNORE, dtype=torch.long)
-    for n, (ids, labels) in enumerate(rows):
-        ids_NL[n, : len(ids)] = torch.tensor(ids)
-        labels_NL[n, : len(labels)] = torch.tensor(labels)
-    return ids_NL, labels_NL, None
+    for n, row in enumerate(rows):
+        ids_NL[n, : len(row.ids)] = torch.tensor(row.ids)
+        labels_NL[n, : len(row.labels)] = torch.tensor(row.labels)
+    return ids_NL, labels_NL, None, sum(not others.isdisjoint(row.conversations) for row in rows)
+
+
+def _permuted(total: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+@dataclass(slots=True)
+class _Row:
+    """A window of conversations, without its padding."""
+
+    ids: list[int]
+    labels: list[int]
+    conversations: list[int]
+
+
+def _chat_rows(
+    text: Text, tokenizer: Any, length: int, count: int | None, order: Sequence[int], *, packed: bool
+) -> list[_Row]:
+    rows: list[_Row] = []
+    for index in order:
+        ids, labels = encode_conversation(text.conversations[index], tokenizer)
+        ids, labels = ids[:length], [IGNORE, *labels[1:length]]
+        if all(label == IGNORE for label in labels):
+            continue
+        if packed and rows and len(rows[-1].ids) + len(ids) <= length:
+            rows[-1].ids.extend(ids)
+            rows[-1].labels.extend(labels)
+            rows[-1].conversations.append(index)
+        elif count is not None and len(rows) == count:
+            break
+        else:
+            rows.append(_Row(ids, labels, [index]))
+    return rows

@@ -59,10 +59,11 @@ class MemoryTimeline:
     Args:
         interval: Seconds between two samples.
         limit: Most values that are kept.
+        device: The GPU that is looked at, such as "cuda:1"; else the current one.
     """
 
-    def __init__(self, *, interval: float = INTERVAL, limit: int = LIMIT) -> None:
-        self._interval = interval
+    def __init__(self, *, interval: float = INTERVAL, limit: int = LIMIT, device: str | None = None) -> None:
+        self._interval, self._gpu = interval, device
         self._host, self._device = Thinned(limit), Thinned(limit)
         self._device_seen = False
         self._done = threading.Event()
@@ -84,6 +85,11 @@ class MemoryTimeline:
     def host_peak(self) -> int:
         """The largest sample of resident memory in bytes; 0 without any."""
         return max(self._host.values, default=0)
+
+    @property
+    def device_peak(self) -> int:
+        """The largest sample of what torch held on the GPU in bytes; 0 without any."""
+        return max(self._device.values, default=0)
 
     def record(self) -> dict[str, float | list[int]] | None:
         """JSON values: ``interval_seconds``, ``host_bytes`` and, where a GPU was used, ``device_bytes``.
@@ -107,16 +113,16 @@ class MemoryTimeline:
         resident = resident_now()
         if resident is None:
             return False
-        held = _device_bytes()
+        held = _device_bytes(self._gpu)
         self._host.add(resident)
         self._device.add(held or 0)
         self._device_seen |= held is not None
         return True
 
 
-def _device_bytes() -> int | None:
-    """Bytes that torch has allocated on the current GPU; None before anything used one."""
+def _device_bytes(device: str | None) -> int | None:
+    """Bytes that torch has allocated on a GPU (None: the current one); None before anything used one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return int(torch.cuda.memory_allocated())
+    return int(torch.cuda.memory_allocated(device))

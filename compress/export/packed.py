@@ -129,7 +129,7 @@ def _write(
 def _rank(record: MatrixRecord, file: AdapterFile, module: str) -> int:
     """Of a matrix once it is trained."""
     added = file.factors(module)[0].shape[0]
-    return added if file.initial_ranks(module) is not None else record.rank + added
+    return added if file.initial_rank(module) is not None else record.rank + added
 
 
 def _with_rank(record: MatrixRecord, rank: int) -> MatrixRecord:
@@ -146,7 +146,7 @@ def _matrix(
     root = math.sqrt(file.scaling(module).value)
     factor_a, factor_b = (factor.float() * root for factor in file.factors(module))
     outs, ins = [factor_b.T], [factor_a]
-    if file.initial_ranks(module) is None:
+    if file.initial_rank(module) is None:
         layer = LQLinear.from_stored(record, lambda part: checkpoint.read(f"{module}.{part}"))
         own = layer.factors()
         if own is not None:

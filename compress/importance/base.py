@@ -172,6 +172,11 @@ class Criterion(ABC):
     def observe(self, model: torch.nn.Module) -> None:
         """Take in ``model`` (plain or wrapped by PEFT), with what ``needs`` says."""
 
+    def skip(self) -> None:
+        """Count an observation that cannot be taken in: its gradients are not finite."""
+        self.steps += 1
+        self.skipped_steps += 1
+
     def scores(self) -> GroupScores:
         """The scores of everything observed so far.
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.importance.base import Criterion, Loss, Needs
 from compress.importance.output_gradients import Place, backward_passes
 from compress.model.architecture import Architecture, LinearSpec
@@ -53,6 +53,23 @@ class MomentCriterion(Criterion):
         Raises:
             CompressError: There are fewer windows than one batch.
         """
+
+
+def require_finite(statistic: Tensor, of: str) -> None:
+    """Refuse statistics of calibration that no equation can be solved with.
+
+    Args:
+        statistic: Of any shape.
+        of: What they are of, at the head of the sentence: "The inputs of model.layers.0.mlp.down_proj".
+
+    Raises:
+        CompressError: A value is not finite.
+    """
+    if not bool(statistic.isfinite().all()):
+        raise CompressError(
+            f"{of} are not finite on the calibration text.",
+            "Give --dtype float32; if that does not help, check the model with compress verify.",
+        )
 
 
 class OutputGradients:
@@ -99,7 +116,13 @@ class OutputGradients:
         }
 
     def root(self, layer: int, spec: LinearSpec) -> Tensor:
-        """``root^T root = S``, float64 [K, O]; K is at most O."""
+        """``root^T root = S``, float64 [K, O]; K is at most O.
+
+        Raises:
+            CompressError: A gradient was not finite.
+        """
+        name = self._arch.module_name(layer, spec)
+        require_finite(self._sums[layer, spec], f"The gradients at the output of {name}")
         total = self._sums[layer, spec].double() / self._tokens
         if self._arch.hidden > SKETCH_ROWS:
             scale: float = self._tokens**0.5  # a sketch holds rows, not their products

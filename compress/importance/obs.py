@@ -16,7 +16,7 @@ from compress.importance import CRITERIA
 from compress.importance.base import CriterionConfig, GroupScores, LayerRise, LayerScores, Loss
 from compress.importance.gram_store import GramStore
 from compress.importance.modules import decoder_linear, merged_rows, plain_model
-from compress.importance.moments import OUTPUTS, MomentCriterion, OutputGradients
+from compress.importance.moments import OUTPUTS, MomentCriterion, OutputGradients, require_finite
 from compress.importance.surgeon import (
     RemovalOrder,
     block_order,
@@ -128,7 +128,8 @@ def rank_groups(
         progress: Called after every batch of the backward passes and after every layer.
 
     Raises:
-        CompressError: There are fewer windows than one batch.
+        CompressError: There are fewer windows than one batch, or activations or gradients are not finite; names the
+            linear.
     """
     device = next(model.parameters()).device
     gradients = OutputGradients(arch, seed=config.seed)
@@ -159,6 +160,8 @@ def rank_groups(
                 for spec in outputs
                 if (arch.prunable_heads if spec.role == "o" else arch.prunable_channels)
             }
+        for spec, gram_CC in grams.items():
+            require_finite(gram_CC, f"The inputs of {arch.module_name(index, spec)}")
         if store is not None:
             store.put(index, grams)
         found: dict[str, tuple[LayerScores, LayerRise]] = {}

@@ -99,6 +99,19 @@ def _check_depth(config: Mapping[str, Any], tensors: int) -> None:
             )
 
 
+def _elsewhere(arch: Architecture, name: str, names: frozenset[str]) -> bool:
+    """Whether another layer has the tensor that a layer lacks which is there otherwise."""
+    for layer in range(arch.layers):
+        prefix = arch.layer_prefix.format(layer=layer)
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            there = any(other.startswith(prefix) for other in names)
+            return there and any(
+                arch.layer_prefix.format(layer=i) + rest in names for i in range(arch.layers)
+            )
+    return False
+
+
 def _check_names(arch: Architecture, names: frozenset[str]) -> None:
     required = [arch.embedding] if arch.tied else [arch.embedding, arch.lm_head]
     surplus: list[str] = []
@@ -109,6 +122,14 @@ def _check_names(arch: Architecture, names: frozenset[str]) -> None:
             (required if linear in here else surplus).append(weight)
             (required if linear in here and linear.bias else surplus).append(bias)
     missing = [name for name in required if name not in names]
+    alone = [name for name in missing if _elsewhere(arch, name, names)]
+    if missing and len(alone) == len(missing):
+        raise CompressError(
+            f"The checkpoint holds {len(alone)} weights of decoder layers under no name of their own, first "
+            f"{alone[0]!r}: two modules share one tensor, which can be neither cut nor quantized for one of them, "
+            "or the file is damaged.",
+            "Give every layer its own copy of its weights and save the model again.",
+        )
     if missing:
         raise CompressError(
             f"The checkpoint lacks {len(missing)} tensors of a {arch.family} model with {arch.layers} "

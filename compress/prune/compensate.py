@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.engine import LocalEngine, single_thread
 from compress.errors import UsageError
 from compress.importance.gram_store import GramStore
-from compress.importance.moments import OUTPUTS
+from compress.importance.moments import OUTPUTS, require_finite
 from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
@@ -131,7 +131,7 @@ def gather_moments(
         progress: Called after every layer.
 
     Raises:
-        CompressError: There are fewer windows than one batch.
+        CompressError: There are fewer windows than one batch, or the activations are not finite.
     """
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     for index, layer in enumerate(walk.layers):
@@ -139,6 +139,8 @@ def gather_moments(
         known = store.has(index)
         with gathered_grams(layer, {} if known else dict.fromkeys(outputs)) as grams:
             walk.advance(index)
+        for spec, gram_CC in grams.items():
+            require_finite(gram_CC, f"The inputs of {arch.module_name(index, spec)}")
         if not known:
             store.put(index, grams)
         if progress is not None:
@@ -262,7 +264,7 @@ def compensate(
 
     Raises:
         UsageError: The damping is not above zero.
-        CompressError: There are fewer windows than one batch.
+        CompressError: There are fewer windows than one batch, or the activations are not finite.
     """
     _check_damping(damping)
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
@@ -279,6 +281,7 @@ def compensate(
             weights = {spec: _weight(layer, spec).detach() for spec in left}
         for spec, each in stay.items():
             if spec in left:
+                require_finite(grams[spec], f"The inputs of {names[spec]}")
                 with single_thread():
                     refitted = refit(weights.pop(spec), grams.pop(spec), each, damping).float()
                 kept.put(names[spec], {"kept": refitted})

@@ -97,13 +97,29 @@ class PruneController:
         Raises:
             CompressError: A mask is due, and a criterion that is observed but once has no finite scores.
         """
-        trains = self._criterion.needs == "adapters"
-        if trains and step < self._schedule.total_steps:
+        if self._observes(step):
             self._criterion.observe(self._model)
+        self._close(step)
+
+    def skip_step(self, step: int) -> None:
+        """Count a step whose gradients are not finite, which is not taken; tighten the masks when that is due.
+
+        Raises:
+            CompressError: As :meth:`before_step`.
+        """
+        if self._observes(step):
+            self._criterion.skip()
+        self._close(step)
+
+    def _observes(self, step: int) -> bool:
+        return self._criterion.needs == "adapters" and step < self._schedule.total_steps
+
+    def _close(self, step: int) -> None:
         progress = self._schedule.progress(step)
         if self._one_shot or progress == 0 or not self._schedule.due(step):
             return
-        if trains and self._criterion.steps == self._criterion.skipped_steps:
+        blind = self._criterion.steps == self._criterion.skipped_steps
+        if self._criterion.needs == "adapters" and blind:
             return  # nothing finite yet; a later mask catches up, and structure() reports if none ever comes
         full = full_shape(self._arch)
         self._prune_to([self._schedule.shape(step, full, target) for target in self.plan.shapes])

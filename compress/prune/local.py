@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores
 from compress.model.architecture import Architecture
 from compress.prune.damage import DamageTable
@@ -19,8 +19,9 @@ from compress.prune.shape import (
     choices_of,
     met_or_missed,
     plan_of,
+    unit_notes,
 )
-from compress.prune.uniform import near_ties
+from compress.prune.uniform import Accepts, near_ties
 from compress.structure import LayerShape
 
 RatioOf = Literal["model", "layers"]
@@ -54,6 +55,7 @@ def local_shapes(
     multiple: int = 64,
     head_unit: HeadUnit = "auto",
     scores: GroupScores | None = None,
+    accepts: Accepts | None = None,
 ) -> ShapePlan:
     """The same ratio in every layer that is pruned (LoRAPrune, arXiv 2305.18403).
 
@@ -71,6 +73,8 @@ def local_shapes(
         multiple: Kept channels are a multiple of this (or all channels).
         head_unit: What of the attention goes; see :func:`~compress.prune.shape.choices_of`.
         scores: Group scores for the estimate of damage.
+        accepts: Says whether a model with this shape in every layer has a valid config. Where no layer is left whole
+            all may come out alike, so that none gets another shape.
 
     Raises:
         UsageError: As :func:`~compress.prune.uniform.choose_shape`; no layer is left to prune; an unknown
@@ -94,16 +98,26 @@ def local_shapes(
     )
     share, carried = ratio / part, 0.0
     shapes: list[LayerShape] = [choices.full] * arch.layers
+    alike = accepts if len(pruned) == arch.layers else None
     for index in pruned:
         damage = DamageTable(scores, [index]) if scores is not None else None
-        best = near_ties(choices, share + carried, damage=damage, whole=ratio_of == "model")[0]
+        whole_too = ratio_of == "model"
+        near = near_ties(choices, share + carried, damage=damage, whole=whole_too, accepts=alike)
+        if not near:
+            raise CompressError(
+                "No smaller shape is valid for this model's configuration class in all layers.",
+                "Leave a layer whole (--skip-first, --skip-last), or prune only the MLP.",
+            )
+        best = near[0]
         shapes[index] = best.layer
         if ratio_of == "model":
             carried += share - best.achieved
     plan = plan_of(arch, shapes, ratio, "")
     lead = met_or_missed(plan.achieved, ratio)
     whole = arch.layers - len(pruned)
-    reason = f"{lead}: {len(pruned)} of {arch.layers} layers lose about {min(share, 1.0):.1%} each" + (
-        f"; the first {first} and the last {skip_last} stay whole." if whole else "."
-    )
-    return replace(plan, reason=reason)
+    reason = f"{lead}: {len(pruned)} of {arch.layers} layers lose about {min(share, 1.0):.1%} each"
+    if whole:
+        reason += f"; the first {first} and the last {skip_last} stay whole"
+    if not lead.startswith("Exactly"):
+        reason += f"; {unit_notes(arch, choices, targets, head_unit)}"
+    return replace(plan, reason=f"{reason}.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.importance.modules import decoder_linear
-from compress.importance.moments import OUTPUTS
+from compress.importance.moments import OUTPUTS, require_finite
 from compress.model.architecture import Architecture
 from compress.model.layerwise import LayerWalk, gathered_sums
 from compress.progress import Progress
@@ -42,7 +42,7 @@ def mean_inputs(
         Module name -> mean over the tokens, float64 [in] on the CPU.
 
     Raises:
-        CompressError: There are fewer windows than one batch.
+        CompressError: There are fewer windows than one batch, or the activations are not finite.
     """
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     found: dict[str, Tensor] = {}
@@ -51,7 +51,9 @@ def mean_inputs(
         with gathered_sums(layer, outputs) as sums:
             walk.advance(index)
         for spec in outputs:
-            found[arch.module_name(index, spec)] = (sums[spec].total / sums[spec].tokens).cpu()
+            name = arch.module_name(index, spec)
+            require_finite(sums[spec].total, f"The inputs of {name}")
+            found[name] = (sums[spec].total / sums[spec].tokens).cpu()
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
     return found

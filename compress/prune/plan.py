@@ -45,7 +45,7 @@ def plan_shapes(
         multiple: Kept channels are a multiple of this (or all channels).
         head_unit: What of the attention goes; see :func:`~compress.prune.shape.choices_of`.
         scores: Group scores; "global" cannot do without.
-        accepts: For "uniform": whether a model of this shape has a valid config.
+        accepts: For "uniform" and "local": whether a model of this shape has a valid config.
         skip_first: For "local": first layers left whole; None: ``floor(0.1 * layers)``.
         skip_last: For "local": last layers left whole.
         ratio_of: For "local": what loses the ratio, the "model" or each pruned one of the "layers".
@@ -77,6 +77,7 @@ def plan_shapes(
             multiple=multiple,
             head_unit=head_unit,
             scores=scores,
+            accepts=accepts,
         )
     if kind == "allocated":
         raise UsageError(

@@ -72,6 +72,7 @@ _SPEED: Columns = (
     ("at batch", _of("saturation", "batch", write=lambda value: fixed(value, 0))),
     ("Resident", _of("resident_bytes", write=size)),
     ("Peak memory", _of("peak_memory_bytes", write=size)),
+    ("of the", lambda row: {"device": "GPU", "host": "host"}.get(string(row.get("peak_memory_of")), "")),
 )
 _ALWAYS = frozenset({"Parameters", "Bytes", "Bits per parameter", "Perplexity", "Tokens/s", "Peak memory"})
 """Columns that stay where no model has a value: without them a table would not be one."""

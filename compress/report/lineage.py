@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.report.html import Html, h
+from compress.report.memory import peaks
 from compress.report.stages import headline
-from compress.report.values import DASH, Record, at, seconds, sequence, size, string
+from compress.report.values import DASH, Record, at, seconds, sequence, string
 
 
 def lineage(stages: Sequence[Record]) -> Html | None:
@@ -29,7 +30,7 @@ def _step(n: int, stage: Record, made: dict[str, int]) -> Html:
         h("code", settings) if settings else None,
         h(
             "span",
-            f"{seconds(stage.get('seconds'))} · peak {size(stage.get('peak_memory_bytes'))}"
+            f"{seconds(stage.get('seconds'))} · peak {peaks(stage)}"
             + (f" · effort {string(stage.get('effort'))}" if stage.get("effort") else ""),
             class_="note",
         ),

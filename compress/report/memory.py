@@ -12,28 +12,54 @@ from compress.report.values import DASH, Record, at, number, numbers, seconds, s
 
 _MOST = 1e15
 """Seconds and bytes from here on are no measurements."""
+PLACES = {"device": "on the GPU", "host": "on the host"}
+"""Where a stage holds memory, in words."""
+
+
+def stage_peak(stage: Record, place: str) -> float | None:
+    """Peak bytes of a stage on "device" or "host"; None where it says nothing of it.
+
+    A record without `peak_host_bytes` is older: its `peak_memory_bytes` is the host's.
+    """
+    found = _plausible(stage.get(f"peak_{place}_bytes"))
+    if found is None and place == "host" and "peak_host_bytes" not in stage:
+        found = _plausible(stage.get("peak_memory_bytes"))
+    return found
+
+
+def peaks(stage: Record) -> str:
+    """The peaks of a stage in words."""
+    found = {place: stage_peak(stage, place) for place in PLACES}
+    return ", ".join(f"{size(peak)} {PLACES[place]}" for place, peak in found.items() if peak) or DASH
 
 
 def cost_section(stages: Sequence[Record]) -> Html | None:
     """Table and timeline; None where no stage says what it took."""
     times = [_plausible(stage.get("seconds")) for stage in stages]
-    peaks = [_plausible(stage.get("peak_memory_bytes")) for stage in stages]
-    if not any(value is not None for value in [*times, *peaks]):
+    held = {name: [stage_peak(stage, name) for stage in stages] for name in PLACES}
+    shown = {name: column for name, column in held.items() if any(peak is not None for peak in column)}
+    if not any(
+        value is not None for value in [*times, *(peak for column in shown.values() for peak in column)]
+    ):
         return None
     rows: list[list[Child]] = [
         [
             f"{n} {string(stage.get('verb'))}",
             _cell(time, times, seconds),
-            _cell(peak, peaks, size),
+            *(_cell(column[n - 1], column, size) for column in shown.values()),
         ]
-        for n, (stage, time, peak) in enumerate(zip(stages, times, peaks, strict=True), start=1)
+        for n, (stage, time) in enumerate(zip(stages, times, strict=True), start=1)
     ]
     return h(
         "section",
         h("h2", "Time and memory"),
         h(
             "div",
-            table(("Stage", "Time", "Peak memory"), rows, caption="What every stage took"),
+            table(
+                ("Stage", "Time", *(f"Peak memory {PLACES[name]}" for name in shown)),
+                rows,
+                caption="What every stage took",
+            ),
             timeline_figure(stages),
             timeline_figure(stages, device=True),
             class_="figures",

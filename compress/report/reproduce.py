@@ -11,8 +11,8 @@ from compress.report.html import Html, h
 from compress.report.table import code_block, facts, record_facts, table
 from compress.report.values import DASH, Record, at, sequence, string
 
-DISTRIBUTIONS = {"compress": "compress-llm"}
-"""Names under which pip knows what a record calls otherwise."""
+OURS = "compress"
+"""What a record calls this package, which is not on a package index."""
 _VERSION = re.compile(r"[A-Za-z0-9.+!_-]{1,80}", re.ASCII)
 
 
@@ -71,16 +71,27 @@ def _commands(stages: Sequence[Record]) -> list[str]:
 
 
 def _pins(versions: Record) -> list[str]:
-    """One pip command with exact versions; what does not look like a version is left out."""
-    pinned = [
-        f"{DISTRIBUTIONS.get(name, name)}=={version}"
+    """One pip command with the public versions; what does not look like a version is left out.
+
+    A local part (``+cpu``) names a build that the index does not have, so it is only told; so is our own version.
+    """
+    known = {
+        str(name): version
         for name, version in sorted(versions.items())
-        if name != "python"
-        and isinstance(version, str)
-        and _VERSION.fullmatch(version)
-        and _VERSION.fullmatch(str(name))
-    ]
-    return [f"pip install {' '.join(pinned)}"] if pinned else []
+        if isinstance(version, str) and _VERSION.fullmatch(version) and _VERSION.fullmatch(str(name))
+    }
+    libraries = {name: version for name, version in known.items() if name not in ("python", OURS)}
+    lines = []
+    if libraries:
+        pinned = (f"{name}=={version.partition('+')[0]}" for name, version in libraries.items())
+        lines.append(f"pip install {' '.join(pinned)}")
+    built = [f"{name} {version}" for name, version in libraries.items() if "+" in version]
+    if built:
+        lines.append(f"# the builds here were {', '.join(built)}")
+    if OURS in known:
+        lines.append("pip install --no-deps .")
+        lines[-1] += f"  # in a checkout of compress-llm at version {known[OURS]}"
+    return lines
 
 
 def _protocols(stage: Record) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from compress.report.evaluation import last_evaluation
 from compress.report.html import Html, h
+from compress.report.memory import PLACES, stage_peak
 from compress.report.stages import stored_bits
 from compress.report.table import bar
 from compress.report.values import (
@@ -129,8 +130,9 @@ def _speed_cards(rows: Sequence[Record]) -> list[Html | None]:
 
 def _cost_card(stages: Sequence[Record]) -> Html | None:
     times = numbers([s.get("seconds") for s in stages])
-    peaks = numbers([s.get("peak_memory_bytes") for s in stages])
+    held = {name: numbers([stage_peak(s, name) for s in stages]) for name in PLACES}
     if not times:
         return None
-    note = f"{len(stages)} stages" + (f", peak memory {size(max(peaks))}" if peaks else "")
+    told = [f"{size(max(found))} {PLACES[name]}" for name, found in held.items() if found]
+    note = f"{len(stages)} stages" + (f", peak memory {', '.join(told)}" if told else "")
     return _card("Time", seconds(sum(times)), note)

@@ -54,7 +54,17 @@ AGAIN = {
 
 What writes a stage's result (``recovered module``, ``merged matrix``) is one pass over it, which starts again.
 """
-TIMED = ("created", "command", "host", "memory_timeline", "peak_memory_bytes", "record_sha256", "seconds")
+TIMED = (
+    "created",
+    "command",
+    "host",
+    "memory_timeline",
+    "peak_memory_bytes",
+    "peak_host_bytes",
+    "peak_device_bytes",
+    "record_sha256",
+    "seconds",
+)
 """Members of ``stage.json`` that are another's in every run."""
 
 

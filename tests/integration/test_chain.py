@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401  (registers the LQ format)
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
+from compress.pipelines import recover as recover_module
 from compress.pipelines.settings import Common
 from compress.structure import StructureMap
 from tests.integration.common import PRUNING, TRAINING, assert_recorded, logits, run
@@ -67,18 +69,57 @@ def test_chain(kind: str, tmp_path: Path, text_file: Path, request: pytest.Fixtu
 
 
 @pytest.mark.usefixtures("forked_reopen")
-def test_recover_trains_first_and_merges(tmp_path: Path, text_file: Path) -> None:
+def test_recover_trains_first_and_merges(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = tiny_checkpoint("llama_gqa", tmp_path / "full")
     common = Common(
         run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
     )
     run("prune", common, ratio=0.4, **PRUNING)
+    whole, broken = recover_module.merge_adapter, []
+
+    def spoilt(*given: Any, **options: Any) -> Path:
+        folder = Path(whole(*given, **options))
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"] += 1e-2
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        broken.append(folder)
+        return folder
+
+    monkeypatch.setattr(recover_module, "merge_adapter", spoilt)
+    with pytest.raises(CompressError, match="merged model gives other logits than its adapter"):
+        run("recover", common, merge=True)
+    assert len(broken) == 1
+    monkeypatch.setattr(recover_module, "merge_adapter", whole)
     recovered = run("recover", common, merge=True)
     stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
     assert stages == ["01-prune", "02-train", "03-recover"]
     folder = Path(recovered["path"])
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
     assert_recorded(merged, folder)
+    assert_recorded(merged, folder / "merged")
+    metrics = recovered["metrics"]
+    assert 0 <= metrics["merged_reopened_relative_error"] <= 1e-4
+    assert 0 <= metrics["merged_relative_error"] <= 1e-4
+
+
+@pytest.mark.usefixtures("forked_reopen")
+def test_a_merged_model_in_16_bits_is_rounded_and_opens(tmp_path: Path, text_file: Path) -> None:
+    full = tiny_checkpoint("llama_gqa", tmp_path / "full", dtype=torch.bfloat16)
+    common = Common(
+        run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", effort="quick"
+    )
+    fast = {"criterion": "magnitude", "repair": "none", "repair_steps": 0, "trials": 1}
+    run("prune", common, **{**PRUNING, **fast}, ratio=0.4)
+    recovered = run("recover", common, merge=True)
+    folder = Path(recovered["path"])
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
+    assert_recorded(merged, folder / "merged")
+    ours, beside = (load_file(each / "logits.safetensors")["logits"] for each in (folder / "merged", folder))
+    distance = float((ours - beside).abs().max() / beside.abs().max())
+    assert recovered["metrics"]["merged_relative_error"] == pytest.approx(distance)
+    assert 1e-4 < distance < 0.1
 
 
 @pytest.mark.usefixtures("forked_reopen")

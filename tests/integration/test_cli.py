@@ -86,6 +86,11 @@ REFUSED: list[tuple[tuple[str, ...], int, str]] = [
     (("prune", "--criterion-options", "momentum"), 2, "'momentum' is not understood"),
     (("prune", "--criterion-options", "momentum=0.9"), 2, "'obs' has no option 'momentum'"),
     (("prune", "--criterion-options", "damping=0"), 2, "The damping is 0"),
+    (
+        ("prune", "--shape=semi", "--criterion=wanda", "--criterion-options=linears=all"),
+        2,
+        "--criterion-options are about the scores of groups",
+    ),
     (("prune", "--ratio", "0.4", "--params", "60K"), 2, "--ratio and --params are given together"),
     (("prune", "--params", "some"), 2, "'some' is not understood"),
     (("prune", "--params", "1K"), 1, "can bring this model of"),
@@ -328,6 +333,41 @@ def test_dry_run_writes_nothing(
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        PRUNE,
+        QUANTIZE,
+        TRAIN,
+        ("train", "--method", "lora"),
+        EVAL,
+        ("run", "chain"),
+        ("eval", "org/small", "--sequence", "32"),
+    ],
+)
+def test_dry_run_of_a_hub_model_fetches_no_weights(
+    command: tuple[str, ...], tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    known = tmp_path / "snapshot"
+    known.mkdir()
+    shutil.copyfile(model / "config.json", known / "config.json")
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(known)
+
+    monkeypatch.setattr("compress.model.load.snapshot_download", download)
+    of = () if "org/small" in command else ("--model", "org/small")
+    limited = ("--memory-limit", "64GiB")
+    ran = cli(*command, *of, *limited, "--dry-run", "--run", tmp_path / "new", "--data", "wikitext2")
+    assert ran.code == 0, ran.err
+    assert "would run with" in ran.out
+    assert asked
+    assert {name for name in asked if "*" in name or not name.endswith(".json")} == set()
+    assert not (tmp_path / "new").exists()
+
+
 def test_dry_run_of_recover_shows_the_training_it_would_begin_with(
     tmp_path: Path, model: Path, text_file: Path
 ) -> None:
@@ -374,7 +414,7 @@ def test_stages_hold_their_artifacts_and_no_scratch(finished: tuple[str, ...]) -
     expected = {
         "01-prune": model | {"structure.safetensors", "base.json"},
         "02-quantize": model | {"structure.safetensors", "base.json", "allocation.json"},
-        "03-train": adapter | {"trained_on.json"},
+        "03-train": adapter | {"trained_on.json", "base.json"},
         "04-recover": adapter,
     }
     for name, files in expected.items():

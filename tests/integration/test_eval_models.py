@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -362,6 +362,12 @@ def test_what_is_refused_leaves_nothing(folder: Path, tmp_path: Path, text_file:
     wrong = shutil.copytree(bare, tmp_path / "wrong")
     tiny_checkpoint("llama_mha", tmp_path / "mha")
     (wrong / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "../mha"}))
+    elsewhere = shutil.copytree(bare, tmp_path / "elsewhere")  # PEFT alone would measure the bare base
+    (elsewhere / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(folder / "a")})
+    )
+    renamed = {f"wrapped.{name}": t for name, t in load_file(bare / "adapter_model.safetensors").items()}
+    save_file(renamed, elsewhere / "adapter_model.safetensors", metadata={"format": "pt"})
     before = sorted(tmp_path.rglob("*"))
     a = folder / "a"
     for arguments, code, cause in (
@@ -383,6 +389,7 @@ def test_what_is_refused_leaves_nothing(folder: Path, tmp_path: Path, text_file:
         ((a, bare), 1, "names no base model"),
         ((a, lost), 1, "The base './gone' of the adapter"),
         ((wrong, "--sequence", "32"), 1, "does not fit the model"),
+        ((elsewhere, "--sequence", "32"), 1, "that the model has no place for"),
         ((wrong, "--sequence", "32", "--out", tmp_path / "out.json"), 1, "does not fit the model"),
     ):
         data = () if "--data" in arguments else ("--data", text_file)

@@ -133,7 +133,9 @@ def test_a_model_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.
     assert ran.code == 0
     found = json.loads(ran.out)
     assert found["fits"] is False
-    assert "this will not run here" in " ".join(found["recipe"].replace("\n#", "").split())
+    head = " ".join(found["recipe"].replace("\n#", "").split())
+    assert "recover read such a model layer by layer (--memory-limit" in head
+    assert "eval hold their models whole" in head
 
 
 def test_a_file_is_replaced_only_when_asked(tmp_path: Path) -> None:

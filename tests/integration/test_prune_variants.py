@@ -16,7 +16,7 @@ import compress
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.uneven import is_uneven
 from compress.pipelines.measure import calibration_windows
-from compress.pipelines.prune_trial import TRIAL_DRAW, TRIAL_TOKENS
+from compress.pipelines.prune_trial import TRIAL_TOKENS
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context
@@ -125,6 +125,34 @@ def test_layers_that_differ_go_through_the_whole_chain(
     assert not torch.allclose(plain, record["logits"])
 
 
+def test_a_size_asked_for_is_named_beside_the_one_reached(common: Common) -> None:
+    asked = 50_000
+    metrics = run("prune", common, **BARE | {"ratio": None, "params": str(asked), "trials": 1})["metrics"]
+    reached = metrics["after"]["parameters"]
+    assert metrics["requested_size"] == str(asked)
+    assert reached == pytest.approx(asked, rel=0.05)
+    share = reached / asked - 1
+    assert metrics["reason"].startswith(f"{reached:,} parameters for {asked:,} asked for ({share:+.2%}). ")
+    assert "instead of" in metrics["reason"] or "Exactly" in metrics["reason"]
+
+
+def test_the_mean_of_a_branch_that_goes_whole_is_said_to_be_lost(common: Common) -> None:
+    given = {"criterion": "flap", "repair": "bias", "shape": "allocated", "solver": "dynamic"}
+    given |= {"targets": "mlp", "ratio": 0.57}  # of 60 %: eight channels stay, in one of the two layers
+    stage = run("prune", common, **BARE | given)
+    structure = StructureMap.load(Path(stage["path"]) / "structure.safetensors")
+    gone = [
+        f"model.layers.{index}.{name}"
+        for index, shape in enumerate(structure.shapes)
+        for name, left in (("self_attn.o_proj", shape.kv_heads), ("mlp.down_proj", shape.channels))
+        if not left
+    ]
+    assert len(gone) == 1
+    metrics = stage["metrics"]
+    assert metrics["biases_lost"] == gone
+    assert f"The mean of {len(gone)} branches that are gone whole" in metrics["reason"]
+
+
 def test_two_rounds_are_one_structure_of_the_full_model(common: Common, full: Path) -> None:
     stage = run("prune", common, **BARE | {"rounds": 2, "ratio": 0.5})
     path = Path(stage["path"])
@@ -144,6 +172,15 @@ def test_two_rounds_are_one_structure_of_the_full_model(common: Common, full: Pa
 def test_rounds_share_the_steps_of_repair(common: Common) -> None:
     stage = run("prune", common, **BARE | {"rounds": 2, "ratio": 0.5, "repair": "refit", "repair_steps": 3})
     assert len(stage["metrics"]["repair"]["losses"]) == 2  # of the second round; the first took one
+    first, second = stage["metrics"]["by_round"]
+    assert [len(each["repair"]["losses"]) for each in (first, second)] == [1, 2]
+    assert second["repair"] == stage["metrics"]["repair"]
+    assert second["requested_ratio"] == pytest.approx(first["requested_ratio"], abs=0.05)
+    for each in (first, second):
+        assert len(each["trials"]) >= 2
+        assert each["scoring_tokens"] == 512
+        assert each["skipped_steps"] == 0
+        assert each["reason"]
     assert_recorded(stock(Path(stage["path"])), Path(stage["path"]))
 
 
@@ -196,13 +233,20 @@ def test_losses_of_repair_lead_to_different_models(common: Common, tmp_path: Pat
     assert found["both"] > (found["distill"] + found["text"]) / 2
 
 
-@pytest.mark.parametrize(
-    ("criterion", "repair"), [("obs", "refit"), ("flap", "bias"), ("wanda", "none")], ids=str
-)
+TRIED: list[dict[str, Any]] = [
+    {"criterion": "obs", "repair": "refit"},
+    {"criterion": "flap", "repair": "bias"},
+    {"criterion": "lora", "one_shot": True, "repair": "none"},
+    {"criterion": "lora", "one_shot": True, "repair": "refit", "int8": True},
+    {"criterion": "lora", "one_shot": True, "repair": "lora", "lr": 0.1},
+]
+
+
+@pytest.mark.parametrize("given", TRIED, ids=lambda given: f"{given['criterion']}-{given['repair']}")
 def test_shapes_of_nearly_one_size_are_tried_and_the_best_is_taken(
-    criterion: str, repair: str, common: Common, full: Path
+    given: dict[str, Any], common: Common, full: Path
 ) -> None:
-    given = BARE | {"ratio": 0.5, "criterion": criterion, "repair": repair}
+    given = BARE | {"ratio": 0.5} | given
     metrics = run("prune", common, **given)["metrics"]
     trials = metrics["trials"]
     assert len(trials) == 4
@@ -212,20 +256,29 @@ def test_shapes_of_nearly_one_size_are_tried_and_the_best_is_taken(
     assert len({tuple(trial[key] for key in ("kv_heads", "queries", "channels")) for trial in trials}) == 4
     assert len({round(trial["loss"] - trial["rise"], 9) for trial in trials}) == 1
 
-    # a trial is the loss of the model as it would be written, on training text that scored nothing
+    # a trial is the loss of the model as it is written, on training text that calibration does not read
     workspace = Workspace(common.run)
     context = Context(common=common, workspace=workspace, reporter=Reporter(quiet=True))
     source = str(common.data)
-    windows = calibration_windows(context, full, source, tokens=TRIAL_TOKENS, draw=TRIAL_DRAW)
+    read = calibration_windows(context, full, source, tokens=512)
+    windows = calibration_windows(context, full, source, tokens=TRIAL_TOKENS, apart_from=512)
+    assert windows.protocol == metrics["trials_protocol"]
+    assert windows.protocol["shared_windows"] == 0
+    assert {tuple(row) for row in read.ids.tolist()}.isdisjoint(map(tuple, windows.ids.tolist()))
     small = stock(workspace.stages[0].path)
     with torch.no_grad():
         scores = small(windows.ids).logits[:, :-1].double().log_softmax(-1)
     loss = -scores.gather(-1, windows.ids[:, 1:, None]).mean()
-    assert best["loss"] == pytest.approx(float(loss), rel=1e-4)
-    for draw in (calibration_windows(context, full, source, tokens=512), windows):
-        assert draw.protocol["split"] == "train"
-    assert not torch.equal(calibration_windows(context, full, source, tokens=TRIAL_TOKENS).ids, windows.ids)
-
+    assert best["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert read.protocol["split"] == windows.protocol["split"] == "train"
+    if given["criterion"] != "obs":
+        return
     untried = run("prune", replace(common, redo=True), **given | {"trials": 1})["metrics"]
     assert "trials" not in untried
     assert untried["shape"] == {key: trials[0][key] for key in ("kv_heads", "queries", "channels")}
+
+
+def test_masks_that_close_in_training_need_their_shape_before(common: Common) -> None:
+    metrics = run("prune", common, **BARE | {"ratio": 0.5, "criterion": "lora"})["metrics"]
+    assert "trials" not in metrics
+    assert len(metrics["losses"]) == TRAINING["steps"]

@@ -182,11 +182,11 @@ def damaged(kind: str, published: dict[str, Path], folder: Path, text_file: Path
     [
         ("full", "where the structure keeps"),
         ("rank", "the config says 3"),
-        ("start", "none were kept"),
+        ("start", "were not kept"),
         ("dora", "DoRA magnitude"),
         ("half", "has no base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"),
         ("target", "no linear lm_tail"),
-        ("base", "cut from another full model"),
+        ("base", "a model made of another full model"),
         ("structure", "keeps other groups or channels"),
         ("origin", "is no JSON object"),
     ],
@@ -222,3 +222,39 @@ def test_a_quantized_model_alone_goes_back_onto_its_own_base(
     with pytest.raises(CompressError, match=rf"not made of .*: its tensor {UP} has other values"):
         run("recover", user, onto=str(changed(published["full"], tmp_path / "other")))
     assert run("recover", user)["metrics"]["modules"] > 0
+
+
+def test_an_adapter_of_another_quantized_model_is_refused_by_its_first_tensor(
+    published: dict[str, Path], user: Common, tmp_path: Path
+) -> None:
+    """Both models have the same shapes and nothing was pruned: only the record beside the adapter tells them apart."""
+    bits: dict[str, Any] = {"budget": "6bit", "rank": "0", "objective": "frobenius", "iterations": 1}
+    user = replace(user, model=str(published["full"]))
+    run("quantize", user, **bits)
+    trained = Path(run("train", user, **TRAINING)["path"])
+    other = replace(user, run=tmp_path / "two", model=str(changed(published["full"], tmp_path / "other")))
+    run("quantize", other, **bits)
+    with pytest.raises(
+        CompressError, match=rf"another full model, full: of ours its tensor {UP} has other values"
+    ):
+        run("recover", other, adapter=str(trained))
+    (trained / "base.json").unlink()
+    with pytest.raises(CompressError, match=r"a model made of another full model\."):
+        run("recover", other, adapter=str(trained))
+    assert not (tmp_path / "two" / "02-recover").exists()
+    same = replace(user, run=tmp_path / "three")
+    run("quantize", same, **bits)
+    assert run("recover", same, adapter=str(trained))["metrics"]["modules"] > 0
+
+
+def test_the_adapter_takes_the_record_of_its_full_model_along(
+    published: dict[str, Path], user: Common, tmp_path: Path
+) -> None:
+    trained = Path(run("train", user, **TRAINING)["path"])
+    assert (trained / "base.json").read_bytes() == (published["small"] / "base.json").read_bytes()
+    other = replace(user, run=tmp_path / "two", model=str(changed(published["full"], tmp_path / "other")))
+    run("prune", other, **SHORT)
+    with pytest.raises(
+        CompressError, match=rf"another full model, full: of ours its tensor {UP} has other values"
+    ):
+        run("recover", other, adapter=str(trained))

@@ -13,9 +13,10 @@ import torch
 
 from compress.benchmarks import plan_check as checker
 from compress.benchmarks import regression as suite
-from compress.benchmarks.regression import Steps, regression, report
+from compress.benchmarks.regression import Steps, main, regression, report
 from compress.benchmarks.stages import in_fresh_process, options, stage_records
 from compress.errors import CompressError
+from compress.machine import Capacity
 from compress.pipelines.settings import Common
 from tests.integration.common import PRUNING, TRAINING, run
 from tests.tiny import tiny_checkpoint
@@ -96,6 +97,50 @@ def test_regressions_are_caught_and_noise_is_not(
         regression("quick", common, **asked)
 
 
+def test_without_a_baseline_that_ships_figures_are_shown_and_nothing_fails(
+    common: Common, records: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.benchmarks.regression.BASELINES", tmp_path)
+    result = regression(
+        "chain", common, baselines=tmp_path, steps=STEPS, runner=lambda verb, *_: records[verb]
+    )
+    assert result["passed"] is True
+    assert result["figures"]["train: peak memory"]["value"] == records["train"]["peak_memory_bytes"]
+    *lines, last = report(result).splitlines()
+    assert f"measured  train: peak memory: {float(records['train']['peak_memory_bytes'])}" in lines
+    assert last.startswith(
+        f"nothing to compare with: there is no {tmp_path / 'chain.json'}; --update writes it"
+    )
+
+
+def test_a_chain_that_was_run_is_compared_as_it_lies(
+    common: Common, records: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = ["--finished", str(common.run), "--baselines", str(tmp_path)]
+    assert main(finished) == 1
+    assert "no baseline recipe.json" in capsys.readouterr().err
+    assert main([*finished, "--update"]) == 0
+    file = tmp_path / "recipe.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    assert (known["runs"], known["protocol"]["model"]) == (1, records["prune"]["inputs"]["model"])
+    assert known["protocol"]["steps"][0] == ["prune", records["prune"]["config"]]
+    assert known["protocol"]["eval_text"] == records["eval"]["metrics"]["protocol"]["sha256"]
+    assert main(finished) == 0
+    known["figures"]["quantize: perplexity"]["values"] = [
+        0.9 * records["quantize"]["metrics"]["after"]["perplexity"]
+    ]
+    file.write_text(json.dumps(known), encoding="utf-8")
+    assert main(finished) == 1
+    assert "REGRESSED quantize: perplexity" in capsys.readouterr().out
+    for option in (["--quick"], ["--model", "x"], ["--repeats", "2", "--update"]):
+        with pytest.raises(SystemExit):
+            main([*finished, *option])
+    with pytest.raises(SystemExit):
+        main(["--repeats", "2"])
+    assert "without --update none is written" in capsys.readouterr().err
+    assert main(["--finished", str(tmp_path / "nothing"), "--update"]) == 1
+
+
 def test_the_plan_is_set_against_what_was_measured(
     common: Common, records: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -113,7 +158,30 @@ def test_the_plan_is_set_against_what_was_measured(
             1, abs=0.35
         )  # headers weigh in tiny files
     assert stages["train"]["seconds"]["ratio"] is None
+    assert {stage["peak_of"] for stage in stages.values()} == {"host"}
     assert checker.report(found).splitlines()[-1].startswith("farthest peak")
+
+
+def test_of_a_gpu_the_plan_is_set_against_what_was_held_there_and_on_the_host(
+    common: Common, records: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Capacity(host_total=1, host_free=1, device_total=80 << 30, device_free=80 << 30, disk_free=1)
+    chain = checker.chain_for(common, STEPS)
+    monkeypatch.setattr(checker, "device_and_dtype", lambda _: ("cuda", None))
+    monkeypatch.setattr(checker, "capacity", lambda *_: there)
+    held = {
+        verb: record | {"peak_device_bytes": 123, "peak_host_bytes": 456} for verb, record in records.items()
+    }
+    found = checker.check(chain, held, common, None)["stages"]
+    for verb in ("prune", "train", "eval"):
+        assert found[verb]["peak_of"] == "device"
+        assert found[verb]["peak_bytes"]["measured"] == 123
+        assert found[verb]["host_peak_bytes"]["measured"] == 456
+        assert found[verb]["host_peak_bytes"]["predicted"] > found[verb]["peak_bytes"]["predicted"]
+    assert (found["recover"]["peak_of"], found["recover"]["peak_bytes"]["measured"]) == ("host", 456)
+    text = checker.report({"stages": found})
+    assert "train: peak_bytes of the device" in text
+    assert "recover: peak_bytes of the host" in text
 
 
 def test_a_stage_runs_in_a_process_of_its_own(common: Common, tmp_path: Path) -> None:

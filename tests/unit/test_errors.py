@@ -6,9 +6,10 @@ import errno
 import os
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
-from compress.errors import CompressError, system_failure
+from compress.errors import CompressError, out_of_memory, system_failure
 from compress.pipelines import dispatch
 from compress.pipelines.settings import Common
 
@@ -57,4 +58,71 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch, raised: Exception) -
 
     monkeypatch.setattr(dispatch, "_run", failing)
     with pytest.raises(type(raised)):
+        dispatch.run_verb("prune", Common(), {})
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.25 GiB of which 1.00 GiB is "
+    "free. Process 1 has 78 GiB memory in use."
+)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, verb: str, raised: Exception) -> CompressError:
+    def failing(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(dispatch, "_run", failing)
+    with pytest.raises(CompressError) as caught:
+        dispatch.run_verb(verb, Common(), {})
+    assert caught.value.__cause__ is raised
+    return caught.value
+
+
+def test_memory_of_the_host_that_runs_out_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(1 << 55)  # what torch itself says of it
+    assert out_of_memory(full.value)
+    monkeypatch.setattr("compress.pipelines.exhausted.host_memory", lambda: (16_000_000_000, 1))
+    found = refused(monkeypatch, "prune", full.value)
+    assert found.cause == (
+        f"prune ran out of memory on the host, which has 16.0 GB in all, and {(1 << 57) / 1e12:.1f} TB more were "
+        "asked for at once."
+    )
+    assert "--memory-limit SIZE" in found.remedy
+    assert "--device cpu" not in found.remedy
+    assert found.remedy.endswith("compress plan counts beforehand what every stage needs.")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [MemoryError(), OSError(errno.ENOMEM, "no"), SafetensorError("I/O error: no memory (os error 12)")],
+)
+def test_so_is_what_others_than_torch_say(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    assert refused(monkeypatch, "eval", raised).cause.startswith(
+        "eval ran out of memory on the host, which has "
+    )
+
+
+def test_memory_of_a_device_that_runs_out_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = refused(monkeypatch, "train", torch.OutOfMemoryError(CUDA))
+    assert found.cause == (
+        "train ran out of memory on cuda:1, which has 85.1 GB in all, and 2.7 GB more were asked for at once."
+    )
+    for way in ("--micro-batch 1", "compress quantize first", "--device cpu", "compress plan"):
+        assert way in found.remedy
+    late = refused(monkeypatch, "eval", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"))
+    assert late.cause.startswith("eval ran out of memory on the GPU")
+    assert "--kl-windows 0" in late.remedy
+
+
+def test_other_failures_of_torch_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError) as wrong:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not out_of_memory(wrong.value)
+
+    def failing(*_: object, **__: object) -> None:
+        raise wrong.value
+
+    monkeypatch.setattr(dispatch, "_run", failing)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         dispatch.run_verb("prune", Common(), {})

@@ -44,6 +44,28 @@ def gradients(ranks: Ranks) -> None:
     same_everywhere(ranks, {n: p for n, p in model.named_parameters() if p.requires_grad})
 
 
+def skipped(ranks: Ranks) -> None:
+    """What is not finite on one rank keeps all of them from the step."""
+    model, now, taken, left = adapted(dropout=0.0), [0], [], []
+
+    class Hook:
+        def before_step(self, step: int) -> None:
+            now[0] = step + 1
+            taken.append(step)
+
+        def skip_step(self, step: int) -> None:
+            now[0] = step + 1
+            left.append(step)
+
+    factor = next(p for p in model.parameters() if p.requires_grad)
+    factor.register_hook(lambda g: g * float("nan") if ranks.rank == 1 and now[0] == 1 else g)
+    result = fit(model, windows(), replace(CONFIG, steps=3), hooks=[Hook()], ranks=ranks)
+    assert (result.skipped, taken, left) == (1, [0, 2], [1])
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(bool(value.isfinite().all()) for value in found.values())
+    same_everywhere(ranks, found)
+
+
 def same_everywhere(ranks: Ranks, tensors: dict[str, Tensor]) -> None:
     """Down to the last bit."""
     for name, first in ranks.tensors({n: t.detach() for n, t in tensors.items()}).items():

@@ -13,7 +13,7 @@ from torch import nn
 
 from compress.adapters.align import release_weights, write_weights
 from compress.adapters.fit_config import FitConfig
-from compress.adapters.optimizer import GALORE_RANK, make_optimizer
+from compress.adapters.optimizer import GALORE_RANK, galore_numbers, is_projected, make_optimizer
 from compress.adapters.state import STATE_FILE
 from compress.adapters.train import fit
 from compress.errors import CompressError
@@ -169,6 +169,13 @@ def test_galore_holds_small_moments_of_large_matrices() -> None:
     assert shapes["down.weight"] == (GALORE_RANK, width + 8)
     assert shapes["embedding.weight"] == (16, width)
     assert shapes["norm.weight"] == (width,)
+    for name in ("up.weight", "down.weight"):
+        state = optimizer.state[parameters[name]]
+        tensors = (state["exp_avg"], state["exp_avg_sq"], state["projector"].ortho_matrix)
+        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        assert held == 4 * galore_numbers(tuple(parameters[name].shape))
+    assert is_projected((GALORE_RANK + 1, 2 * GALORE_RANK))
+    assert not is_projected((GALORE_RANK, 2 * GALORE_RANK))
 
 
 @pytest.mark.usefixtures("galore")

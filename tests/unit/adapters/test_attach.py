@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from compress.adapters.attach import attach_lora, load_adapter, lora_delta, save_adapter
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.model.architecture import architecture_of
 from tests.tiny import DENSE, tiny_model
 from tests.unit.adapters.common import randomise
@@ -132,3 +133,40 @@ def test_a_saved_adapter_loads_in_stock_peft_and_names_no_path(tmp_path: Path) -
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+SPOILED = {
+    "another prefix": (
+        lambda t: {name.replace(".layers.", ".blocks."): x for name, x in t.items()},
+        r"lacks 28 tensors, first '\S+\.layers\.0\.mlp\.down_proj\.lora_A\.weight', of the model and "
+        r"has 28 tensors, first '\S+\.blocks\.0\.mlp\.down_proj\.lora_A\.weight', that",
+    ),
+    "no B": (lambda t: {n: x for n, x in t.items() if n != f"{Q}_B.weight"}, f"lacks '{Q}_B.weight' of the"),
+    "one too many": (
+        lambda t: t | {"base_model.model.model.layers.9.self_attn.q_proj.lora_B.weight": torch.ones(2, 2)},
+        r"it has 'base_model\.model\.model\.layers\.9\.self_attn\.q_proj\.lora_B\.weight' that",
+    ),
+    "another shape": (lambda t: t | {f"{Q}_A.weight": torch.ones(4, 3)}, "size mismatch for .*q_proj"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_an_adapter_that_does_not_reach_the_model_is_refused(tmp_path: Path, name: str) -> None:
+    model, _ = attached(rank=4)
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter", base_name="org/base")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    spoil, cause = SPOILED[name]
+    save_file(spoil(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(CompressError, match=cause) as refused:
+        load_adapter(tiny_model("llama_gqa"), tmp_path / "adapter")
+    assert refused.value.cause.startswith(f"The adapter {tmp_path / 'adapter'} does not fit the model: ")
+    assert ".default." not in refused.value.cause
+
+
+def test_an_adapter_of_modules_the_model_has_not_got_is_refused(tmp_path: Path) -> None:
+    model, _ = attached()
+    save_adapter(model, tmp_path / "adapter", base_name="org/base")
+    with pytest.raises(CompressError, match="does not fit the model"):
+        load_adapter(tiny_model("gpt2"), tmp_path / "adapter")

@@ -306,18 +306,13 @@ def test_dora_is_copied_where_shapes_stay_and_refused_where_not(tmp_path: Path) 
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target_modules": ["q_proj"], "bias": "all"}, "trained base tensor"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}, "trained base tensor"),
-    ],
-)
-def test_trained_parts_of_the_base_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_trained_parts_of_the_base_are_refused(tmp_path: Path) -> None:
     pair = make_pair("qwen2", tmp_path)
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}
     adapter = save_random_adapter(pair.small, tmp_path / "adapter", **options)
-    with pytest.raises(CompressError, match=message):
+    with pytest.raises(CompressError, match="trained base tensor"):
         recover(pair, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

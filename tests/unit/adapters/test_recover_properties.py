@@ -119,7 +119,7 @@ def write_small(case: Case, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         "lora_alpha": case.alpha,
         "use_rslora": case.rslora,
         "base_model_name_or_path": "small",
-        "init_lora_weights": "pissa" if starts else True,
+        "init_lora_weights": "pissa" if case.start == "all" else True,
     }
     write_adapter(folder, config, named(trained), named(starts))
     return starts

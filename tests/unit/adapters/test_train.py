@@ -256,6 +256,95 @@ def test_a_pruning_run_is_resumed_with_its_scores_and_masks(tmp_path: Path) -> N
     assert resumed[2] == expected[2]
 
 
+def poisoned(model: nn.Module, steps: set[int], value: float = math.nan, layer: int = 1) -> Any:
+    """The gradient of one factor is ``value`` in these steps of one backward pass each; the loss stays finite."""
+    seen = iter(range(10**6))
+    name = next(n for n, _ in model.named_parameters() if f"layers.{layer}." in n and "down_proj.lora_B" in n)
+    return model.get_parameter(name).register_hook(
+        lambda gradient: gradient * value if next(seen) in steps else gradient
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_whose_gradients_are_not_finite_is_not_taken(value: float) -> None:
+    config = replace(CONFIG, steps=8, accumulation=1, warmup_steps=0)
+    model, observed, after = adapted(), [], []
+    poisoned(model, {2, 5}, value)
+
+    class Hook:
+        def before_step(self, step: int) -> None:
+            assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+            observed.append(step)
+
+    def progress(done: int, total: int, label: str) -> None:
+        after.append((trained(model), label))
+
+    result = fit(model, windows(), config, hooks=[Hook()], progress=progress)
+    assert (result.steps, result.skipped, len(result.losses)) == (8, 2, 8)
+    assert all(map(math.isfinite, result.losses))
+    assert observed == [0, 1, 3, 4, 6, 7]
+    for step in range(1, 8):
+        (before, _), (now, label) = after[step - 1], after[step]
+        if step in (2, 5):
+            assert_same(before, now)
+            assert "skipped" in label
+        else:
+            assert any(not torch.equal(before[name], now[name]) for name in now)
+            assert "skipped" not in label
+    assert all(bool(value.isfinite().all()) for value in trained(model).values())
+
+
+def test_scores_leave_out_a_step_that_is_not_taken_and_masks_close_all_the_same(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=8, accumulation=1, save_every=1)
+
+    def run(stop_at: int | None, state_dir: Path | None) -> tuple[int, int, Any, dict[str, Tensor]]:
+        plain = tiny_model("llama_gqa")
+        arch = architecture_of(plain.config.to_dict())
+        model = attach_lora(plain, arch, rank=2, seed=4)
+        done = 0 if stop_at is not None or state_dir is None else 4
+        poisoned(model, {step - done for step in (3, 7)})  # the last step: its masks are the final ones
+        criterion = create_criterion("lora", arch)
+        controller = PruneController(
+            model,
+            arch,
+            criterion,
+            PruningSchedule(total_steps=8, every=1),
+            choose_shape(arch, 0.5, multiple=8),
+        )
+        with controller:
+            if stop_at is not None:
+                stopping_at(model, stop_at)
+                with pytest.raises(Stop):
+                    fit(model, windows(), config, hooks=[controller], state_dir=state_dir)
+                return 0, 0, None, {}
+            result = fit(model, windows(), config, hooks=[controller], state_dir=state_dir)
+            assert criterion.steps == 8
+            assert all(
+                bool(v.isfinite().all()) for v in criterion.scores().to_tensors().values()
+            )  # of the moving average
+            assert len(controller.layers[0].channels) < arch.channels
+            return result.skipped, controller.skipped_steps, controller.layers, trained(model)
+
+    expected = run(None, None)
+    assert expected[:2] == (2, 2)
+    run(2 + 4, tmp_path)  # two forward passes come before the first step
+    resumed = run(None, tmp_path)
+    assert resumed[:2] == (2, 2)
+    assert all(torch.equal(a.channels, b.channels) for a, b in zip(resumed[2], expected[2], strict=True))
+    assert_same(resumed[3], expected[3])
+
+
+@pytest.mark.parametrize(("steps", "bad", "last"), [(9, range(3, 9), 8), (9, range(9), 5), (2, range(2), 2)])
+def test_gradients_that_stay_not_finite_end_training(steps: int, bad: range, last: int) -> None:
+    model = adapted()
+    poisoned(model, set(bad))
+    config = replace(CONFIG, steps=steps, accumulation=1, warmup_steps=0)
+    with pytest.raises(CompressError, match=f"up to step {last}, are not finite") as error:
+        fit(model, windows(), config)
+    assert "learning rate" in str(error.value)
+    assert all(bool(value.isfinite().all()) for value in trained(model).values())
+
+
 @pytest.mark.parametrize("change", ["lr", "data", "parameters"])
 def test_a_state_of_another_run_is_refused(change: str, tmp_path: Path) -> None:
     fit(adapted(), windows(), CONFIG, state_dir=tmp_path)
@@ -360,7 +449,7 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     with torch.no_grad():
         model.get_parameter("base_model.model.model.norm.weight").fill_(float("nan"))
     before = trained(model)
-    with pytest.raises(CompressError, match="loss of step 1 is nan"):
+    with pytest.raises(CompressError, match=r"up to step 5, are not finite \(its loss is nan\)"):
         fit(model, windows(), CONFIG)
     assert_same(before, trained(model))
 

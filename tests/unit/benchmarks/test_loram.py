@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress.benchmarks.loram import PARTS, Bench, main, small_model, table
+from compress.benchmarks import loram
+from compress.benchmarks.loram import PARTS, main, table
 from compress.benchmarks.loram_recover import (
     WAYS,
     measure,
@@ -17,9 +20,12 @@ from compress.benchmarks.loram_recover import (
     write_hollow_model,
     write_small_adapter,
 )
+from compress.benchmarks.loram_rows import Bench, shared_row, small_model, train
 from compress.benchmarks.model_shapes import architecture
 from compress.benchmarks.protocol import Rows
 from compress.errors import UsageError
+from compress.pipelines.dispatch import run_verb
+from compress.pipelines.settings import Common
 from compress.structure import StructureMap
 from tests.integration.conftest import text_file  # noqa: F401  (a fixture)
 from tests.integration.test_loram_recipe import eight_layers
@@ -40,9 +46,14 @@ def place(tmp_path: Path, text_file: Path) -> dict[str, Path]:  # noqa: F811
     }
 
 
+def here(verb: str, common: Common, given: Mapping[str, Any]) -> dict[str, Any]:
+    return run_verb(verb, common, dict(given), quiet=True)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, place: dict[str, Path], *more: str) -> int:
     options = [part for name, path in place.items() for part in (f"--{name}", str(path))]
     monkeypatch.setattr(sys, "argv", ["loram", "--quick", "--ratio", "0.15", *options, *more])
+    monkeypatch.setattr(loram, "Bench", partial(Bench, runner=here))
     return main()
 
 
@@ -60,6 +71,17 @@ def test_rows_of_both_parts(
     assert "stru, aligned, nf4" in capsys.readouterr().out
     assert run(monkeypatch, place, "--only", "stru, aligned, nf4") == 0  # nothing is measured twice
     assert json.loads(place["out"].read_text()) == first
+    place["out"] = place["out"].with_name(
+        "other.json"
+    )  # other steps of alignment: what they leave as it was is known
+    known = {path: path.read_bytes() for path in (place["work"] / "rows").iterdir()}
+    assert run(monkeypatch, place, "--only", "stru, aligned, nf4", "--ratio", "0.2") == 0
+    other = json.loads(place["out"].read_text())["rows"]
+    assert {key: other[key] for key in ("untuned", "full 0")} == {
+        key: first["rows"][key] for key in ("untuned", "full 0")
+    }
+    assert other["stru, aligned, nf4 0"]["bytes"] < row["bytes"]
+    assert all(path.read_bytes() == content for path, content in known.items())
     place["out"] = place["out"].with_name("masks.json")
     assert run(monkeypatch, place, "--part", "masks", "--only", "semi 2:4") == 0
     assert json.loads(place["out"].read_text())["rows"]["semi 2:4 0"]["masked"] > 0
@@ -100,20 +122,63 @@ def test_recovery_at_the_shapes_of_a_70b_model(tmp_path: Path) -> None:
     assert 0 < found["difference, cut"]["truncation"] < 1
 
 
+def bench_in(place: dict[str, Path], **options: Any) -> Bench:
+    settings: dict[str, Any] = {
+        "full": place["model"],
+        "work": place["work"],
+        "data": str(place["data"]),
+        "corpus": str(place["corpus"]),
+        "ratio": 0.15,
+        "calibration": {"calibration_tokens": 512},
+        "align": {},
+        "train": {},
+        "windows": 1,
+        "length": 32,
+    }
+    return Bench(**{**settings, **options})
+
+
+def test_what_a_row_depends_on(place: dict[str, Path]) -> None:
+    """A row that is known is not measured again, unless something that it depends on has changed."""
+    asked: list[str] = []
+
+    def measure() -> dict[str, Any]:
+        asked.append("measured")
+        return {"recovered": float(len(asked))}
+
+    def measured(name: str, **options: Any) -> bool:
+        before = len(asked)
+        shared_row(bench_in(place, **options), name, f"{name} 0", measure)
+        return len(asked) > before
+
+    loop = {"steps": 3}
+    names = ("untuned", "full", "rand", "rand, aligned", "semi 4:8", "stru, nf4")
+    assert all(measured(name) for name in names)
+    assert not any(measured(name) for name in names)
+    assert [name for name in names if measured(name, ratio=0.5)] == ["rand", "rand, aligned", "stru, nf4"]
+    assert [name for name in names if measured(name, align=loop)] == ["rand, aligned"]
+    assert [name for name in names if measured(name, train=loop)] == list(names[1:])
+    assert [name for name in names if measured(name, windows=2)] == list(names)
+
+
+def test_throughput_counts_every_window(place: dict[str, Path]) -> None:
+    """Micro-batch times accumulation windows a step, and the memory that the stage's own process took."""
+
+    def runner(verb: str, common: Common, given: Mapping[str, Any]) -> dict[str, Any]:
+        assert (verb, dict(given), common.seed) == ("train", {"micro_batch": 4, "accumulation": 3}, 7)
+        metrics = {"steps": 10, "train_seconds": 5.0, "tokens": 1, "trainable_parameters": 2}
+        return {"path": "somewhere", "metrics": metrics, "peak_memory_bytes": 99}
+
+    bench = bench_in(place, train={"micro_batch": 4, "accumulation": 3}, runner=runner)
+    adapter, facts = train(bench, bench.full, place["work"] / "user", 7)
+    assert adapter == Path("somewhere")
+    assert facts["windows_per_second"] == 10 * 4 * 3 / 5.0
+    assert facts["peak_memory_bytes"] == 99
+
+
 @pytest.mark.slow
 def test_small_models_are_made_once(place: dict[str, Path]) -> None:
-    bench = Bench(
-        full=place["model"],
-        work=place["work"],
-        data=str(place["data"]),
-        corpus=str(place["corpus"]),
-        ratio=0.15,
-        calibration={"calibration_tokens": 512},
-        align={},
-        train={},
-        windows=1,
-        length=32,
-    )
+    bench = bench_in(place)
     folder = small_model(bench, "rand")
     before = (folder / "stage.json").read_bytes()
     assert small_model(bench, "rand") == folder

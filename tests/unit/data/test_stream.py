@@ -48,6 +48,26 @@ def test_no_more_windows_than_asked_for_and_other_seeds_read_others() -> None:
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize(("after", "count", "shared"), [(2, 3, 0), (6, 3, 0), (1000, 4, 4)])
+def test_a_draw_after_another_reads_other_windows_while_there_are_some(
+    after: int, count: int, shared: int
+) -> None:
+    text, tokenizer = conversations(40), tiny_tokenizer()
+    first = conversation_stream(text, tokenizer, length=16, count=after, seed=4).ids.tolist()
+    windows = conversation_stream(text, tokenizer, length=16, count=count, seed=4, after=after)
+    assert windows.protocol["shared_windows"] == shared
+    assert len(windows) == windows.protocol["windows"] == count
+    assert sum(row in first for row in windows.ids.tolist()) == shared
+
+
+def test_the_last_windows_of_a_stream_come_first() -> None:
+    text, tokenizer = conversations(40), tiny_tokenizer()
+    every = conversation_stream(text, tokenizer, length=16, count=10_000, seed=4).ids
+    windows = conversation_stream(text, tokenizer, length=16, count=5, seed=4, after=len(every) - 2)
+    assert torch.equal(windows.ids, torch.cat([every[-2:], every[:3]]))
+    assert windows.protocol["shared_windows"] == 3
+
+
 def test_less_than_a_window_is_refused() -> None:
     with pytest.raises(CompressError, match="fewer than one window of 4096"):
         conversation_stream(conversations(2), tiny_tokenizer(), length=4096, count=1, seed=0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.data import windows as windows_module
-from compress.data.text import Conversation, Message, chat_text, plain_text
-from compress.data.windows import Windows, token_windows
+from compress.data.text import Conversation, Message, Text, chat_text, plain_text
+from compress.data.windows import Draw, Windows, token_windows
 from compress.errors import CompressError, UsageError
 from tests.tiny import tiny_tokenizer
 
@@ -78,6 +79,98 @@ def test_another_seed_is_another_order() -> None:
     first, second = (token_windows(text, TOKENIZER, length=10, seed=seed).ids for seed in (0, 1))
     assert not first.equal(second)
     assert sorted(first.tolist()) == sorted(second.tolist())
+
+
+def distinct(lines: int) -> Text:
+    """A text in which no two windows are alike."""
+    rng = random.Random(0)
+    return plain_text("t", "train", ["".join(rng.choices("abcdefgh", k=19)) for _ in range(lines)], "\n")
+
+
+def reference_draw(text: Text, length: int, count: int, seed: int, segment: int) -> list[list[int]]:
+    """Segments in drawn order until they hold enough windows, then a permutation of these."""
+    joined, parts, start = text.joined, [], 0
+    while start < len(joined):
+        stop = joined.find("\n", min(start + segment, len(joined))) + 1 or len(joined)
+        stop = len(joined) if len(joined) <= 4 * segment else stop
+        parts.append(joined[start:stop])
+        start = stop
+    generator, pool = torch.Generator().manual_seed(seed), []
+    for index in torch.randperm(len(parts), generator=generator).tolist():
+        if len(pool) < count:
+            ids = _ids(parts[index])
+            pool += [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+    return [pool[at] for at in torch.randperm(len(pool), generator=generator)[:count].tolist()]
+
+
+@pytest.mark.parametrize("lines", [400, 4000], ids=["whole", "segments"])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_draw_stays_the_same_from_version_to_version(
+    lines: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows_module, "SEGMENT_CHARACTERS", 4096)
+    text = distinct(lines)
+    for count in (20, 300):
+        found = token_windows(text, TOKENIZER, length=16, count=count, seed=seed)
+        assert found.ids.tolist() == reference_draw(text, 16, count, seed, 4096)
+        assert "shared_windows" not in found.protocol
+
+
+@pytest.mark.parametrize("lines", [400, 4000], ids=["whole", "segments"])
+def test_a_draw_apart_from_another_shares_no_window_with_it(
+    lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows_module, "SEGMENT_CHARACTERS", 4096)
+    text = distinct(lines)
+    met = 0
+    for seed in range(8):
+        one = token_windows(text, TOKENIZER, length=16, count=200, seed=seed)
+        plain = token_windows(text, TOKENIZER, length=16, count=100, seed=seed + 50)
+        apart = Draw(seed=seed, count=200)
+        two = token_windows(text, TOKENIZER, length=16, count=100, seed=seed + 50, apart=apart)
+        assert (len(two), two.protocol["shared_windows"]) == (100, 0)
+        taken = {tuple(row) for row in one.ids.tolist()}
+        assert taken.isdisjoint(map(tuple, two.ids.tolist()))
+        assert len({tuple(row) for row in two.ids.tolist()}) == 100
+        if taken.isdisjoint(map(tuple, plain.ids.tolist())):
+            assert two.ids.equal(plain.ids)
+        else:
+            met += 1
+    assert met > 0, "the test must have to keep them apart"
+
+
+def test_what_is_left_of_a_short_text_is_filled_up_and_counted() -> None:
+    text = distinct(100)
+    every = {tuple(row) for row in token_windows(text, TOKENIZER, length=16).ids.tolist()}
+    one = token_windows(text, TOKENIZER, length=16, count=len(every) - 7, seed=0)
+    apart = Draw(seed=0, count=len(one))
+    two = token_windows(text, TOKENIZER, length=16, count=20, seed=1, apart=apart)
+    rows = [tuple(row) for row in two.ids.tolist()]
+    assert len(set(rows)) == len(rows) == 20
+    assert set(rows[:7]) == every - {tuple(row) for row in one.ids.tolist()}
+    assert two.protocol["shared_windows"] == 13
+    whole = token_windows(text, TOKENIZER, length=16, count=20, seed=1, apart=Draw(seed=0, count=10**6))
+    assert (len(whole), whole.protocol["shared_windows"]) == (20, 20)
+    with pytest.raises(ValueError, match="seed and a count"):
+        token_windows(text, TOKENIZER, length=16, apart=apart)
+
+
+def test_conversations_apart_from_others() -> None:
+    text = chat_text("c", "train", [_talk(f"q{i}", f"a{i}") for i in range(10, 50)])
+    length = 2 * len(_ids("<s>user: q10</s>\n<s>assistant: a10</s>\n")) + 3
+
+    def answers(windows: Windows) -> set[str]:
+        return set(TOKENIZER.decode(windows.ids[windows.labels != -100]).replace("</s>", "").split())
+
+    one = token_windows(text, TOKENIZER, length=length, count=8, seed=0)
+    apart = Draw(seed=0, count=8)
+    two = token_windows(text, TOKENIZER, length=length, count=12, seed=1, apart=apart)
+    assert (len(one), len(two), two.protocol["shared_windows"]) == (8, 12, 0)
+    assert (len(answers(one)), len(answers(two))) == (16, 24)
+    assert answers(one).isdisjoint(answers(two))
+    more = token_windows(text, TOKENIZER, length=length, count=14, seed=1, apart=apart)
+    assert more.protocol["shared_windows"] == 2
+    assert more.ids[:12].equal(two.ids)
 
 
 def test_long_text_is_tokenised_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,15 +71,22 @@ def test_without_proc_nothing_is_recorded(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_gpu_is_recorded_from_its_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = iter([None, 5, 9, 7])
-    monkeypatch.setattr(memory_timeline, "_device_bytes", lambda: next(held, 7))
-    with MemoryTimeline(interval=0.01) as timeline:
+    held, asked = iter([None, 5, 9, 7]), set()
+
+    def held_now(device: str | None) -> int | None:
+        asked.add(device)
+        return next(held, 7)
+
+    monkeypatch.setattr(memory_timeline, "_device_bytes", held_now)
+    with MemoryTimeline(interval=0.01, device="cuda:1") as timeline:
         assert _until(lambda: len(_values(timeline)) >= 4)
     record = timeline.record()
     assert record is not None
     device = record["device_bytes"]
     assert isinstance(device, list)
     assert device[:4] == [0, 5, 9, 7]
+    assert timeline.device_peak == 9
+    assert asked == {"cuda:1"}
     assert len(device) == len(_values(timeline))
 
 

@@ -165,3 +165,18 @@ def test_missing_and_surplus_tensors_are_named() -> None:
         architecture_of(config, names | {"model.layers.0.mlp.up_proj.bias"})
     with pytest.raises(CompressError, match="lm_head"):
         architecture_of(config, names - {"lm_head.weight"})
+    deeper = {name for name in names if not name.startswith("model.layers.1.")}
+    with pytest.raises(CompressError, match=r"lacks 7 tensors of a llama model"):
+        architecture_of(config, deeper)
+
+
+def test_decoder_weights_that_two_modules_share_are_refused() -> None:
+    """They are stored once: safetensors writes no tensor twice."""
+    model = tiny_model("llama_gqa")
+    layers = model.model.layers
+    layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    stored = {name for name, _ in model.named_parameters()}
+    with pytest.raises(
+        CompressError, match=r"'model\.layers\.1\.mlp\.down_proj\.weight': two modules share one tensor"
+    ):
+        architecture_of(config_of("llama_gqa"), stored)

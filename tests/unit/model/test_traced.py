@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from compress.errors import CompressError
+from compress.model import traced
 from compress.model.architecture import accepted_kv_heads, architecture_of, expected_shapes, resized_config
 from tests.tiny import TINY, tiny_model
 
@@ -100,3 +101,19 @@ def test_a_base_model_checkpoint_without_the_prefix_is_refused_with_a_remedy() -
     names = [name.removeprefix("transformer.") for name, _ in model.named_parameters()]
     with pytest.raises(CompressError, match="save_pretrained"):
         architecture_of(model.config.to_dict(), names)
+
+
+def test_decoder_weights_that_two_modules_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = traced.meta_model
+
+    def sharing(config: Any) -> Any:
+        model = made(config)
+        if len(model.transformer.h) > 1:
+            model.transformer.h[1].mlp.c_proj.weight = model.transformer.h[0].mlp.c_proj.weight
+        return model
+
+    monkeypatch.setattr(traced, "meta_model", sharing)
+    with pytest.raises(
+        CompressError, match=r"h\.0\.mlp\.c_proj\.weight and .*h\.1\.mlp\.c_proj\.weight share one tensor"
+    ):
+        traced.trace_architecture(tiny_model("gpt2").config)

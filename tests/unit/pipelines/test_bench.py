@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from compress.errors import UsageError
 from compress.pipelines import bench as module
 from compress.pipelines.bench import Benchmark, bench, choose, find_benchmarks, missing, regression_options
 from compress.pipelines.reporter import Reporter
+from tests.commands import parsed
 from tests.sources import ROOT
 
 SOURCE = '''"""{summary}
@@ -130,6 +130,11 @@ def test_options_of_the_suite_go_to_it_alone(made_up: Path) -> None:
     assert made_up.read_text(encoding="utf-8") == "regression --update --repeats 2 --baselines here\n"
     with pytest.raises(UsageError, match="--update is about the benchmark regression"):
         ran(names=["good"], update=True)
+    with pytest.raises(UsageError, match="--repeats counts the runs behind a baseline"):
+        ran(repeats=2)
+    with pytest.raises(UsageError, match="--finished takes a chain that was run, and --quick"):
+        ran(finished=Path("work"), quick=True)
+    assert regression_options({"finished": Path("work")}, ["regression"]) == ["--finished", "work"]
     assert regression_options({"model": "m", "update": False}, ["regression"]) == ["--model", "m"]
 
 
@@ -154,20 +159,41 @@ def test_the_command_line(made_up: Path) -> None:
     assert CliRunner().invoke(app, ["bench", "nothing"]).exit_code == 2
 
 
-def test_the_workflow_to_copy_uses_commands_and_options_that_exist() -> None:
-    workflow = yaml.safe_load((ROOT / "docs" / "examples" / "compress-model.yml").read_text(encoding="utf-8"))
+def test_the_workflow_to_copy_says_what_the_command_line_takes() -> None:
+    text = (ROOT / "docs" / "examples" / "compress-model.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
     steps = workflow["jobs"]["compress"]["steps"]
-    lines = [
-        line for step in steps for line in step.get("run", "").splitlines() if line.startswith("compress ")
+    shell = [line for step in steps for line in step.get("run", "").splitlines()]
+    env = {**workflow["env"]}
+    ran = [
+        re.sub(r"\$([A-Z]+)", lambda found: env[found[1]], line)
+        for line in shell
+        if line.startswith("compress ")
     ]
-    group: Any = typer.main.get_command(app)
-    verbs = []
-    for line in lines:
-        words = shlex.split(line.partition(" > ")[0])
-        verbs.append(words[1])
-        known = {option for parameter in group.commands[words[1]].params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known, line
-    assert verbs == ["plan", "run", "verify", "report", "bench"]
+    found = [parsed(line) for line in ran]
+    assert [each.verb for each in found] == ["plan", "run", "verify", "report", "bench"]
+    plan, run, verify, report, bench = found
+    assert plan.given["check"] is True  # else the step could not fail
+    # what is compared is what the recipe made, and the baseline is of the same
+    assert run.common.run == verify.common.run == report.common.run == bench.given["finished"] == Path("work")
+    written = [
+        parsed(line.removeprefix("#   ")) for line in text.splitlines() if line.startswith("#   compress ")
+    ]
+    assert [each.verb for each in written] == ["run", "bench"]
+    assert written[0].common == run.common
+    assert written[0].given == run.given
+    assert written[1].given["finished"] == bench.given["finished"]
+    assert written[1].given["update"] is True
+    assert written[1].given["baselines"] == bench.given["baselines"]
+    # nothing is installed that no index has
+    checkout = next(
+        step["with"]["path"]
+        for step in steps
+        if "path" in step.get("with", {}) and "repository" in step["with"]
+    )
+    installs = [line for line in shell if line.startswith("pip install")]
+    assert installs[-1].endswith(f"./{checkout}")
+    assert not any("compress-llm" in line for line in installs)
     kept = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
     assert kept["if"] == "always()"
     assert "bench/*.json" in kept["with"]["path"]

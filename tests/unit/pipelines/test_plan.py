@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from compress.__main__ import app
 from compress.errors import CompressError, UsageError
+from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.evaluate.speed import Speed, measure_speed
 from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS
@@ -23,8 +25,9 @@ from compress.model.checkpoint import Checkpoint, CheckpointWriter, checkpoint_a
 from compress.model.planned import PlannedCheckpoint, headers_of
 from compress.model.tensor_file import TensorEntry
 from compress.pipelines.dispatch import run_verb
+from compress.pipelines.footprint import eval_footprint
 from compress.pipelines.model_input import ModelInput
-from compress.pipelines.operations import Work, forward
+from compress.pipelines.operations import Work, eval_work, forward
 from compress.pipelines.phase import Footprint, Ground, Phase
 from compress.pipelines.plan import planned_chain
 from compress.pipelines.plan_models import PlannedModel, quantized
@@ -438,3 +441,86 @@ def test_json_has_everything(tiny: Path) -> None:
             if resource["phase"] is not None:
                 assert resource["needs"] == pytest.approx(sum(resource["terms"].values()))
         assert stage["at_least_seconds"] >= 0
+
+
+def test_eval_holds_the_reference_beside_the_model_that_it_is_compared_with(tiny: Path) -> None:
+    full = model_of(tiny)
+    adapted = replace(full, name="small")
+    entries = [(full, 0), (adapted, 1000)]
+    arch, length = full.arch, 64
+    alone = eval_footprint(entries, GROUND, length=length, windows=2)
+    assert [phase.name for phase in alone.phases] == [
+        "load original",
+        "original",
+        "load small + adapter",
+        "small + adapter",
+    ]
+    both = eval_footprint(entries, GROUND, length=length, windows=2, reference=(full, 0))
+    assert both.phases[:4] == alone.phases
+    name = "small + adapter beside original"
+    load, compare = both.phases[4:]
+    assert (load.name, compare.name) == (f"load {name}", name)
+    weights = 4 * full.parameters
+    assert load.device == {"weights": weights, "reference": weights}
+    logits = length * arch.vocab
+    assert logits < CHUNK_ELEMENTS
+    assert sum(compare.device.values()) == pytest.approx(
+        2 * weights + 4 * 1000 + (2 * 4 + 20) * logits + 4 * length * (3 * arch.channels + 4 * arch.hidden)
+    )
+    test = {"length": length, "windows": 2}
+    more = eval_work(entries, GROUND, **test, reference=(full, 0), kl_windows=1)
+    less = eval_work(entries, GROUND, **test, reference=(full, 0))
+    passes = (
+        2 * forward(arch, length, length) + 2 * 1000 * length
+    )  # of the model and of the reference, a window each
+    assert more.products - less.products == pytest.approx(passes)
+
+
+def test_a_plan_of_eval_that_has_no_room_for_two_models_says_what_to_leave_out(tmp_path: Path) -> None:
+    plan = planned(config_alone(LLAMA_2_7B, tmp_path / "7b"), budget="4bit", memory="16GiB")
+    found = next(stage for stage in plan["stages"] if stage["verb"] == "eval")
+    device = next(each for each in found["resources"] if each["resource"] == "device memory")
+    full = 2 * plan["parameters"]
+    assert device["phase"] == "original + adapter beside original"
+    assert device["needs"] > 2 * full
+    assert found["fits"] is False
+    assert found["change"].startswith("--kl-windows 0")
+
+
+def test_a_check_fails_where_a_step_has_no_room(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ran(*options: str) -> tuple[int, dict[str, Any]]:
+        found = CliRunner().invoke(app, ["plan", str(tiny), "--no-time", "--json", *options])
+        return found.exit_code, json.loads(found.stdout)
+
+    code, plan = ran("--check", "--memory-limit", "64GiB")
+    assert (code, plan["ok"], plan["refused"]) == (0, True, [])
+    code, plan = ran("--check", "--memory-limit", "64MiB")
+    assert (code, plan["ok"]) == (1, False)
+    assert plan["refused"] == [stage["verb"] for stage in plan["stages"]]
+    assert ran("--memory-limit", "64MiB")[0] == 0  # not asked
+    free = capacity(tmp_path, "cpu")
+    monkeypatch.setattr("compress.pipelines.plan.capacity", lambda *_: replace(free, disk_free=10))
+    code, plan = ran("--check")
+    assert (code, plan["memory_limit"]) == (1, free.host_free)
+    assert {"prune", "quantize"} <= set(plan["refused"])
+    table = CliRunner().invoke(app, ["plan", str(tiny), "--no-time", "--check"])
+    assert f"No room here for: {', '.join(plan['refused'])}." in " ".join(table.stdout.split())
+
+
+def test_the_disk_is_that_of_the_workspace(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Path] = []
+
+    def looked(place: Path, device: str) -> Any:
+        seen.append(place)
+        return capacity(place, device)
+
+    monkeypatch.setattr("compress.pipelines.plan.capacity", looked)
+    command = ["plan", str(tiny), "--no-time"]
+    assert CliRunner().invoke(app, [*command, "--run", str(tmp_path / "a")]).exit_code == 0
+    assert CliRunner().invoke(app, command, env={"COMPRESS_RUN": str(tmp_path / "b")}).exit_code == 0
+    assert seen == [tmp_path / "a", tmp_path / "b"]
+    assert list(tmp_path.iterdir()) == []

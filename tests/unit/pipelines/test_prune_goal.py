@@ -263,6 +263,32 @@ def test_an_allocation_is_the_least_predicted_rise_of_all(
     assert again.certificate["solver"] == "dynamic"
 
 
+@pytest.mark.parametrize("unit", ["params", "size"])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_allocation_counts_the_biases_that_repair_adds(
+    unit: str, seed: int, models: dict[str, ModelInput], tmp_path: Path
+) -> None:
+    model = models["llama_gqa"]
+    arch, before = model.architecture, model.checkpoint
+    wanted = round(0.6 * before.parameters)
+    text = f"{wanted}" if unit == "params" else f"{4 * wanted / 1000}kB"
+    aim = goal(model, shape="allocated", criterion="flap", repair="bias", **{unit: text})
+    scores = random_scores(arch, seed)
+    plan = aim.choose(GroupScores(layers=scores.layers, rises=rises(model, seed)), never)
+    structure = structure_map(arch, select(arch, scores, plan.shapes), base_fingerprint="0")
+    biases = {
+        arch.module_name(layer, spec): torch.ones(arch.hidden)
+        for layer in range(arch.layers)
+        for spec in arch.linears
+        if spec.role in ("o", "down")
+    }
+    slice_checkpoint(before, arch, structure, tmp_path / "small", biases=biases)
+    slice_checkpoint(before, arch, structure, tmp_path / "bare")
+    small, bare = Checkpoint(tmp_path / "small"), Checkpoint(tmp_path / "bare")
+    assert bare.parameters < small.parameters <= wanted
+    assert small.bytes <= 4 * wanted
+
+
 @pytest.mark.parametrize("targets", ["heads", "mlp"])
 def test_an_allocation_leaves_alone_what_was_not_asked_for(
     targets: str, models: dict[str, ModelInput]
@@ -334,6 +360,13 @@ LONG = "\n\n".join(f"Line {i} of a text that has no other purpose. " * 20 for i 
         (plain, {"multiple": 64, "targets": "mlp", "ratio": 0.05}, LONG, "can remove 20.0% to 20.0%"),
         (plain, {"ratio": 0.99}, LONG, "not 99.0%"),
         (plain, {"shape": "local", "ratio": 0.7, "skip_last": 1}, LONG, "not 70.0%"),
+        (
+            plain,
+            {"shape": "allocated", "ratio": 0.59, "targets": "mlp"},
+            LONG,
+            "leaves nothing of mlp in any",
+        ),
+        (plain, {"shape": "allocated", "ratio": 0.999}, LONG, "leaves nothing of heads and mlp in any"),
         (plain, {"ratio": 0.1, "rounds": 3}, LONG, "Each of 3 rounds"),
         (uneven, {}, LONG, "differ in size already"),
         (uneven, {"params": "40K"}, LONG, "differ in size already"),

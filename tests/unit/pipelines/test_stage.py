@@ -120,6 +120,39 @@ def test_a_peak_before_one_that_the_work_measures_itself_counts(
     assert stage.record["peak_memory_bytes"] - start > 250 << 20
 
 
+@pytest.mark.parametrize(("used", "lead"), [(7_000_000_000, 7_000_000_000), (0, None)])
+def test_the_peak_of_a_stage_on_a_gpu_is_the_gpus_and_the_hosts_beside_it(
+    chain: Chain,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    used: int,
+    lead: int | None,
+) -> None:
+    asked: list[str] = []
+
+    class Peak(PeakMemory):
+        def __init__(self, device: str) -> None:
+            super().__init__("cpu")
+            asked.append(device)
+
+        def __exit__(self, *raised: Any) -> None:
+            super().__exit__(*raised)
+            self._reading.device_bytes = used
+
+    monkeypatch.setattr(
+        "compress.pipelines.model_input.device_and_dtype", lambda _: ("cuda:1", torch.float32)
+    )
+    monkeypatch.setattr("compress.evaluate.memory.PeakMemory", Peak)
+    monkeypatch.setattr(MemoryTimeline, "device_peak", property(lambda _: used // 2))
+    made = chain.make("prune").stage
+    assert made is not None
+    assert asked == ["cuda:1"]
+    record = made.record
+    assert record["peak_device_bytes"] == used
+    assert record["peak_host_bytes"] > 50_000_000
+    assert record["peak_memory_bytes"] == (lead or record["peak_host_bytes"])
+
+
 def test_other_settings_need_redo(chain: Chain) -> None:
     for verb in ("prune", "quantize", "train"):
         chain.make(verb)

@@ -75,7 +75,7 @@ def test_it_is_quantized_and_trained(objective: str, made: Uneven, text: str, tm
     # without the structure it stands for itself: it is the model to recover onto
     alone = shutil.copytree(made.small.path, tmp_path / "alone", ignore=shutil.ignore_patterns("structure*"))
     common = Common(run=tmp_path / "run", model=str(alone), data=text, dtype="float32", threads=1)
-    given = {"budget": "8bit", "rank": "4", "objective": objective, "calibration_tokens": 1024}
+    given = {"budget": "10bit", "rank": "4", "objective": objective, "calibration_tokens": 1024}
     stage = run_verb("quantize", common, given, quiet=True)
     assert stage["metrics"]["reopened_relative_error"] <= 1e-4
     model = load_model(stage["path"], dtype=torch.float32)

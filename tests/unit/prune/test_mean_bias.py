@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from compress.errors import CompressError
+from compress.importance.gram_store import GramStore
+from compress.importance.obs import ObsConfig, rank_groups
 from compress.model.architecture import Architecture, LayerShape
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
+from compress.prune.compensate import compensate, gather_moments
 from compress.prune.mask import GroupMasks
 from compress.prune.mean_bias import added_biases, mean_biases, mean_inputs
 from compress.prune.slice import slice_checkpoint
 from compress.structure import StructureMap, full_layer, kept_columns, structure_map
 from tests.tiny import VOCAB, tiny_checkpoint, tiny_model
 from tests.unit.importance.common import linear_inputs
+from tests.unit.importance.test_taylor import summed_loss
 from tests.unit.prune.common import model_architecture
 from tests.unit.uneven import IDS, lopsided, relative, structure_of
 
@@ -79,6 +83,24 @@ def test_nothing_is_added_where_nothing_is_lost() -> None:
     assert mean_biases(weight_of(model, arch), arch, whole, mean_inputs(model, arch, random_ids(4))) == {}
     with pytest.raises(CompressError, match="fewer than one batch"):
         mean_inputs(model, arch, random_ids(2), batch=4)
+
+
+def test_activations_that_are_not_finite_are_refused_by_the_name_of_the_linear(tmp_path: Path) -> None:
+    model = tiny_model("llama_gqa")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
+    arch, ids = model_architecture(model), random_ids(4)
+    structure = mixed(arch)
+    for computed in (
+        lambda: mean_inputs(model, arch, ids),
+        lambda: gather_moments(model, arch, ids, GramStore(tmp_path)),
+        lambda: compensate(model, arch, structure, ids),
+    ):
+        with pytest.raises(CompressError, match=r"inputs of model\.layers\.1\.mlp\.down_proj are not finite"):
+            computed()
+    with pytest.raises(CompressError, match="are not finite on the calibration text") as refused:
+        rank_groups(model, arch, ids, ObsConfig(), loss=summed_loss, batch=4)
+    assert "--dtype float32" in refused.value.remedy
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gpt2"])

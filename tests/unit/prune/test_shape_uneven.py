@@ -90,6 +90,7 @@ def test_the_two_conventions_of_the_paper() -> None:
     assert layers.achieved == pytest.approx(26 / 30 * 0.5, abs=0.01)
     assert "26 of 30 layers lose about 50.0% each; the first 3 and the last 1 stay whole" in layers.reason
     assert layers.reason.startswith(f"{layers.achieved:.1%} instead of 50.0%")
+    assert "channels come in multiples of 32" in layers.reason
     model = local_shapes(arch, 0.5, multiple=32)
     assert [s == full_shape(arch) for s in model.shapes] == [True] * 3 + [False] * 26 + [True]
     assert model.achieved == pytest.approx(0.5, abs=1e-3)
@@ -101,6 +102,33 @@ def test_the_two_conventions_of_the_paper() -> None:
         local_shapes(arch, 0.5, skip_first=-1)
     with pytest.raises(CompressError, match=r"to 76.7% of the decoder linear parameters, not 85.0%"):
         local_shapes(arch, 0.85, head_unit="group")
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_no_layer_gets_a_shape_that_all_cannot_have(scored: bool) -> None:
+    """Gemma-2-9B: 12 heads do not divide 3584, which its config class refuses when all layers have 12."""
+    arch = architecture(hidden=3584, layers=6, heads=16, kv_heads=8, head_dim=256, channels=14336)
+    options: dict[str, Any] = {"targets": ("heads",), "head_unit": "group", "skip_first": 0, "multiple": 128}
+    options["scores"] = random_scores(arch, 0) if scored else None
+
+    def accepts(shape: LayerShape) -> bool:
+        return arch.hidden % (shape.kv_heads * shape.queries) == 0
+
+    step = unit_parameters(arch).attention(1, 2) / unit_parameters(arch).of(full_shape(arch))
+    free = local_shapes(arch, 2 * step, skip_last=0, **options)
+    assert {shape.kv_heads for shape in free.shapes} == {6}
+    plan = local_shapes(arch, 2 * step, skip_last=0, accepts=accepts, **options)
+    assert all(map(accepts, plan.shapes))
+    assert plan.achieved == pytest.approx(2 * step, abs=2 * step / arch.layers)
+    # where a layer stays whole, the layers differ, and no stock config has to have them
+    kept = local_shapes(arch, 2 * step * 5 / 6, skip_last=1, accepts=accepts, **options)
+    assert {shape.kv_heads for shape in kept.shapes} == {6, 8}
+
+
+def test_what_no_layer_can_have_is_refused_without_scores() -> None:
+    options: dict[str, Any] = {"ratio_of": "layers", "skip_first": 0, "skip_last": 0}
+    with pytest.raises(CompressError, match="No smaller shape is valid"):
+        local_shapes(smol(), 0.5, accepts=lambda _: False, **options)
 
 
 def test_layers_of_a_local_plan_choose_by_their_own_scores() -> None:

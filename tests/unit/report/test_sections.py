@@ -15,7 +15,17 @@ from compress.report.memory import timeline_figure
 from compress.report.omitted import missing
 from compress.report.page import render
 from compress.report.spectrum import measure, spectrum_figure, worst_table
-from tests.unit.report.reading import drawing, elements, middles, parts, section, spaced, table_rows, text
+from tests.unit.report.reading import (
+    drawing,
+    elements,
+    middles,
+    parts,
+    section,
+    spaced,
+    table_rows,
+    text,
+    words,
+)
 from tests.unit.report.samples import sample_run
 
 
@@ -113,6 +123,33 @@ def test_memory_of_a_gpu_has_a_drawing_of_its_own() -> None:
     assert "highest 2.00\u202fGB" in str(drawing(page, "Memory timeline").get("aria-label"))
 
 
+def test_peaks_of_a_gpu_and_of_the_host_are_told_apart() -> None:
+    old = {"verb": "prune", "seconds": 3.0, "peak_memory_bytes": 1e9}  # its one peak is the host's
+    new = {
+        "verb": "train",
+        "seconds": 5.0,
+        "peak_memory_bytes": 7e9,
+        "peak_host_bytes": 2e9,
+        "peak_device_bytes": 7e9,
+    }
+    page = render({"stages": [old, new]})
+    costs = next(t for t in elements(page, "table") if "What every stage took" in text(t))
+    assert [text(cell) for cell in parts(costs, "th")][:4] == [
+        "Stage",
+        "Time",
+        "Peak memory on the GPU",
+        "Peak memory on the host",
+    ]
+    assert "1.00 GB" in text(costs)
+    assert text(costs).count("7.00 GB") == 1
+    told = words(page)
+    assert "peak 7.00 GB on the GPU, 2.00 GB on the host" in told
+    assert "peak memory 7.00 GB on the GPU, 2.00 GB on the host" in told
+    alone = render({"stages": [old]})
+    assert "Peak memory on the GPU" not in alone
+    assert "Peak memory on the host" in alone
+
+
 @given(
     st.lists(
         st.fixed_dictionaries(
@@ -193,9 +230,22 @@ def test_the_lineage_names_settings_cost_and_the_stage_before() -> None:
     steps = [text(e) for e in section(page, "chain").iter() if e.tag.endswith("li")]
     assert len(steps) == 5
     assert "--ratio 0.5" in steps[0]
-    assert "2 min 21 s · peak 2.00 GB · effort quick" in steps[0]
+    assert "2 min 21 s · peak 2.00 GB on the host · effort quick" in steps[0]
     assert "from model: stage 1" in steps[1]
     assert "from model 000000000000" in steps[0]  # the original, by its fingerprint
+
+
+def test_versions_that_an_index_has_not_got_are_told_and_not_installed() -> None:
+    run = sample_run()
+    run["stages"][-1]["versions"] |= {"torch": "2.13.0+cpu", "odd; rm -rf": "1", "numpy": "2.0; x"}
+    code = next(
+        text(e) for e in elements(render(run), "code") if "pip install torch" in "".join(e.itertext())
+    )
+    assert "torch==2.13.0 transformers==5.23.0" in code
+    assert "# the builds here were torch 2.13.0+cpu" in code
+    assert "compress-llm==" not in code
+    assert "rm -rf" not in code
+    assert "numpy" not in code
 
 
 def test_a_command_that_made_two_stages_is_written_once() -> None:
@@ -205,7 +255,8 @@ def test_a_command_that_made_two_stages_is_written_once() -> None:
     page = render(run)
     blocks = [str(e[0].text) for e in elements(page, "pre")]
     assert blocks == [
-        "pip install compress-llm==0.1.0 torch==2.13.0 transformers==5.23.0",
+        "pip install torch==2.13.0 transformers==5.23.0\n"
+        "pip install --no-deps .  # in a checkout of compress-llm at version 0.1.0",
         "compress prune --ratio 0.5\ncompress quantize --budget 2.75bit\n"
         "compress recover --run 'a b'\ncompress eval",
     ]
