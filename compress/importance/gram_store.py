@@ -32,9 +32,13 @@ class GramStore:
         with replacing(self._file(layer)) as temporary:
             save_file(tensors, str(temporary))
 
+    def has(self, layer: int) -> bool:
+        """Whether the matrices of one layer are there."""
+        return self._file(layer).is_file()
+
     def complete(self, arch: Architecture) -> bool:
         """Whether every layer is there."""
-        return all(self._file(layer).is_file() for layer in range(arch.layers))
+        return all(self.has(layer) for layer in range(arch.layers))
 
     def get(self, layer: int, spec: LinearSpec) -> Tensor:
         """One matrix, float32."""

@@ -126,7 +126,7 @@ def gather_moments(
         model: The full model; left as it is.
         arch: Its architecture.
         ids_NS: Calibration tokens, int64 [N, S].
-        store: Where they go.
+        store: Where they go. What an interrupted run has left there stays; the model still runs through those layers.
         batch: Windows per forward pass; an incomplete last batch is left out.
         progress: Called after every layer.
 
@@ -136,11 +136,13 @@ def gather_moments(
     walk = LayerWalk(model, arch, ids_NS, batch=batch)
     for index, layer in enumerate(walk.layers):
         outputs = [spec for spec in arch.linears_at(index) if spec.role in OUTPUTS]
-        with gathered_grams(layer, dict.fromkeys(outputs)) as grams:
+        known = store.has(index)
+        with gathered_grams(layer, {} if known else dict.fromkeys(outputs)) as grams:
             walk.advance(index)
         for spec, gram_CC in grams.items():
             require_finite(gram_CC, f"The inputs of {arch.module_name(index, spec)}")
-        store.put(index, grams)
+        if not known:
+            store.put(index, grams)
         if progress is not None:
             progress(index + 1, arch.layers, f"layer {index}")
 

@@ -176,6 +176,25 @@ def test_an_interrupted_refit_solves_no_system_twice(tmp_path: Path, monkeypatch
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_moments_of_an_interrupted_run_are_not_gathered_again(tmp_path: Path) -> None:
+    model, arch, _, ids = mixed("llama_gqa")
+    down = next(spec for spec in arch.linears if spec.role == "down")
+    calm, broken = GramStore(tmp_path / "calm"), GramStore(tmp_path / "broken")
+    gather_moments(model, arch, ids, calm, batch=2)
+
+    def interrupt(done: int, total: int, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gather_moments(model, arch, ids, broken, batch=2, progress=interrupt)
+    assert [broken.has(layer) for layer in range(arch.layers)] == [True] + [False] * (arch.layers - 1)
+    made = (broken.folder / "layer-0.safetensors").stat().st_mtime_ns
+    gather_moments(model, arch, ids, broken, batch=2)
+    assert (broken.folder / "layer-0.safetensors").stat().st_mtime_ns == made
+    for layer in range(arch.layers):
+        assert torch.equal(broken.get(layer, down), calm.get(layer, down))
+
+
 @KINDS
 def test_moments_that_are_there_already_give_the_same_refit(kind: str, tmp_path: Path) -> None:
     model, arch, structure, ids = mixed(kind)
