@@ -171,7 +171,7 @@ def _statistics(
                 phases.append(Phase(name="moments of inputs", device={**walk, **moments}))
             solved = {**weights, "least squares": REFITS * system + 4.0 * max(squares)}
             phases.append(Phase(name="refit", host=solved))
-    if settings.trials > 1 and not _trains(settings):
+    if settings.trials > 1 and (settings.one_shot or not _trains(settings)):
         tried = scoring(full, ground, length=ground.length, windows=count).device
         on_trial = {"shape on trial": float(e * changed)} if changed else {}
         phases.append(Phase(name="try shapes", device={**tried, **on_trial}, host=solved))
