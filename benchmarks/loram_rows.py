@@ -20,8 +20,8 @@ from compress.evaluate.perplexity import mean_loss
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model, load_tokenizer
 from compress.pipelines.dispatch import run_verb
+from compress.pipelines.identity import digest
 from compress.pipelines.settings import Common
-from compress.pipelines.workspace import digest
 from compress.prune.weight_masks import load_masks
 
 DTYPE = "float32"

@@ -11,8 +11,9 @@ from compress.data.windows import Windows, token_windows
 from compress.errors import UsageError
 from compress.evaluate.perplexity import perplexity
 from compress.evaluate.protocol import protocol_line
+from compress.pipelines.identity import differences, digest
 from compress.pipelines.stage import host, versions
-from compress.pipelines.workspace import differences, digest, read_json, write_json
+from compress.pipelines.workspace import read_json, write_json
 
 __all__ = [
     "LENGTH",

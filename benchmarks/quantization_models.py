@@ -18,13 +18,14 @@ from compress.model.quiet import quiet_transformers
 from compress.pipelines.allocate import Allocation, Choice, limit_in_bits
 from compress.pipelines.error_tables import build_tables
 from compress.pipelines.hessian_walk import HessianWalk
+from compress.pipelines.identity import digest
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
 from compress.pipelines.matrices import Matrix, matrices_of
 from compress.pipelines.model_input import current, device_and_dtype
 from compress.pipelines.quantize import known_sensitivities
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
-from compress.pipelines.workspace import digest, read_json, write_json
+from compress.pipelines.workspace import read_json, write_json
 from compress.quantize.config import QuantConfig
 from compress.quantize.error_table import ErrorTable
 from compress.solvers.budget import Budget, parse_budget

@@ -25,6 +25,7 @@ from compress.benchmarks.quantization_models import quantize_uniformly
 from compress.export.packed import write_packed
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.identity import digest
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.quantize import quantize
 from compress.pipelines.reporter import Reporter
@@ -32,7 +33,7 @@ from compress.pipelines.settings import Common, QuantizeSettings, TrainSettings
 from compress.pipelines.settings import resolve as resolve_settings
 from compress.pipelines.stage import Context, Outcome, settings_dict
 from compress.pipelines.train import train
-from compress.pipelines.workspace import Workspace, digest, read_json, write_json
+from compress.pipelines.workspace import Workspace, read_json, write_json
 from compress.progress import Progress
 from compress.quantize.config import QuantConfig
 

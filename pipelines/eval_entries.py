@@ -15,12 +15,13 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.config import build_config, meta_shapes, quantization_method
 from compress.model.load import EMBEDDED, resolve, resolve_headers
 from compress.model.planned import PlannedCheckpoint, headers_of
+from compress.pipelines.identity import digest
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import HUB_NAME, ModelInput, check_stage, open_model
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.stage import Context
 from compress.pipelines.verify_model import weights_of
-from compress.pipelines.workspace import MEASUREMENTS, Workspace, digest
+from compress.pipelines.workspace import MEASUREMENTS, Workspace
 from compress.quantize.checkpoint import QUANT_METHOD
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -17,12 +17,13 @@ from compress.evaluate.task_file import read_task
 from compress.pipelines.eval_entries import Entry, named_entry
 from compress.pipelines.eval_row import Bench, compare, delimiter_of, measure
 from compress.pipelines.eval_text import Reading, readings
+from compress.pipelines.identity import digest
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, EvalSettings
 from compress.pipelines.stage import settings_dict
-from compress.pipelines.workspace import digest, read_json, write_json
+from compress.pipelines.workspace import read_json, write_json
 
 
 def make_bench(reporter: Reporter, common: Common, settings: EvalSettings) -> Bench:

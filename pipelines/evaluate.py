@@ -19,13 +19,14 @@ from compress.pipelines.eval_run import (
     reference_of,
 )
 from compress.pipelines.eval_tables import show
+from compress.pipelines.identity import HELD_OUT
 from compress.pipelines.measure import WINDOWS, check_length, validation_windows
 from compress.pipelines.model_input import original
 from compress.pipelines.settings import EvalSettings
 from compress.pipelines.stage import Context, Outcome, run_stage
 from compress.pipelines.text import read_text, text_inputs
 from compress.pipelines.ways_of_stages import refuse_evaluation
-from compress.pipelines.workspace import HELD_OUT, write_json
+from compress.pipelines.workspace import write_json
 
 
 def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = None) -> Outcome:

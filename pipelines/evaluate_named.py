@@ -23,12 +23,13 @@ from compress.pipelines.eval_run import (
     reference_of,
 )
 from compress.pipelines.eval_tables import show
+from compress.pipelines.identity import TEXT, stage_id
 from compress.pipelines.measure import check_length
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, EvalSettings
 from compress.pipelines.stage import host, show_plan, versions
 from compress.pipelines.ways_of_stages import refuse_evaluation
-from compress.pipelines.workspace import FORMAT_VERSION, TEXT, stage_id, write_json
+from compress.pipelines.workspace import FORMAT_VERSION, write_json
 
 FETCHED = ("c4", "wikitext2")
 """Texts that may come from the hub, for which a dry run does not ask."""

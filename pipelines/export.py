@@ -22,20 +22,14 @@ from compress.model.inside import require_inside
 from compress.model.load import load_model
 from compress.model.uneven import is_uneven
 from compress.pipelines.chain_models import MADE, TITLES, ChainModel, chosen, located, names_in, verb_of
+from compress.pipelines.identity import digest
 from compress.pipelines.integrity import describe_files, files_below, require_unchanged
 from compress.pipelines.model_input import base_name, device_and_dtype
 from compress.pipelines.reopen import RECORD, TOLERANCE, check_ids, check_reopens, record_logits
 from compress.pipelines.small_files import public_name
 from compress.pipelines.stage import Context, versions
 from compress.pipelines.tool_settings import ExportSettings
-from compress.pipelines.workspace import (
-    FORMAT_VERSION,
-    Stage,
-    digest,
-    read_json,
-    workspace_nearby,
-    write_json,
-)
+from compress.pipelines.workspace import FORMAT_VERSION, Stage, read_json, workspace_nearby, write_json
 from compress.quantize.checkpoint import QUANT_METHOD
 from compress.report.values import size
 

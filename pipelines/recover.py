@@ -16,6 +16,7 @@ from compress.errors import CompressError, UsageError
 from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint, require_dense
+from compress.pipelines.identity import digest
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import (
     HUB_NAME,
@@ -35,7 +36,6 @@ from compress.pipelines.train import train
 from compress.pipelines.way import Way
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import recover_count
-from compress.pipelines.workspace import digest
 from compress.structure import FILE_NAME, StructureMap, full_layer, structure_map
 
 

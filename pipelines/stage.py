@@ -15,19 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from compress.engine import Engine, LocalEngine
 from compress.errors import UsageError
+from compress.pipelines.identity import changed_inputs, differences, same_request, stage_id
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
-from compress.pipelines.workspace import (
-    FORMAT_VERSION,
-    MEASUREMENTS,
-    Stage,
-    Workspace,
-    changed_inputs,
-    differences,
-    same_request,
-    stage_id,
-)
+from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace
 
 if TYPE_CHECKING:  # one process needs none of it
     from compress.pipelines.team import Team

@@ -8,9 +8,10 @@ from compress.data.identity import text_digest
 from compress.data.sources import load_text
 from compress.data.text import Split, Text, plain_text
 from compress.model.load import load_model, load_tokenizer
+from compress.pipelines.identity import TEXT
 from compress.pipelines.model_input import device_and_dtype
 from compress.pipelines.stage import Context
-from compress.pipelines.workspace import FORMAT_VERSION, TEXT, read_json, write_json
+from compress.pipelines.workspace import FORMAT_VERSION, read_json, write_json
 
 
 def text_inputs(source: str, *splits: Split, name: str = TEXT) -> dict[str, str]:

@@ -8,9 +8,10 @@ import torch
 
 from compress.errors import CompressError
 from compress.model.tensor_file import TensorEntry, read_header
+from compress.pipelines.identity import record_digest, stage_id
 from compress.pipelines.integrity import files_below, hash_file
 from compress.pipelines.verify_target import Chain, Finding, Target
-from compress.pipelines.workspace import Stage, record_digest, stage_id
+from compress.pipelines.workspace import Stage
 from compress.progress import Progress
 
 HEADERS = "headers"

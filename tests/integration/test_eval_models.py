@@ -23,8 +23,8 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model
 from compress.pipelines import eval_row, eval_run
 from compress.pipelines.dispatch import run_verb
+from compress.pipelines.identity import TEXT
 from compress.pipelines.settings import Common
-from compress.pipelines.workspace import TEXT
 from tests.fresh import ForkServer
 from tests.integration.common import PRUNING, TRAINING, run
 from tests.integration.test_cli import cli

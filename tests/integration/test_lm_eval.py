@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from compress.pipelines.dispatch import run_verb
+from compress.pipelines.identity import TEXT
 from compress.pipelines.settings import Common
-from compress.pipelines.workspace import TEXT
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval")

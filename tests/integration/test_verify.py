@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from compress.__main__ import app
+from compress.pipelines.identity import record_digest
 from compress.pipelines.settings import Common
-from compress.pipelines.workspace import record_digest
 from tests.fresh import ForkServer
 from tests.integration.common import PRUNING, TRAINING, run
 from tests.tiny import tiny_checkpoint

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 from compress.__main__ import app
 from compress.errors import CompressError, UsageError
 from compress.pipelines.dispatch import run_verb
+from compress.pipelines.identity import stage_id
 from compress.pipelines.report import report
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import DEFAULT_RUN, Common
 from compress.pipelines.stage import Context
-from compress.pipelines.workspace import Workspace, stage_id
+from compress.pipelines.workspace import Workspace
 from tests.unit.report.samples import sample_curve, sample_run
 
 

@@ -17,10 +17,11 @@ import torch
 from compress.errors import CompressError, UsageError
 from compress.evaluate.memory import PeakMemory, resident_now
 from compress.evaluate.memory_timeline import MemoryTimeline
+from compress.pipelines.identity import FORMATS, TEXT
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
 from compress.pipelines.stage import Context, Outcome, run_stage
-from compress.pipelines.workspace import FORMATS, TEXT, Workspace
+from compress.pipelines.workspace import Workspace
 
 MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from compress.errors import CompressError, UsageError
-from compress.pipelines.workspace import Workspace, differences, read_json, stage_id, write_json
+from compress.pipelines.identity import differences, stage_id
+from compress.pipelines.workspace import Workspace, read_json, write_json
 
 MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
 
