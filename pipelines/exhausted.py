@@ -6,7 +6,6 @@ import re
 from contextlib import suppress
 
 from compress.errors import CompressError, out_of_memory
-from compress.machine import host_memory
 from compress.pipelines.reporter import human_bytes
 
 _ASKED = re.compile(r"ried to allocate ([\d.]+) ?(bytes|[KMGT]i?B)")
@@ -46,7 +45,7 @@ def memory_failure(error: BaseException, verb: str) -> CompressError | None:
         "" if asked is None else f", and {human_bytes(_bytes(*asked.groups()))} more were asked for at once"
     )
     on_device = _on_device(error)
-    where, there = _device(text) if on_device else ("the host", host_memory()[0])
+    where, there = _device(text) if on_device else ("the host", _host())
     has = "" if there is None else f", which has {human_bytes(there)} in all"
     ways = list(_LESS.get(verb, ()))
     if verb in _LIMITED:
@@ -59,6 +58,12 @@ def memory_failure(error: BaseException, verb: str) -> CompressError | None:
         f"{verb} ran out of memory on {where}{has}{more}.",
         f"Try {' or '.join(ways)}; compress plan counts beforehand what every stage needs.",
     )
+
+
+def _host() -> float:
+    from compress.machine import host_memory  # brings torch, which the commands do without until they work
+
+    return float(host_memory()[0])
 
 
 def _on_device(error: BaseException) -> bool:

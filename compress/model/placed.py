@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +40,13 @@ class PlacedWriter:
             self._starts[name] = end
             end += size
         self._stream = file.open("wb")
-        self._stream.write(header)
-        self._stream.truncate(end)
+        try:
+            self._stream.write(header)
+            self._stream.truncate(end)
+        except BaseException:
+            self._close()
+            file.unlink(missing_ok=True)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -60,8 +66,13 @@ class PlacedWriter:
             self.file.unlink(missing_ok=True)
             raise
         finally:
-            self._stream.close()
+            self._close(quietly=kind is not None)
         self.file.unlink(missing_ok=True)
+
+    def _close(self, *, quietly: bool = True) -> None:
+        """What a disk refuses has been said already where ``quietly``; the stream is closed either way."""
+        with suppress(OSError) if quietly else nullcontext():
+            self._stream.close()
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor.

@@ -35,7 +35,7 @@ COUNTED = {
     "error table": "compress.pipelines.error_tables:table_of",
     "decomposed matrix": "compress.pipelines.lq_writer:decomposed",
     "perplexity": "compress.pipelines.measure:perplexity",
-    "recovered module": "compress.adapters.recover:_recovered",
+    "recovered module": "compress.adapters.recover:_write",
     "merged matrix": "compress.adapters.merged:merged",
 }
 """What is counted, by the function whose end completes one."""

@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *LOOP, *ADAPTER,
     ),
     "align": ("align", "--steps", "8", *LOOP),
-    "quantize": ("quantize", "--budget", "6bit", "--rank", "4", "--calibration-tokens", "512"),
+    "quantize": ("quantize", "--budget", "8bit", "--rank", "4", "--calibration-tokens", "512"),
     "train": ("train", "--steps", "8", *LOOP, *ADAPTER),
     "recover": ("recover",),
     "recover --merge": ("recover", "--merge"),

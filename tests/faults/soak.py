@@ -39,7 +39,7 @@ CHAIN: tuple[tuple[str, dict[str, object]], ...] = (
             "sequence": 32,
         },
     ),
-    ("quantize", {"budget": "6bit", "rank": "4", "objective": "frobenius", "menu": "quick"}),
+    ("quantize", {"budget": "8bit", "rank": "4", "objective": "frobenius", "menu": "quick"}),
     ("train", {"steps": 2, "sequence": 32, "micro_batch": 2}),
     ("recover", {}),
 )

@@ -181,7 +181,7 @@ def damaged(kind: str, published: dict[str, Path], folder: Path, text_file: Path
     ("kind", "message"),
     [
         ("full", "where the structure keeps"),
-        ("rank", "the config says 3"),
+        ("rank", "names the rank 3"),
         ("start", "were not kept"),
         ("dora", "DoRA magnitude"),
         ("half", "has no base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"),

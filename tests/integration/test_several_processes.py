@@ -230,7 +230,7 @@ def test_what_the_first_process_fails_with_ends_all(place: Place) -> None:
     answer = place.several(2, "run", *TRAIN, faults=[(0, 3, "fail")])
     assert assert_one_complaint(answer, 1) == ("The lamp is out.", "Light it.")
     answer = place.several(2, "other", *TRAIN, "--lr", "1e30")
-    assert "loss of step" in assert_one_complaint(answer, 1)[0]
+    assert "5 training steps in a row" in assert_one_complaint(answer, 1)[0]
 
 
 @pytest.mark.parametrize(

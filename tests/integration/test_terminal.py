@@ -116,7 +116,7 @@ def test_what_is_not_known_is_answered_with_what_was_meant(
     model = tiny_checkpoint("llama_gqa", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     staged = arguments[0] in GROUP.commands and any(
-        "--run" in parameter.opts for parameter in GROUP.commands[arguments[0]].params
+        "--model" in parameter.opts for parameter in GROUP.commands[arguments[0]].params
     )
     ran = cli(*arguments, *(("--model", model) if staged else ()))
     assert (ran.code, ran.out) == (2, "")

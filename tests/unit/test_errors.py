@@ -82,7 +82,7 @@ def test_memory_of_the_host_that_runs_out_is_said_to(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError) as full:
         torch.empty(1 << 55)  # what torch itself says of it
     assert out_of_memory(full.value)
-    monkeypatch.setattr("compress.pipelines.exhausted.host_memory", lambda: (16_000_000_000, 1))
+    monkeypatch.setattr("compress.machine.host_memory", lambda: (16_000_000_000, 1))
     found = refused(monkeypatch, "prune", full.value)
     assert found.cause == (
         f"prune ran out of memory on the host, which has 16.0 GB in all, and {(1 << 57) / 1e12:.1f} TB more were "
