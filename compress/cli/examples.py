@@ -62,6 +62,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress export",
         "compress export quantized --out my-model --push your-name/my-model",
         "compress export recovered --format dense",
+        "compress export trained --format packed",
     ),
     "verify": (
         "compress verify",
