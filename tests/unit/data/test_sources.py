@@ -86,14 +86,15 @@ def test_hub_is_used_without_local_files(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def fake(repository: str, name: str, *, split: str, streaming: bool) -> list[dict[str, Any]]:
         calls.append((repository, name, split, streaming))
-        return [{"text": f"{split} {i % 3990}"} for i in range(4000)]
+        return [{"text": f"{split} {i % 3990}"} for i in range(4000)] * (8 if split == "train" else 1)
 
     monkeypatch.delenv("COMPRESS_DATA", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert default_source() == "pydoc"
     assert len(load_text("wikitext2", "validation").documents) == 4000
     train, validation, test = (set(load_text("c4", split).documents) for split in SPLITS)
-    assert len(train) == 2000  # the head of the stream, not all of it
+    assert len(load_text("c4", "train").documents) == 25_000  # the head of the stream, not all of it
+    assert len(train) == 3990
     assert len(validation) == len(test) == 1000
     assert not validation & test
     assert calls == [
@@ -101,6 +102,7 @@ def test_hub_is_used_without_local_files(monkeypatch: pytest.MonkeyPatch) -> Non
         ("allenai/c4", "en", "train", True),
         ("allenai/c4", "en", "validation", True),
         ("allenai/c4", "en", "validation", True),
+        ("allenai/c4", "en", "train", True),
     ]
 
 
