@@ -151,7 +151,7 @@ def _write(
         what=what,
         folder=folder,
         stages=[stage.record for stage in lineage],
-        rows=_rows(context, what),
+        rows=[] if form == "packed" else _rows(context, what),  # its factors are not those that were measured
         loads=_loads(what, form, folder, uneven=uneven),
         license=None if known is None else license_of(Path(known["path"])),
     )

@@ -284,6 +284,15 @@ def test_the_card_says_what_was_measured_and_nothing_of_this_machine(chain: Path
         assert str(chain.parent).encode() not in content
 
 
+def test_a_packed_model_does_not_claim_what_was_measured_before_its_factors_were_rounded(
+    chain: Path, here: Path
+) -> None:
+    exported(chain, "trained", "--out", here)
+    assert "## Measured" in (here / "README.md").read_text(encoding="utf-8")
+    exported(chain, "trained", "--format", "packed", "--out", here, "--force")
+    assert "## Measured" not in (here / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_was_not_measured_has_no_table(tmp_path: Path, text_file: Path) -> None:
     common = common_of("llama_gqa", tmp_path, text_file)
     run("prune", common, **CUT)
