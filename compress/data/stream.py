@@ -8,7 +8,7 @@ import torch
 
 from compress.data.chat import IGNORE, encode_conversation
 from compress.data.text import Text
-from compress.data.windows import Windows
+from compress.data.windows import Windows, window_protocol
 from compress.errors import CompressError
 
 
@@ -53,20 +53,15 @@ def conversation_stream(
     return Windows(
         ids=ids,
         labels=labels,
-        protocol={
-            "source": text.source,
-            "split": text.split,
-            "sha256": text.sha256,
-            "join": None,
-            "bos": "template",
-            "length": length,
-            "stride": length,
-            "layout": "stream",
-            "windows": len(ids),
-            "requested_windows": count,
-            "tokens": len(ids) * (length - 1),
-            "text_tokens": None,
-            "seed": seed,
-            **({"shared_windows": len(shared)} if after else {}),
-        },
+        protocol=window_protocol(
+            text,
+            labels,
+            bos="template",
+            stride=length,
+            layout="stream",
+            requested=count,
+            known=None,
+            seed=seed,
+            shared=len(shared) if after else None,
+        ),
     )

@@ -108,23 +108,61 @@ def token_windows(
     return Windows(
         ids=ids,
         labels=labels,
-        protocol={
-            "source": text.source,
-            "split": text.split,
-            "sha256": text.sha256,
-            "join": None if chat else text.join,
-            "bos": "template" if chat else bos,
-            "length": length,
-            "stride": length - 1 if bos and not chat else length,
-            "layout": ("padded" if seed is None else "packed") if chat else "text",
-            "windows": int(ids.shape[0]),
-            "requested_windows": count,
-            "tokens": int((labels[:, 1:] != IGNORE).sum()),
-            "text_tokens": known,
-            "seed": seed,
-            **({} if apart is None else {"shared_windows": shared}),
-        },
+        protocol=window_protocol(
+            text,
+            labels,
+            bos="template" if chat else bos,
+            stride=length - 1 if bos and not chat else length,
+            layout=("padded" if seed is None else "packed") if chat else "text",
+            requested=count,
+            known=known,
+            seed=seed,
+            shared=None if apart is None else shared,
+        ),
     )
+
+
+def window_protocol(
+    text: Text,
+    labels: torch.Tensor,
+    *,
+    bos: bool | str,
+    stride: int,
+    layout: str,
+    requested: int | None,
+    known: int | None,
+    seed: int | None,
+    shared: int | None,
+) -> dict[str, Any]:
+    """What `Windows.protocol` says of windows with these labels [windows, length].
+
+    Args:
+        text: What was cut.
+        labels: Of the windows.
+        bos: Whether windows begin with BOS; "template": as the chat template has it.
+        stride: Tokens from one window to the next.
+        layout: "text", "padded", "packed" or "stream".
+        requested: Windows that were asked for.
+        known: Tokens of the whole text; None: not all was tokenised.
+        seed: Of the draw.
+        shared: Windows of another draw among them; None: none was to be kept away from.
+    """
+    return {
+        "source": text.source,
+        "split": text.split,
+        "sha256": text.sha256,
+        "join": None if text.conversations else text.join,
+        "bos": bos,
+        "length": labels.shape[1],
+        "stride": stride,
+        "layout": layout,
+        "windows": labels.shape[0],
+        "requested_windows": requested,
+        "tokens": int((labels[:, 1:] != IGNORE).sum()),
+        "text_tokens": known,
+        "seed": seed,
+        **({} if shared is None else {"shared_windows": shared}),
+    }
 
 
 def _plain_windows(
