@@ -1,6 +1,7 @@
 """Speed of the GPU kernels against cuBLAS, bitsandbytes and gemlite, with the roofline floor beside each figure.
 
-``python -m compress.benchmarks.kernels_gpu [--quick] [--part NAME] [--seconds N] [--write-table] [--out FILE]``
+``python -m compress.benchmarks.kernels_gpu [--quick] [--part NAME] [--peer NAME] [--seconds N] [--write-table] [--out
+FILE]``
 
 First the kernels are checked against float64 products of the weights that torch dequantizes; a deviation ends the
 run. Then everybody takes turns, on copies of the weights that exceed 200 MB together, so that no cache holds them:
@@ -37,6 +38,7 @@ from compress.kernels.triton.launch import installed, interpreted
 TAKES = ("minutes", "minutes")
 NEEDS = ("gpu",)
 
+PEERS = ("bitsandbytes", "gemlite")
 PARTS = ("linear", "dequantize", "backward", "groups", "merge", "table")
 SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
 """[out, in]; the first two have 45 M weights."""
@@ -72,7 +74,14 @@ def with_floors(
 
 
 def benchmark(
-    rows: Rows, device: torch.device, *, parts: Sequence[str], seconds: float, quick: bool, save: Path | None
+    rows: Rows,
+    device: torch.device,
+    *,
+    parts: Sequence[str],
+    seconds: float,
+    quick: bool,
+    save: Path | None,
+    wanted: Sequence[str] = PEERS,
 ) -> list[str]:
     """Measure what the file lacks, one row a case; returns the cases that time did not allow.
 
@@ -86,7 +95,7 @@ def benchmark(
     setting = cases.Setting(device=device, rotated=0 if quick else ROTATED)
     rounds, shapes = (1, (QUICK_SHAPE,)) if quick else (ROUNDS, SHAPES)
     tokens, widths = ((1, 20), (3,)) if quick else (TOKENS, WIDTHS)
-    peers = [] if quick else cases.peers_here()
+    peers = [] if quick else cases.peers_here(wanted)
     left_out: list[str] = []
 
     def due(key: str) -> bool:
@@ -233,6 +242,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--part", action="append", choices=PARTS, help="one or more; all but table when not given"
     )
+    parser.add_argument(
+        "--peer", action="append", choices=PEERS, help="one or more; all that are installed when not given"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no further case begins")
     parser.add_argument("--write-table", action="store_true", help="measure and write the table for this GPU")
     parser.add_argument(
@@ -266,6 +278,7 @@ def main(given: Sequence[str] | None = None) -> int:
             seconds=arguments.seconds,
             quick=arguments.quick,
             save=TABLES if arguments.write_table and cuda else None,
+            wanted=arguments.peer or PEERS,
         )
         print(report(rows.rows, left_out))
     return 0

@@ -6,6 +6,7 @@ Shapes: O out, I in, T tokens, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -22,7 +23,7 @@ from compress.kernels.layout import tile
 from compress.kernels.packed import TiledMatrix
 from compress.kernels.reference import dequantize as reference_dequantize
 from compress.kernels.triton import dense, product
-from compress.kernels.triton.choice import Slices, Tiles, choose
+from compress.kernels.triton.choice import Choice, Fused, Slices, Tiles, choose
 from compress.kernels.triton.grouped import group_product
 from compress.quantize.blockwise import QuantizedTensor
 from compress.quantize.config import QuantConfig
@@ -34,7 +35,6 @@ DTYPE = torch.bfloat16
 GROUP = 64
 """Weights that share a scale, for everybody."""
 RANK = 64
-PEERS = ("bitsandbytes", "gemlite")
 
 Shape = tuple[int, int]
 
@@ -52,9 +52,9 @@ class Setting:
     rotated: int
 
 
-def peers_here() -> list[str]:
-    """Peers that can be imported."""
-    return [name for name in PEERS if find_spec(name) is not None]
+def peers_here(wanted: Sequence[str]) -> list[str]:
+    """Those of the peers that can be imported."""
+    return [name for name in wanted if find_spec(name) is not None]
 
 
 def random_quantized(shape: Shape, bits: int, device: torch.device, seed: int = 0) -> QuantizedTensor:
@@ -132,19 +132,28 @@ def linear_case(
 
         made[f"nf{bits}"] = turns(setting, matrix.nbytes, kernel)
         made[f"nf{bits} module"] = turns(setting, matrix.nbytes, module)
+        if bits == widths[0] and isinstance(choose(device, matrix.geometry, tokens, DTYPE), Fused):
+            made[f"nf{bits} by Triton"] = _by_triton(setting, matrix, x)
         if bits == 4:
             made["nf4 + rank 64"] = _with_factors(setting, matrix, x)
     weight = torch.randn(shape, device=device).to(DTYPE)
     made["dense bfloat16"] = turns(
         setting, weight.nbytes, lambda: partial(functional.linear, x, weight.clone())
     )
-    if "bitsandbytes" in peers:
-        nbytes = shape[0] * shape[1] // 2
-        made["bitsandbytes"] = turns(setting, nbytes, lambda: partial(bitsandbytes_layer(shape, device), x))
-    if "gemlite" in peers:
-        nbytes = shape[0] * shape[1] // 2
-        made["gemlite int4"] = turns(setting, nbytes, lambda: partial(gemlite_layer(shape, device), x))
+    layers = {"bitsandbytes": bitsandbytes_layer, "gemlite": gemlite_layer}
+    for peer in peers:
+        first = layers[peer](shape, device)
+        name = "gemlite int4" if peer == "gemlite" else peer
+        made[name] = turns(setting, shape[0] * shape[1] // 2, lambda layer=first: partial(deepcopy(layer), x))  # type: ignore[misc]
     return made
+
+
+def _by_triton(setting: Setting, matrix: TiledMatrix, x: Tensor) -> Contestant:
+    """What would compute it if the CUDA C++ kernels did not serve."""
+    choice = choose(x.device, matrix.geometry, x.shape[0], DTYPE, fused=False)
+    return turns(
+        setting, matrix.nbytes, lambda: partial(product.product, x, copied(matrix), None, choice=choice)
+    )
 
 
 def _with_factors(setting: Setting, matrix: TiledMatrix, x: Tensor) -> Contestant:
@@ -161,7 +170,7 @@ def bitsandbytes_layer(shape: Shape, device: torch.device) -> Any:
     """The peer's NF4 layer with double quantization."""
     modules = import_module("bitsandbytes").nn
     layer = modules.Linear4bit(shape[1], shape[0], bias=False, quant_type="nf4", compute_dtype=DTYPE)
-    weight = torch.randn(shape).to(DTYPE)
+    weight = torch.randn(shape, device=device).to(DTYPE).cpu()
     layer.weight = modules.Params4bit(
         weight, quant_type="nf4", blocksize=GROUP, compress_statistics=True, module=layer
     )
@@ -223,7 +232,7 @@ def group_case(setting: Setting, shapes: Sequence[Shape], tokens: int) -> dict[s
     matrices = [tiled(random_quantized(shape, 4, setting.device)) for shape in shapes]
     nbytes = sum(matrix.nbytes for matrix in matrices)
     whole = replace(matrices[0].geometry, rows=sum(shape[0] for shape in shapes))
-    chosen = choose(setting.device, whole, tokens, DTYPE)
+    chosen = choose(setting.device, whole, tokens, DTYPE, fused=False)
     tiles = chosen if isinstance(chosen, Tiles) else Tiles()
 
     def together() -> Callable[[], Any]:
@@ -256,13 +265,19 @@ def check_products(device: torch.device, shape: Shape, tokens: Sequence[int]) ->
             for transposed in (False, True):
                 terms = weights.double() if transposed else weights.double().T
                 x = torch.randn(count, len(terms), device=device).to(DTYPE)
-                ways: dict[str, Tiles | Slices | None] = {"": None, " by slices": Slices(nbytes=1 << 20)}
+                others = choose(device, matrix.geometry, count, DTYPE, transposed=transposed, fused=False)
+                ways: dict[str, Choice | None] = {
+                    "": None,
+                    " by Triton": others,
+                    " by slices": Slices(nbytes=1 << 20),
+                }
+                exact, sizes = x.double() @ terms, x.double().abs() @ terms.abs()
                 for way, choice in ways.items():
                     if transposed:
                         y = product.product_transposed(x, matrix, None, choice=choice)
                     else:
                         y = product.product(x, matrix, None, choice=choice)[0]
-                    error = (y.double() - x.double() @ terms).abs() / (x.double().abs() @ terms.abs())
+                    error = (y.double() - exact).abs() / sizes
                     name = f"nf{bits}{' gradient' if transposed else ''}{way}, {count} tokens"
                     found[name] = float(error.max())
         if found and max(found.values()) > 2**-7:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from compress.benchmarks.kernels_cpu_cases import Contestant
+
+AWAKE = 0.05
 
 Calls = Sequence[Callable[[], Any]]
 
@@ -42,6 +44,15 @@ def captured(calls: Calls) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def _awake(graphs: Iterable[torch.cuda.CUDAGraph]) -> None:
+    """Replay everybody for some :data:`AWAKE` seconds: an idle GPU's clocks take time to rise."""
+    held, until = list(graphs), time.perf_counter() + AWAKE
+    while held and time.perf_counter() < until:
+        for graph in held:
+            graph.replay()
+        torch.cuda.synchronize()
+
+
 def measured(
     contestants: Mapping[str, Contestant], device: torch.device, rounds: int
 ) -> dict[str, dict[str, Any]]:
@@ -66,6 +77,7 @@ def measured(
                     raise
                 failed[name] = f"{type(error).__name__}: {error}"
         here = [name for name in contestants if name not in failed]
+        _awake(graphs.values())
         eager: dict[str, list[float]] = {name: [] for name in here}
         replayed: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(rounds):

@@ -20,8 +20,9 @@ from compress.benchmarks.kernels_gpu_cases import (
 )
 from compress.benchmarks.kernels_gpu_clock import measured
 from compress.benchmarks.roofline import TOKEN_TILES, WIDTHS
+from compress.kernels.cuda.product import serves
 from compress.kernels.triton import product
-from compress.kernels.triton.choice import FORMAT_VERSION, Choice, Slices, Tiles, with_splits
+from compress.kernels.triton.choice import FORMAT_VERSION, Choice, Fused, Slices, Tiles, with_splits
 
 CANDIDATES: tuple[tuple[dict[str, int], int], ...] = tuple(
     ({"rows": rows, "chunks": chunks, "warps": warps, "stages": 1}, programs)
@@ -59,7 +60,8 @@ def measured_table(
 ) -> dict[str, Any]:
     """A table as :mod:`compress.kernels.triton.choice` reads it.
 
-    For each width, direction and tile of tokens the fastest candidate; slices from where they are faster than it.
+    For each width the CUDA C++ kernels up to where slices are faster; for each width, direction and tile of tokens the
+    fastest candidate, which stands in where those do not serve; slices from where they are faster than it.
 
     Args:
         setting: Where.
@@ -74,6 +76,8 @@ def measured_table(
     for transposed in (False, True):
         for bits in widths:
             own = {"bits": [bits], "transposed": transposed}
+            if not transposed and (until := _fused_until(setting, shape, bits, deadline)):
+                rules.append({**own, "most_tokens": until, "fused": {}})
             for tile in TOKEN_TILES:
                 best = _fastest(setting, shape, bits, tile, transposed, processors, candidates, deadline)
                 most = tile
@@ -92,6 +96,20 @@ def measured_table(
         )
     origin = f"measured on {name} with {shape[0]} x {shape[1]}"
     return {"format_version": FORMAT_VERSION, "origin": origin, "measured": True, "rules": rules}
+
+
+def _fused_until(setting: Setting, shape: Shape, bits: int, deadline: float) -> int:
+    """Most tokens, of those compared, at which the CUDA C++ kernels are not slower than slices; 0: none."""
+    geometry = tiled(random_quantized(shape, bits, setting.device)).geometry
+    last = 0
+    for tokens in (*TOKEN_TILES, *CHANGEOVERS) if serves(setting.device, geometry, DTYPE) else ():
+        if tokens <= last or time.monotonic() > deadline:
+            continue
+        fused = seconds_of(setting, shape, bits, tokens, Fused(), False)
+        if fused > seconds_of(setting, shape, bits, tokens, Slices(), False):
+            break
+        last = tokens
+    return last
 
 
 def _choice(

@@ -12,8 +12,8 @@ class Column:
     Attributes:
         header: What stands above it.
         path: Keys from the row to the figure, outermost first.
-        unit: How it is written: ``number``, ``count``, ``bytes``, ``ms`` (from seconds), ``percent`` (from a fraction)
-            or ``text``.
+        unit: How it is written: ``number``, ``count``, ``bytes``, ``ms`` and ``us`` (from seconds), ``percent`` (from a
+            fraction) or ``text``.
     """
 
     header: str
@@ -51,6 +51,10 @@ def _columns(unit: str, **paths: str) -> tuple[Column, ...]:
 _PERPLEXITY = (
     *_columns("number", perplexity="perplexity"),
     Column(header="standard error of the loss", path=("standard_error",)),
+)
+_ON_GPU = (
+    *("nf4", "nf4 module", "nf4 by Triton", "nf4 + rank 64", "nf3", "nf2", "nf8"),
+    *("dense bfloat16", "bitsandbytes"),
 )
 _KERNELS = ("nf4", "nf3", "nf2", "bitsandbytes", "int4pack", "dense bfloat16", "dense float32")
 
@@ -236,6 +240,38 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 ),
             ),
             note="Scores of one matrix of 4096 x 11008, medians.",
+        ),
+    ),
+    "kernels on the GPU": (
+        Layout(
+            rows="linear, .*",
+            columns=tuple(
+                Column(header=f"{name}, us", path=("contestants", name, "graph_seconds"), unit="us")
+                for name in _ON_GPU
+            )
+            + tuple(
+                Column(
+                    header=f"{name}, of the floor",
+                    path=("contestants", name, "share_of_floor"),
+                    unit="percent",
+                )
+                for name in ("nf4", "nf3", "nf2")
+            )
+            + _columns("bytes", beside_the_result="extra_bytes"),
+            note="Medians of replays of a CUDA graph, everybody in turns. "
+            "[GPU kernels](gpu-kernels.md) says what they mean.",
+        ),
+        Layout(
+            rows="(dequantize|backward|group|merge|cut), .*|group .*",
+            columns=tuple(
+                Column(header=f"{name}, us", path=("contestants", name, "graph_seconds"), unit="us")
+                for name in ("nf4", "nf3", "nf2", "nf8", "dense bfloat16", "one launch", "one by one")
+            )
+            + tuple(
+                Column(header=f"{name}, ms", path=("contestants", name, "eager_seconds"), unit="ms")
+                for name in ("host", "batched")
+            ),
+            note="Weights alone, gradients in the input, matrices with one input, merging and cutting of adapters.",
         ),
     ),
     "kernels on the CPU": (

@@ -81,6 +81,8 @@ def written(value: Any, unit: str) -> str:
         return f"{100 * value:#.4g} %"
     if unit == "ms":
         return f"{1000 * value:.2f}"
+    if unit == "us":
+        return f"{1e6 * value:.1f}"
     if isinstance(value, int) or unit == "count":
         return f"{value:,}"
     if unit == "setting" or value == 0:
@@ -236,7 +238,7 @@ def build(records: Path, page: Path) -> str:
     Raises:
         CompressError: There is no record, or one of them cannot be read.
     """
-    files = sorted(records.glob("*.json"))
+    files = sorted(records.rglob("*.json"))
     if not files:
         raise CompressError(f"There is no record in {records}.", "Run this in a checkout, or give --records.")
     benchmarks = Path(__file__).resolve().parent

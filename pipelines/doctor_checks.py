@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from compress.data.sources import C4_DOCUMENTS, data_root, default_source, local_files
 from compress.data.text import SPLITS
 from compress.errors import UsageError
+from compress.kernels.cuda.product import standing as native_standing
 from compress.kernels.gpu import standing
 from compress.kernels.library import LEVELS, TRITON, VARIABLE, status
 from compress.kernels.triton.choice import describe
@@ -141,6 +142,14 @@ def kernels(devices: tuple[CudaDevice, ...] = ()) -> Iterator[Finding]:
             if missing
             else "",
         )
+        if serves:
+            native, why = native_standing(index)
+            yield Finding(
+                section="kernels",
+                name=f"CUDA C++ on cuda:{index}",
+                value="yes" if native else "no",
+                why=why,
+            )
 
 
 def model() -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -77,6 +78,12 @@ class HostLanes:
         """See `Lanes`."""
 
 
+@cache
+def _streams(index: int) -> dict[Lane, Any]:
+    """A device's streams, the same for everybody: cuBLAS keeps some 32 MB for every stream that it has met."""
+    return {lane: torch.cuda.Stream(torch.device("cuda", index)) for lane in LANES}
+
+
 class CudaLanes:
     """Three CUDA streams with events between them, and pinned memory on the host.
 
@@ -88,7 +95,7 @@ class CudaLanes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._streams = {lane: torch.cuda.Stream(device) for lane in LANES}
+        self._streams = _streams(torch.cuda.current_device() if device.index is None else device.index)
 
     def host(self, nbytes: int) -> Tensor:
         """See `Lanes`. torch rounds pinned memory up to a power of two bytes."""

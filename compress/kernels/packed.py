@@ -135,6 +135,15 @@ def check(name: str, tensor: Tensor, count: int, types: tuple[torch.dtype, ...])
         )
 
 
+def scale_steps(scale_max: Tensor, scale_bits: int) -> Tensor:
+    """Second-level scales over the largest scale code, float32, the same on every device.
+
+    Divided by a tensor: by a number, torch multiplies with the rounded reciprocal on a GPU.
+    """
+    maxima = scale_max.float()
+    return maxima / torch.full_like(maxima, 2**scale_bits - 1)
+
+
 def plain_bytes(g: Geometry) -> tuple[int, int]:
     """Bytes of the codes and of the scale codes as a checkpoint stores them."""
     planes = {3: (2, 1)}.get(g.scale_bits, (g.scale_bits,))
@@ -203,7 +212,7 @@ def tile(
         geometry=g,
         codes=tiled,
         scale_codes=scales,
-        steps=scale_max.float() / (2**g.scale_bits - 1),
+        steps=scale_steps(scale_max, g.scale_bits),
         offset=offset.contiguous(),
         table=table.contiguous(),
     )

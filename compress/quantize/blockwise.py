@@ -13,6 +13,7 @@ from compress.errors import CompressError, UsageError
 from compress.kernels import blocks as native
 from compress.kernels.calling import serves_blocks
 from compress.kernels.dispatch import backend
+from compress.kernels.packed import scale_steps
 from compress.kernels.reference import Grid, PackedMatrix
 from compress.quantize.codebook import fitted_grid
 from compress.quantize.config import QuantConfig
@@ -36,7 +37,7 @@ class Scales:
 
     def values(self, config: QuantConfig) -> torch.Tensor:
         """The dequantized scales: offset + code * maximum / (2 ** b0 - 1), float32 [O * N]."""
-        steps = self.maxima.float() / (2**config.scale_bits - 1)
+        steps = scale_steps(self.maxima, config.scale_bits)
         count = self.codes.numel()
         spread = steps.repeat_interleave(config.group_size)[:count]
         above: torch.Tensor = self.codes * spread  # not addcmul, whose rounding depends on the device
@@ -58,7 +59,7 @@ def compress_scales(absmax: torch.Tensor, config: QuantConfig) -> Scales:
     dtype = config.torch_scale_dtype
     maxima = grouped.amax(1).clamp(max=torch.finfo(dtype).max).to(dtype)
     levels = 2**config.scale_bits - 1
-    steps = maxima.float() / levels
+    steps = scale_steps(maxima, config.scale_bits)
     divisors = torch.where(steps > 0, steps, torch.inf)[:, None]
     codes = (grouped / divisors).round().clamp(max=levels).to(torch.uint8)
     return Scales(codes=codes.view(-1)[: above.numel()], maxima=maxima, offset=offset)
@@ -196,7 +197,7 @@ def picked_rows(part: QuantizedTensor, local: torch.Tensor, index: torch.Tensor)
     across = torch.arange(per_row, device=index.device)
     block = local[..., None] * per_row + across
     group = (index[..., None] * per_row + across) // config.group_size
-    steps = part.scale_max.float() / (2**config.scale_bits - 1)
+    steps = scale_steps(part.scale_max, config.scale_bits)
     scales = unpack_at(part.scale_codes, config.scale_bits, count, block) * steps[group]
     scales += part.offset
     at = block[..., None] * config.block_size + torch.arange(config.block_size, device=index.device)

@@ -123,7 +123,14 @@ def test_nothing_is_described_that_is_not_there() -> None:
     known = {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
     known |= {"--help", "--install-completion", "--show-completion"}
     documents = "\n".join(text for name, text in TEXT.items() if name != "development.md")
-    foreign = {"--no-deps", "--quick", "--markdown", "--write-table"}  # pip's and the benchmarks'
+    foreign = {
+        "--no-deps",
+        "--quick",
+        "--markdown",
+        "--write-table",
+        "--peer",
+        "--ranks",
+    }  # pip's and the benchmarks'
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", documents)) - foreign <= known
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError
+from compress.kernels.cuda.product import serves
 from compress.kernels.packed import Geometry
 
 TABLES = Path(__file__).with_name("tables")
@@ -64,7 +65,12 @@ class Slices:
     nbytes: int = 32 << 20
 
 
-Choice = Tiles | Slices
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """The CUDA C++ kernels of :mod:`compress.kernels.cuda.product`, where they serve; rules that follow stand in."""
+
+
+Choice = Fused | Tiles | Slices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +118,7 @@ def slug(device_name: str) -> str:
 
 def _rule(entry: Mapping[str, Any]) -> Rule:
     rest = dict(entry)
-    ways = {"tiles": Tiles, "slices": Slices}
+    ways = {"fused": Fused, "tiles": Tiles, "slices": Slices}
     (way,) = ways.keys() & rest.keys()
     choice = ways[way](**rest.pop(way))
     shape = rest.pop("shape", None)
@@ -161,18 +167,24 @@ def _device(index: int | None) -> tuple[str, int]:
 
 
 def choose(
-    device: torch.device, geometry: Geometry, tokens: int, dtype: torch.dtype, *, transposed: bool = False
+    device: torch.device,
+    geometry: Geometry,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+    fused: bool = True,
 ) -> Choice:
     """What the table of a device says of a product; see :func:`explain`."""
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-    return _chosen(torch.device(device.type, index), geometry, tokens, dtype, transposed)
+    return _chosen(torch.device(device.type, index), geometry, tokens, dtype, transposed, fused)
 
 
 @lru_cache(maxsize=4096)  # a layer asks at every call
 def _chosen(
-    device: torch.device, geometry: Geometry, tokens: int, dtype: torch.dtype, transposed: bool
+    device: torch.device, geometry: Geometry, tokens: int, dtype: torch.dtype, transposed: bool, fused: bool
 ) -> Choice:
-    return explain(device, geometry, tokens, dtype, transposed=transposed)[0]
+    return explain(device, geometry, tokens, dtype, transposed=transposed, fused=fused)[0]
 
 
 def forget_tables() -> None:
@@ -182,7 +194,13 @@ def forget_tables() -> None:
 
 
 def explain(
-    device: torch.device, geometry: Geometry, tokens: int, dtype: torch.dtype, *, transposed: bool = False
+    device: torch.device,
+    geometry: Geometry,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+    fused: bool = True,
 ) -> tuple[Choice, str]:
     """What the table of a device says of a product, and why, in words.
 
@@ -192,6 +210,7 @@ def explain(
         tokens: T.
         dtype: Of the input.
         transposed: Whether it is the gradient in the input.
+        fused: Whether the CUDA C++ kernels may do it.
 
     Raises:
         CompressError: The table cannot be read, or has no rule for the product.
@@ -204,9 +223,11 @@ def explain(
             continue
         if rule.most_tokens is not None and tokens > rule.most_tokens:
             continue
+        if isinstance(rule.choice, Fused) and not (fused and serves(device, geometry, dtype)):
+            continue
         limit = "any number of tokens" if rule.most_tokens is None else f"up to {rule.most_tokens} tokens"
         why = f"{table.origin}: {limit}" + ("" if rule.shape is None else f", {shape[0]} x {shape[1]}")
-        if isinstance(rule.choice, Slices):
+        if not isinstance(rule.choice, Tiles):
             return rule.choice, why
         # products of float32 are no work for tensor cores, and larger tiles of theirs spill
         tiles = (
@@ -223,14 +244,19 @@ def explain(
 def describe(device_name: str | None, bits: int = 4) -> str:
     """How products of a width are computed on a device, by number of tokens, and whose table says so; one line."""
     table = table_of(device_name)
-    fused, slices = 0, None
+    native, fused, slices = 0, 0, None
     for rule in table.rules:
         if bits in rule.bits and not rule.transposed and rule.shape is None:
             if isinstance(rule.choice, Slices):
                 slices = rule.choice
                 break
-            fused = max(fused, rule.most_tokens or 0)
-    ways = [f"decoding fused with the product up to {fused} tokens"] if fused else []
+            if isinstance(rule.choice, Fused):
+                native = max(native, rule.most_tokens or 0)
+            else:
+                fused = max(fused, rule.most_tokens or 0)
+    ways = [f"CUDA C++ up to {native} tokens where it serves"] if native else []
+    if fused:
+        ways.append(f"decoding fused with the product by Triton up to {fused} tokens")
     if slices is not None:
         ways.append(
             f"{'then ' if ways else ''}dequantized slices of {slices.nbytes >> 20} MB and torch's product"

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.kernels.cuda import product as native
 from compress.kernels.packed import CHUNK, TiledMatrix
 from compress.kernels.triton.choice import Slices
 from compress.kernels.triton.decode import looked_up, rounded, scaled, words_of
@@ -61,6 +62,10 @@ def dequantize_into(out: Tensor, matrix: TiledMatrix, row: int, column: int) -> 
         column: First column.
     """
     if not out.numel():
+        return
+    whole_rows = column == 0 and out.shape[1] == matrix.geometry.columns and out.is_contiguous()
+    if whole_rows and native.dequantizes(out.device, matrix.geometry, out.dtype):
+        native.dequantize_rows(out, matrix, row)
         return
     parts = -(-out.shape[0] // _ROWS), -(-out.shape[1] // (CHUNK * _CHUNKS))
     dequantize_kernel[parts](

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.kernels.cuda.product import group_shift
 from compress.kernels.packed import TILE, Geometry, TiledMatrix
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,13 +102,6 @@ def check_matrix(matrix: TiledMatrix, device: torch.device) -> None:
     check("table", matrix.table, 2**g.bits, floats, device)
 
 
-def _shift(g: Geometry) -> int:
-    """The power of two that a group's blocks are, 31 for a single group, -1 for another number."""
-    if g.group_size >= g.rows * g.blocks:
-        return 31
-    return g.group_size.bit_length() - 1 if g.group_size & (g.group_size - 1) == 0 else -1
-
-
 def even(g: Geometry, rows: int, chunks: int) -> bool:
     """Whether a matrix is cut into tiles of so many rows and chunks without a rest."""
     return g.rows % rows == 0 and g.columns == 32 * g.chunks and g.chunks % chunks == 0
@@ -131,5 +125,5 @@ def arguments(matrix: TiledMatrix) -> dict[str, Any]:
         "BITS": g.bits,
         "SCALE_BITS": g.scale_bits,
         "BLOCK": g.block_size,
-        "SHIFT": _shift(g),
+        "SHIFT": group_shift(g),
     }

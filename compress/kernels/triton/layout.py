@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels.packed import TILE, Geometry, TiledMatrix, check_plain, plain_bytes
+from compress.kernels.packed import TILE, Geometry, TiledMatrix, check_plain, plain_bytes, scale_steps
 from compress.kernels.triton.decode import scale_code
 from compress.kernels.triton.launch import check, on_its_device
 
@@ -226,7 +226,7 @@ def tile(
         geometry=g,
         codes=tiled,
         scale_codes=scales,
-        steps=scale_max.float() / (2**g.scale_bits - 1),
+        steps=scale_steps(scale_max, g.scale_bits),
         offset=offset.contiguous(),
         table=table.contiguous(),
     )

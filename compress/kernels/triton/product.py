@@ -1,4 +1,6 @@
-"""Products with a tiled matrix by Triton: fused decoding for few tokens, dequantized slices for many.
+"""Products with a tiled matrix on a GPU: fused decoding for few tokens, dequantized slices for many.
+
+Where the CUDA C++ kernels serve, they do the first (:mod:`compress.kernels.cuda.product`); otherwise Triton does.
 
 Few tokens: a first kernel writes float32 sums of a share of the terms each, and those of the low-rank part's first
 half with them; a second adds the shares in order, multiplies by the second half, and rounds once. The order of every
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.errors import UsageError
+from compress.kernels.cuda import product as native
 from compress.kernels.packed import TiledMatrix
-from compress.kernels.triton.choice import Choice, Tiles, choose
+from compress.kernels.triton.choice import Choice, Fused, Tiles, choose
 from compress.kernels.triton.dense import dequantize, product_by_slices, transposed_by_slices
 from compress.kernels.triton.launch import (
     TYPES,
@@ -36,6 +40,8 @@ StoredFactors = tuple[Tensor, Tensor]
 
 REDUCED, RANKS = 64, 16
 """Columns of a program that adds shares, and terms of the low-rank part that it takes at a time: more spill."""
+TOKENS = 16
+"""Of a program that adds the shares of the CUDA C++ kernels."""
 
 
 def _check(name: str, x: Tensor, width: int, matrix: TiledMatrix, factors: StoredFactors | None) -> None:
@@ -67,10 +73,15 @@ def product(
     """
     g = matrix.geometry
     _check("x", x, g.columns, matrix, factors)
-    chosen = choice or choose(x.device, g, x.shape[0], x.dtype)
+    chosen, x = choice or choose(x.device, g, x.shape[0], x.dtype), x.contiguous()
+    if isinstance(chosen, Fused):
+        if x.shape[0]:
+            return _fused(x, matrix, factors)
+        chosen = choose(x.device, g, x.shape[0], x.dtype, fused=False)
     if isinstance(chosen, Tiles):
-        return _by_tiles(x.contiguous(), matrix, factors, chosen, transposed=False)
-    return product_by_slices(x.contiguous(), matrix, factors, chosen)
+        return _by_tiles(x, matrix, factors, chosen, transposed=False)
+    assert not isinstance(chosen, Fused)  # it was asked not to be
+    return product_by_slices(x, matrix, factors, chosen)
 
 
 @on_its_device
@@ -96,7 +107,47 @@ def product_transposed(
     chosen = choice or choose(grad.device, g, grad.shape[0], grad.dtype, transposed=True)
     if isinstance(chosen, Tiles):
         return _by_tiles(grad.contiguous(), matrix, factors, chosen, transposed=True)[0]
+    if isinstance(chosen, Fused):
+        raise UsageError("The CUDA C++ kernels have no transposed product.", "Choose tiles or slices.")
     return transposed_by_slices(grad.contiguous(), matrix, factors, chosen)
+
+
+def _fused(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tuple[Tensor, Tensor]:
+    """By the CUDA C++ kernels; of more than 16 tokens, torch multiplies the low-rank part, as with slices."""
+    if x.shape[0] <= native.FEW:
+        return native.few_tokens(x, matrix, factors)
+    y, partial = native.more_tokens(x, matrix)
+    none = x.new_empty(x.shape[0], 0, dtype=torch.float32)
+    if partial is not None:
+        _add_shares(y, none, partial, none, None, TOKENS)
+    if factors is None:
+        return y, none
+    inner = torch.mm(x, factors[1].T)
+    return y.addmm_(inner, factors[0]), inner.float()
+
+
+def _add_shares(
+    y: Tensor, inner_sums: Tensor, partial: Tensor, inner: Tensor, second: Tensor | None, token_tile: int
+) -> None:
+    """Shares [S, T, O] and the low-rank part's, added in order into y and inner_sums."""
+    splits, tokens, width = partial.shape
+    rank = inner_sums.shape[1]
+    reduce_kernel[(-(-width // REDUCED), -(-tokens // token_tile))](
+        partial,
+        inner,
+        y if second is None else second,
+        y,
+        inner_sums,
+        tokens,
+        width,
+        rank,
+        SPLITS=splits,
+        WIDTH=REDUCED,
+        TOKENS=token_tile,
+        RANKS=RANKS,
+        INTERPRETED=interpreted(),
+        enable_fp_fusion=False,
+    )
 
 
 def shares(steps: int, splits: int) -> tuple[int, int]:
@@ -149,20 +200,5 @@ def _by_tiles(
         **given,
     )
     if not direct:
-        reduce_kernel[(-(-width // REDUCED), -(-tokens // tiles.tokens))](
-            partial,
-            inner,
-            x if second is None else second,
-            y,
-            inner_sums,
-            tokens,
-            width,
-            rank,
-            SPLITS=splits,
-            WIDTH=REDUCED,
-            TOKENS=tiles.tokens,
-            RANKS=RANKS,
-            INTERPRETED=interpreted(),
-            enable_fp_fusion=False,
-        )
+        _add_shares(y, inner_sums, partial, inner, second, tiles.tokens)
     return y, inner_sums

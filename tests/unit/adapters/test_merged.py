@@ -352,17 +352,18 @@ def test_work_counts_float32_sums_and_factors() -> None:
 def test_on_a_gpu_results_do_not_change_and_memory_is_what_was_counted(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     jobs = [job for request in scene.requests if (job := product_job(request, scene.file)) is not None]
+
+    def run() -> list[torch.Tensor]:
+        found = merged_tensors(scene.requests, scene.file, device_lanes("cuda:0"), limit=1 << 13)
+        return [one.clone() for one in found]
+
+    runs = [run()]  # from now on cuBLAS has its workspace
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(0)
     before = torch.cuda.memory_allocated(0)
-    runs = [
-        [
-            one.clone()
-            for one in merged_tensors(scene.requests, scene.file, device_lanes("cuda:0"), limit=1 << 13)
-        ]
-        for _ in range(3)
-    ]
+    runs += [run(), run()]
     peak = torch.cuda.max_memory_allocated(0) - before
-    assert peak <= device_bytes(jobs, windows_of(jobs, 1 << 13)) + (64 << 20)  # cuBLAS has a workspace too
+    rounding = 8 * 512  # torch's allocator gives whole 512 bytes, and the windows are seven tensors at most
+    assert peak <= device_bytes(jobs, windows_of(jobs, 1 << 13)) + rounding
     for again in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(again, runs[0], strict=True))

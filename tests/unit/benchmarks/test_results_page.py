@@ -154,7 +154,7 @@ def test_an_unknown_record_is_shown_by_protocol(tmp_path: Path) -> None:
     assert "`checks`:" in parts[2]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / RECORDS).glob("*.json")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / RECORDS).rglob("*.json")), ids=lambda f: f.stem)
 def test_every_row_of_every_record_is_on_the_page(file: Path) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     section = re.split(r"^## ", page, flags=re.MULTILINE)
@@ -172,7 +172,7 @@ def test_layouts_are_of_benchmarks_that_exist() -> None:
     known = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
     said = {
         json.loads(file.read_text(encoding="utf-8")).get("identity", {}).get("benchmark")
-        for file in (ROOT / RECORDS).glob("*.json")
+        for file in (ROOT / RECORDS).rglob("*.json")
     }
     assert {name for name in LAYOUTS if name.replace(" ", "_") not in known} - said == set()
 

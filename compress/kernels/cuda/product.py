@@ -1,0 +1,232 @@
+"""Products of few tokens and slices of weights by the CUDA C++ kernels, in bfloat16.
+
+Up to 16 tokens, one launch computes everything, the low-rank part too. Up to some 64, float32 sums of shares of the
+columns are added by a kernel of :mod:`compress.kernels.triton.product`. Every sum has a fixed order, so results do not
+change from call to call.
+
+Shapes: O out, I in, T tokens, r rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.kernels.cuda.compiler import build
+from compress.kernels.cuda.launch import kernel, launch, native
+from compress.kernels.library import TRITON, wanted
+from compress.kernels.packed import CHUNK, TILE, Geometry, TiledMatrix
+
+StoredFactors = tuple[Tensor, Tensor]
+
+SHARED = 128 << 10
+"""Bytes of shared memory of a block: scratch, and the table of pairs from a multiple of 64 KB on."""
+FEW = 16
+"""Tokens up to which one launch does everything."""
+SHARES = 8
+"""Parts of the columns in which ``x @ L2.T`` is computed, as in ``few_tokens.cu``."""
+_CHUNKS = 4
+"""Of a stage."""
+_BLOCKS = {32: 1, 64: 2, 128: 4}
+"""Chunks of a block, of the block sizes that the products take."""
+_WARPS = 16
+
+_SLOTS = 1 << 16
+"""Pairs of counters of a pool; half a megabyte."""
+
+_pools: dict[int, Tensor] = {}
+_taken: dict[int, int] = {}
+_of_streams: dict[tuple[int, int], Tensor] = {}
+
+
+def group_shift(g: Geometry) -> int:
+    """The power of two that a group's blocks are, 31 for a single group, -1 for another number."""
+    if g.group_size >= g.rows * g.blocks:
+        return 31
+    return g.group_size.bit_length() - 1 if g.group_size & (g.group_size - 1) == 0 else -1
+
+
+@cache
+def standing(device: int) -> tuple[bool, str]:
+    """Whether the kernels serve a CUDA device at all, and why not, in words."""
+    if wanted() in ("torch", TRITON):
+        return False, f"COMPRESS_KERNELS asks for {wanted()}"
+    properties = torch.cuda.get_device_properties(device)
+    most = getattr(properties, "shared_memory_per_block_optin", 0)
+    if properties.major < 8 or most < SHARED:
+        return False, f"{most >> 10} KB of shared memory a block are less than {SHARED >> 10} KB"
+    try:
+        build("dequantize.cu", "dequantize<4, 8>", f"sm_{properties.major}{properties.minor}")
+    except CompressError as error:
+        return False, str(error)
+    return True, "compiled by NVRTC on first use"
+
+
+def dequantizes(device: torch.device, g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether :func:`dequantize_rows` serves matrices of a geometry on a device."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or g.columns % 8 or group_shift(g) < 0:
+        return False
+    return standing(torch.cuda.current_device() if device.index is None else device.index)[0]
+
+
+def serves(device: torch.device, g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether :func:`product` serves matrices of a geometry on a device.
+
+    It takes bfloat16, blocks of 32, 64 or 128 weights, groups of a power of two of blocks, an even number of rows and a
+    number of columns that 8 divides, on devices with 128 KB of shared memory a block.
+    """
+    return g.rows % 2 == 0 and g.block_size in _BLOCKS and dequantizes(device, g, dtype)
+
+
+def _even(g: Geometry, tiles: int) -> bool:
+    """Whether a matrix is cut into so many tiles at a time and stages without a rest."""
+    whole = g.rows == TILE * g.tiles and g.columns == CHUNK * g.chunks and g.chunks % _CHUNKS == 0
+    return whole and g.tiles % tiles == 0 and g.blocks * _BLOCKS[g.block_size] == g.chunks
+
+
+def _index(x: Tensor) -> int:
+    return torch.cuda.current_device() if x.device.index is None else x.device.index
+
+
+def _int(value: int) -> ctypes.c_int:
+    return ctypes.c_int(value)
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _slot(index: int) -> Tensor | None:
+    """A pair of counters that nobody has; None where a graph is being captured and no pool has one left."""
+    if _taken.get(index, _SLOTS) >= _SLOTS:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _pools[index] = torch.zeros(_SLOTS, 2, dtype=torch.int32, device=torch.device("cuda", index))
+        torch.cuda.current_stream(index).synchronize()  # other streams do not wait for this one
+        _taken[index] = 0
+    _taken[index] += 1
+    return _pools[index][_taken[index] - 1]
+
+
+def counters(index: int) -> Tensor:
+    """Two int32 that are zero, for a launch on a device's current stream, which leaves them so.
+
+    Launches of a stream follow each other and share theirs. One in a CUDA graph has its own, for graphs may run beside
+    each other; where none is left, the graph makes them zero itself, which takes a launch more.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        found = _slot(index)
+        return (
+            torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index)) if found is None else found
+        )
+    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    if key not in _of_streams:
+        own = _slot(index)
+        assert own is not None  # nothing is captured
+        _of_streams[key] = own
+    return _of_streams[key]
+
+
+def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tuple[Tensor, Tensor]:
+    """``x @ (Q + L1.T @ L2).T`` of at most :data:`FEW` tokens, and ``x @ L2.T`` in float32.
+
+    Args:
+        x: bfloat16 [T, I], contiguous, T from 1 on.
+        matrix: Q, which :func:`serves` accepts.
+        factors: (L1 [r, O], L2 [r, I]) in bfloat16, contiguous, or None.
+
+    Raises:
+        CompressError: A kernel cannot be built or launched.
+    """
+    g, tokens = matrix.geometry, x.shape[0]
+    left, right = factors or (None, None)
+    rank = 0 if left is None else left.shape[0]
+    tiles, index = 2, _index(x)
+    y = x.new_empty(tokens, g.rows)
+    inner_sums = x.new_empty(tokens, rank, dtype=torch.float32)
+    inner = x.new_empty(SHARES * tokens * (-(-rank // 16) * 16), dtype=torch.float32)
+    flags = counters(index) if rank else None
+    even = str(_even(g, tiles)).lower()
+    instance = (
+        f"few_tokens<{g.bits}, {g.scale_bits}, {-(-tokens // 8)}, {tiles}, {_WARPS}, "
+        f"{_BLOCKS[g.block_size]}, {even}, {str(rank > 0).lower()}>"
+    )
+    parts = -(-g.tiles // tiles)
+    programs = min(parts, torch.cuda.get_device_properties(index).multi_processor_count)
+    launch(
+        kernel(index, "few_tokens.cu", instance, SHARED),
+        (programs, 1, 1),
+        32 * _WARPS,
+        (
+            native(matrix, group_shift(g)),
+            _at(x),
+            _at(y),
+            _int(tokens),
+            _int(parts),
+            _at(left),
+            _at(right),
+            _at(inner),
+            _at(inner_sums),
+            _int(rank),
+            _at(flags),
+        ),
+    )
+    return y, inner_sums
+
+
+def more_tokens(x: Tensor, matrix: TiledMatrix) -> tuple[Tensor, Tensor | None]:
+    """``x @ Q.T`` of tens of tokens.
+
+    Args:
+        x: bfloat16 [T, I], contiguous, T from 1 on.
+        matrix: Q, which :func:`serves` accepts.
+
+    Returns:
+        y [T, O], not yet written where there are sums of several shares: float32 [shares, T, O], to be added in order.
+
+    Raises:
+        CompressError: A kernel cannot be built or launched.
+    """
+    g, tokens, index = matrix.geometry, x.shape[0], _index(x)
+    tiles, token_tiles = 2, 4 if tokens <= 32 else 8
+    across, deep = -(-g.tiles // (8 * tiles)), -(-tokens // (8 * token_tiles))
+    stages = -(-g.chunks // _CHUNKS)
+    wanted = torch.cuda.get_device_properties(index).multi_processor_count // (across * deep)
+    share = -(-stages // max(1, min(wanted, stages)))
+    shares = -(-stages // share)
+    y = x.new_empty(tokens, g.rows)
+    partial = None
+    if shares > 1:
+        partial = x.new_empty(shares, tokens, g.rows, dtype=torch.float32)
+    even = str(_even(g, 8 * tiles)).lower()
+    instance = (
+        f"more_tokens<{g.bits}, {g.scale_bits}, {token_tiles}, {tiles}, {_BLOCKS[g.block_size]}, {even}>"
+    )
+    launch(
+        kernel(index, "more_tokens.cu", instance, SHARED),
+        (across, shares, deep),
+        256,
+        (native(matrix, group_shift(g)), _at(x), _at(partial), _at(y), _int(tokens), _int(share)),
+    )
+    return y, partial
+
+
+def dequantize_rows(out: Tensor, matrix: TiledMatrix, row: int) -> None:
+    """Write weights from a row on into a bfloat16 tensor [rows, I], contiguous; :func:`dequantizes` has said yes.
+
+    Raises:
+        CompressError: The kernel cannot be built or launched.
+    """
+    g, last = matrix.geometry, row + out.shape[0]
+    if not out.numel():
+        return
+    launch(
+        kernel(_index(out), "dequantize.cu", f"dequantize<{g.bits}, {g.scale_bits}>", 0),
+        (-(-g.chunks // 16), -(-last // TILE) - row // TILE, 1),
+        256,
+        (native(matrix, group_shift(g)), _at(out), _int(row), _int(last), _int(g.block_size)),
+    )

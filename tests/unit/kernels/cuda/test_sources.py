@@ -1,0 +1,97 @@
+"""The CUDA C++ is compiled for GPUs that are not there, by those of NVIDIA's compilers that are."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from compress.errors import CompressError
+from compress.kernels.cuda import compiler
+from compress.kernels.cuda.compiler import SOURCES, build, compiled, nvrtc
+
+NVCC = shutil.which("nvcc")
+
+FEW = [
+    "few_tokens<4, 8, 1, 2, 16, 2, true, false>",
+    "few_tokens<3, 3, 2, 2, 16, 4, false, true>",
+    "few_tokens<8, 4, 2, 2, 16, 1, false, true>",
+    "few_tokens<2, 2, 1, 2, 16, 2, true, true>",
+]
+MORE = ["more_tokens<4, 8, 8, 2, 2, true>", "more_tokens<3, 8, 4, 2, 1, false>"]
+WEIGHTS = ["dequantize<2, 2>", "dequantize<3, 3>", "dequantize<4, 8>", "dequantize<8, 4>"]
+INSTANCES = {"few_tokens.cu": FEW, "more_tokens.cu": MORE, "dequantize.cu": WEIGHTS}
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("file", INSTANCES)
+def test_kernels_compile_without_a_warning(file: str, arch: str, tmp_path: Path) -> None:
+    source = tmp_path / "all.cu"
+    text = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in ("common.cuh", file))
+    uses = ", ".join(f"(void*){instance}" for instance in INSTANCES[file])
+    source.write_text(f"{text}\nvoid* uses[] = {{{uses}}};\n", encoding="utf-8")
+    done = subprocess.run(
+        [
+            *(str(NVCC), "-std=c++17", f"-arch={arch}", "-cubin", "-Werror=all-warnings", "-Xptxas=-v"),
+            *("-o", str(tmp_path / "all.cubin"), str(source)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    spilled = [int(found) for found in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+    assert len(spilled) == len(INSTANCES[file])
+    assert max(spilled) <= 128, done.stderr
+
+
+@pytest.mark.skipif(nvrtc() is None, reason="NVRTC is not installed")
+@pytest.mark.parametrize("file", INSTANCES)
+def test_the_run_time_compiler_takes_them_as_they_are(file: str) -> None:
+    code, name = compiled(file, INSTANCES[file][0], "sm_80")
+    assert code[:4] == b"\x7fELF"
+    assert file.removesuffix(".cu") in name
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "nvrtc", lambda: None)
+    with pytest.raises(CompressError, match="NVRTC") as caught:
+        compiled("dequantize.cu", WEIGHTS[0], "sm_90")
+    assert "nvidia-cuda-nvrtc" in str(caught.value)
+
+
+def test_what_was_compiled_is_kept_by_all_that_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[tuple[str, str]] = []
+
+    def compile_it(file: str, instance: str, arch: str) -> tuple[bytes, str]:
+        made.append((instance, arch))
+        return f"{instance}\n{arch}".encode(), f"_Z{len(made)}"
+
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiled", compile_it)
+    monkeypatch.setattr(compiler, "_version", lambda: "13.0")
+    first = build("dequantize.cu", WEIGHTS[0], "sm_90")
+    assert first == (f"{WEIGHTS[0]}\nsm_90".encode(), "_Z1")
+    assert build("dequantize.cu", WEIGHTS[0], "sm_90") == first
+    assert len(made) == 1
+    build("dequantize.cu", WEIGHTS[0], "sm_80")
+    build("dequantize.cu", WEIGHTS[1], "sm_90")
+    monkeypatch.setattr(compiler, "_version", lambda: "13.1")
+    build("dequantize.cu", WEIGHTS[0], "sm_90")
+    assert len(made) == 4
+    for file in (tmp_path / "kernels").iterdir():
+        file.write_bytes(b"")  # a machine that lost power
+    build("dequantize.cu", WEIGHTS[0], "sm_90")
+    assert len(made) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("in the way")
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiled", lambda *_: (b"code", "name"))
+    assert build("dequantize.cu", WEIGHTS[0], "sm_90") == (b"code", "name")
