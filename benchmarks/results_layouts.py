@@ -259,7 +259,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             )
             + _columns("bytes", beside_the_result="extra_bytes"),
             note="Medians of replays of a CUDA graph, everybody in turns. "
-            "[GPU kernels](gpu-kernels.md) says what they mean.",
+            "[GPU kernels](gpu-kernels.md) says what they mean, and what has changed since.",
         ),
         Layout(
             rows="(dequantize|backward|group|merge|cut), .*|group .*",

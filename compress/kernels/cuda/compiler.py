@@ -1,6 +1,7 @@
 """CUDA C++ to machine code by NVRTC, which torch brings along; what is built is kept on disk.
 
-They lie under ``$COMPRESS_CACHE`` (``~/.cache/compress``) in ``kernels/``, by the digest of all that they come from.
+It lies under ``$COMPRESS_CACHE`` (``~/.cache/compress``) in ``kernels/``, by the digest of all that it comes from, and
+with its own. A folder that others can write is not used.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from compress.errors import CompressError
 
 SOURCES = Path(__file__).parent
 _SHARED = "common.cuh"
-_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+_OPTIONS = ("--std=c++17", "--fmad=true")
 
 
 def _found() -> ctypes.CDLL | None:
-    """NVRTC as the loader finds it, or beside torch in NVIDIA's packages."""
-    for name in _NAMES:
+    """NVRTC of torch's version of CUDA, as the loader finds it, or beside torch in NVIDIA's packages."""
+    own = (torch.version.cuda or "").split(".")[0]
+    for name in (*([f"libnvrtc.so.{own}"] if own else []), "libnvrtc.so.13", "libnvrtc.so.12"):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
     packages = find_spec("nvidia")  # the namespace of NVIDIA's packages
     for folder in () if packages is None else packages.submodule_search_locations or ():
-        for file in sorted(Path(folder).glob("*/lib/libnvrtc.so.*"), reverse=True):
+        files = sorted(Path(folder).glob("*/lib/libnvrtc.so.*"), reverse=True)
+        for file in sorted(files, key=lambda file: not file.name.endswith(f".{own}")):
             try:
                 for part in file.parent.glob("libnvrtc-builtins.so.*"):  # the loader looks for it elsewhere
                     ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
@@ -47,8 +52,10 @@ def nvrtc() -> ctypes.CDLL | None:
 
 def _call(name: str, *arguments: object) -> None:
     library = nvrtc()
-    assert library is not None  # build() has looked
-    code = getattr(library, name)(*arguments)
+    function = getattr(library, name, None)
+    if library is None or function is None:
+        raise CompressError(f"NVRTC has no {name}: it is too old.", "Update nvidia-cuda-nvrtc.")
+    code = function(*arguments)
     if code:
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         message = library.nvrtcGetErrorString(code).decode()
@@ -84,7 +91,7 @@ def compiled(file: str, instance: str, arch: str) -> tuple[bytes, str]:
     _call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), file.encode(), 0, None, None)
     try:
         _call("nvrtcAddNameExpression", program, expression)
-        options = (f"--gpu-architecture={arch}", "--std=c++17", "--fmad=true")
+        options = (f"--gpu-architecture={arch}", *_OPTIONS)
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         library = nvrtc()
         assert library is not None
@@ -114,6 +121,41 @@ def _version() -> str:
     return f"{major.value}.{minor.value}"
 
 
+def _cache() -> Path | None:
+    """Where what is built is kept: a folder that nobody else can write; None where there is none."""
+    try:
+        root = os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress"
+        folder = Path(root).expanduser() / "kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    return folder if found.st_uid == os.getuid() and not found.st_mode & 0o022 else None
+
+
+def _kept(path: Path) -> tuple[bytes, str] | None:
+    """What a file holds; None where it is not there or damaged."""
+    try:
+        head, _, code = path.read_bytes().partition(b"\n")
+        digest, _, symbol = head.decode("ascii").partition(" ")
+    except (OSError, ValueError):
+        return None
+    return (code, symbol) if hashlib.sha256(code).hexdigest() == digest else None
+
+
+def _keep(path: Path, code: bytes, symbol: str) -> None:
+    head = f"{hashlib.sha256(code).hexdigest()} {symbol}\n".encode("ascii")
+    held = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            held = file.name
+            file.write(head + code)
+        os.replace(held, path)
+    except OSError:
+        if held is not None:
+            Path(held).unlink(missing_ok=True)
+
+
 def build(file: str, instance: str, arch: str) -> tuple[bytes, str]:
     """As :func:`compiled`, from disk where it has been compiled before.
 
@@ -121,22 +163,13 @@ def build(file: str, instance: str, arch: str) -> tuple[bytes, str]:
         CompressError: As :func:`compiled`. That it cannot be kept on disk is no error.
     """
     sources = [(SOURCES / name).read_bytes() for name in (_SHARED, file)]
-    parts = (*sources, instance.encode(), arch.encode(), _version().encode())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-    root = os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress"
-    path = Path(root).expanduser() / "kernels" / f"{name}.cubin"
-    try:
-        lowered, _, code = path.read_bytes().partition(b"\n")
-        if code:
-            return code, lowered.decode()
-    except OSError:
-        pass
-    code, symbol = compiled(file, instance, arch)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as held:
-            held.write(symbol.encode() + b"\n" + code)
-        os.replace(held.name, path)
-    except OSError:
-        pass
-    return code, symbol
+    parts = (*sources, *(text.encode() for text in (instance, arch, *_OPTIONS, _version())))
+    folder = _cache()
+    if folder is None:
+        return compiled(file, instance, arch)
+    path = folder / f"{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:32]}.cubin"
+    found = _kept(path)
+    if found is None:
+        found = compiled(file, instance, arch)
+        _keep(path, *found)
+    return found

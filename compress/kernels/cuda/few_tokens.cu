@@ -3,7 +3,8 @@
 // A block takes TILES tiles of rows at a time; its warps share the columns out and add their sums in shared memory, in
 // order. The low-rank part: units of 16 rows of L2 and an eighth of the columns are spread over the first blocks; every
 // block waits for all of them before its first sums are complete, and multiplies by L1 on tensor cores, the inner sums
-// as two bfloat16 numbers each. `flags`: units done, blocks done; zero before and after.
+// as two bfloat16 numbers each. `flags`: units done, blocks done; zero before and after. With factors it is a
+// cooperative launch, for blocks wait for blocks; a warp takes 16 ranks, so there are at most 16 WARPS.
 
 #define SHARES 8  // of the columns, of a unit
 
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) few_tokens(
     }
   }
   __syncthreads();
+  asm volatile("" : "+r"(entry)::"memory");  // no look-up before the table is there
 
   bool ready = !LOW_RANK;
   u32 high[TOKEN_TILES][2], low[TOKEN_TILES][2];  // this warp's 16 inner sums of a token, in two parts
@@ -151,13 +153,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) few_tokens(
             float4 v = __ldcg(reinterpret_cast<const float4*>(at));
             f[0] += v.x, f[1] += v.y, f[2] += v.z, f[3] += v.w;
           }
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            if (first + k >= rank) f[k] = 0.f;
           if (blockIdx.x == 0 && token < tokens)
             for (int k = 0; k < 4; ++k)
               if (first + k < rank) inner_sums[(size_t)token * rank + first + k] = f[k];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             high[n][h] = bf16_pair(f[2 * h], f[2 * h + 1]);
-            low[n][h] = bf16_pair(f[2 * h] - low_of(high[n][h]), f[2 * h + 1] - high_of(high[n][h]));
+            float rest = f[2 * h] - low_of(high[n][h]), more = f[2 * h + 1] - high_of(high[n][h]);
+            low[n][h] = bf16_pair(rest == rest ? rest : 0.f, more == more ? more : 0.f);  // inf less inf
           }
         }
       }

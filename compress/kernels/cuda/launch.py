@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from compress.errors import CompressError
 from compress.kernels.cuda.compiler import build
 from compress.kernels.packed import TiledMatrix
 
+_NO_CONTEXT = 201
 _MOST_DYNAMIC_SHARED = 8
 """``CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES``."""
 
@@ -57,6 +59,23 @@ def _check(name: str, code: int) -> None:
         raise CompressError(f"CUDA fails in {name}: {reason}.", "Set COMPRESS_KERNELS=triton.")
 
 
+def _bound(device: int, name: str, *arguments: object) -> None:
+    """Call the driver; in a thread that has no context yet, with torch's as the current one.
+
+    Raises:
+        CompressError: The driver refuses.
+    """
+    function = getattr(_driver(), name)
+    code = function(*arguments)
+    if code == _NO_CONTEXT:
+        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        _check("cuDeviceGet", _driver().cuDeviceGet(ctypes.byref(handle), device))
+        _check("cuDevicePrimaryCtxRetain", _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+        _check("cuCtxSetCurrent", _driver().cuCtxSetCurrent(context))
+        code = function(*arguments)
+    _check(name, code)
+
+
 @cache
 def kernel(device: int, file: str, instance: str, shared: int) -> Kernel:
     """An instance of a kernel, built for a device that is the current one, and loaded.
@@ -67,29 +86,55 @@ def kernel(device: int, file: str, instance: str, shared: int) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     code, symbol = build(file, instance, f"sm_{major}{minor}")
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
-    _check("cuModuleLoadData", _driver().cuModuleLoadData(ctypes.byref(module), code))
-    _check(
-        "cuModuleGetFunction", _driver().cuModuleGetFunction(ctypes.byref(handle), module, symbol.encode())
-    )
+    _bound(device, "cuModuleLoadData", ctypes.byref(module), code)
+    _bound(device, "cuModuleGetFunction", ctypes.byref(handle), module, symbol.encode())
     if shared:
-        _check("cuFuncSetAttribute", _driver().cuFuncSetAttribute(handle, _MOST_DYNAMIC_SHARED, shared))
+        _bound(device, "cuFuncSetAttribute", handle, _MOST_DYNAMIC_SHARED, shared)
     return Kernel(handle, shared, module)
 
 
+def zeros(device: int, nbytes: int) -> int:
+    """Address of memory of the device that is zero and is never given back, beside torch's allocator and its pools.
+
+    Raises:
+        CompressError: The device lacks it.
+    """
+    address = ctypes.c_uint64()
+    _bound(device, "cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+    _bound(device, "cuMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(nbytes))
+    _bound(device, "cuCtxSynchronize")
+    return address.value
+
+
 def launch(
-    found: Kernel, grid: tuple[int, int, int], threads: int, arguments: Sequence[ctypes.Structure | object]
+    device: int,
+    found: Kernel,
+    grid: tuple[int, int, int],
+    threads: int,
+    arguments: Sequence[Any],
+    *,
+    together: bool = False,
 ) -> None:
-    """Launch it with ctypes values, in the order of its parameters.
+    """Launch it on a device that is the current one.
+
+    Args:
+        device: Its index.
+        found: The kernel.
+        grid: Blocks.
+        threads: Of a block.
+        arguments: ctypes values, in the order of its parameters.
+        together: Whether no block may begin before there is room for all of them.
 
     Raises:
         CompressError: The driver refuses.
     """
-    addresses = (ctypes.c_void_p * len(arguments))(
-        *(ctypes.addressof(value) for value in arguments)  # type: ignore[arg-type]
-    )
+    addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    code = _driver().cuLaunchKernel(found.handle, *grid, threads, 1, 1, found.shared, stream, addresses, None)
-    _check("cuLaunchKernel", code)
+    place = (found.handle, *grid, threads, 1, 1, found.shared, stream, addresses)
+    if together:
+        _bound(device, "cuLaunchCooperativeKernel", *place)
+    else:
+        _bound(device, "cuLaunchKernel", *place, None)
 
 
 def native(matrix: TiledMatrix, shift: int) -> NativeMatrix:

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(256, 1) more_tokens(
   for (int stage = begin; stage < end; ++stage) {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();
+    asm volatile("" : "+r"(entry)::"memory");  // no look-up before the table is there
     bring(stage + 2);
     if (stage + 1 < end) fetch<BITS, SCALE_BITS, TILES, PER_BLOCK, EVEN>(next, m, first_tile, stage + 1, g, t);
     u32 held = ring + (stage % RING) * (T * TOKEN_BYTES) + g * TOKEN_BYTES + t * 16;

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.kernels.cuda.compiler import build
-from compress.kernels.cuda.launch import kernel, launch, native
+from compress.kernels.cuda.launch import kernel, launch, native, zeros
 from compress.kernels.library import TRITON, wanted
 from compress.kernels.packed import CHUNK, TILE, Geometry, TiledMatrix
 
@@ -34,13 +34,15 @@ _CHUNKS = 4
 _BLOCKS = {32: 1, 64: 2, 128: 4}
 """Chunks of a block, of the block sizes that the products take."""
 _WARPS = 16
+MOST_RANK = 16 * _WARPS
+"""Of factors that one launch multiplies: a warp takes 16."""
 
 _SLOTS = 1 << 16
 """Pairs of counters of a pool; half a megabyte."""
 
-_pools: dict[int, Tensor] = {}
-_taken: dict[int, int] = {}
-_of_streams: dict[tuple[int, int], Tensor] = {}
+_left: dict[int, list[int]] = {}
+_of_streams: dict[tuple[int, int], int] = {}
+_counting = Lock()
 
 
 def group_shift(g: Geometry) -> int:
@@ -60,8 +62,9 @@ def standing(device: int) -> tuple[bool, str]:
     if properties.major < 8 or most < SHARED:
         return False, f"{most >> 10} KB of shared memory a block are less than {SHARED >> 10} KB"
     try:
-        build("dequantize.cu", "dequantize<4, 8>", f"sm_{properties.major}{properties.minor}")
-    except CompressError as error:
+        with torch.cuda.device(device):
+            kernel(device, "dequantize.cu", "dequantize<4, 8>", 0)
+    except (CompressError, OSError) as error:
         return False, str(error)
     return True, "compiled by NVRTC on first use"
 
@@ -100,35 +103,31 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _slot(index: int) -> Tensor | None:
-    """A pair of counters that nobody has; None where a graph is being captured and no pool has one left."""
-    if _taken.get(index, _SLOTS) >= _SLOTS:
+def _slot(index: int) -> int | None:
+    """Address of a pair of counters that nobody has; None where a graph is being captured and none is left."""
+    if not _left.get(index):
         if torch.cuda.is_current_stream_capturing():
             return None
-        _pools[index] = torch.zeros(_SLOTS, 2, dtype=torch.int32, device=torch.device("cuda", index))
-        torch.cuda.current_stream(index).synchronize()  # other streams do not wait for this one
-        _taken[index] = 0
-    _taken[index] += 1
-    return _pools[index][_taken[index] - 1]
+        first = zeros(index, 8 * _SLOTS)
+        _left[index] = list(range(first, first + 8 * _SLOTS, 8))
+    return _left[index].pop()
 
 
-def counters(index: int) -> Tensor:
-    """Two int32 that are zero, for a launch on a device's current stream, which leaves them so.
+def counters(index: int) -> int | None:
+    """Address of two int32 that are zero, for a launch on a device's current stream, which leaves them so.
 
     Launches of a stream follow each other and share theirs. One in a CUDA graph has its own, for graphs may run beside
-    each other; where none is left, the graph makes them zero itself, which takes a launch more.
+    each other. None: a graph is being captured, and none is left.
     """
-    if torch.cuda.is_current_stream_capturing():
-        found = _slot(index)
-        return (
-            torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index)) if found is None else found
-        )
-    key = (index, torch.cuda.current_stream(index).cuda_stream)
-    if key not in _of_streams:
-        own = _slot(index)
-        assert own is not None  # nothing is captured
-        _of_streams[key] = own
-    return _of_streams[key]
+    with _counting:
+        if torch.cuda.is_current_stream_capturing():
+            return _slot(index)
+        key = (index, torch.cuda.current_stream(index).cuda_stream)
+        if key not in _of_streams:
+            own = _slot(index)
+            assert own is not None  # nothing is captured
+            _of_streams[key] = own
+        return _of_streams[key]
 
 
 def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tuple[Tensor, Tensor]:
@@ -137,7 +136,7 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
     Args:
         x: bfloat16 [T, I], contiguous, T from 1 on.
         matrix: Q, which :func:`serves` accepts.
-        factors: (L1 [r, O], L2 [r, I]) in bfloat16, contiguous, or None.
+        factors: (L1 [r, O], L2 [r, I]) in bfloat16, contiguous, r at most :data:`MOST_RANK`, or None.
 
     Raises:
         CompressError: A kernel cannot be built or launched.
@@ -150,6 +149,7 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
     inner_sums = x.new_empty(tokens, rank, dtype=torch.float32)
     inner = x.new_empty(SHARES * tokens * (-(-rank // 16) * 16), dtype=torch.float32)
     flags = counters(index) if rank else None
+    own = torch.zeros(2, dtype=torch.int32, device=x.device) if rank and flags is None else None
     even = str(_even(g, tiles)).lower()
     instance = (
         f"few_tokens<{g.bits}, {g.scale_bits}, {-(-tokens // 8)}, {tiles}, {_WARPS}, "
@@ -158,6 +158,7 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
     parts = -(-g.tiles // tiles)
     programs = min(parts, torch.cuda.get_device_properties(index).multi_processor_count)
     launch(
+        index,
         kernel(index, "few_tokens.cu", instance, SHARED),
         (programs, 1, 1),
         32 * _WARPS,
@@ -172,8 +173,9 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
             _at(inner),
             _at(inner_sums),
             _int(rank),
-            _at(flags),
+            ctypes.c_void_p(flags) if own is None else _at(own),
         ),
+        together=rank > 0,
     )
     return y, inner_sums
 
@@ -207,6 +209,7 @@ def more_tokens(x: Tensor, matrix: TiledMatrix) -> tuple[Tensor, Tensor | None]:
         f"more_tokens<{g.bits}, {g.scale_bits}, {token_tiles}, {tiles}, {_BLOCKS[g.block_size]}, {even}>"
     )
     launch(
+        index,
         kernel(index, "more_tokens.cu", instance, SHARED),
         (across, shares, deep),
         256,
@@ -225,6 +228,7 @@ def dequantize_rows(out: Tensor, matrix: TiledMatrix, row: int) -> None:
     if not out.numel():
         return
     launch(
+        _index(out),
         kernel(_index(out), "dequantize.cu", f"dequantize<{g.bits}, {g.scale_bits}>", 0),
         (-(-g.chunks // 16), -(-last // TILE) - row // TILE, 1),
         256,

@@ -100,6 +100,13 @@ def check_matrix(matrix: TiledMatrix, device: torch.device) -> None:
     check("steps", matrix.steps, -(-g.rows * g.blocks // g.group_size), floats, device)
     check("offset", matrix.offset, 1, floats, device)
     check("table", matrix.table, 2**g.bits, floats, device)
+    if matrix.codes.data_ptr() % 16 or not all(
+        tensor.is_contiguous() for tensor in (matrix.codes, matrix.scale_codes, matrix.steps)
+    ):
+        raise UsageError(
+            "A matrix's tensors lie otherwise than the Triton kernels read them.",
+            "Pass tensors as tile() makes them.",
+        )
 
 
 def even(g: Geometry, rows: int, chunks: int) -> bool:

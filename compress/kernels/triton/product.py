@@ -75,8 +75,12 @@ def product(
     _check("x", x, g.columns, matrix, factors)
     chosen, x = choice or choose(x.device, g, x.shape[0], x.dtype), x.contiguous()
     if isinstance(chosen, Fused):
+        if not native.serves(x.device, g, x.dtype):
+            raise UsageError(
+                "The CUDA C++ kernels do not serve this product.", "Choose tiles or slices, or none."
+            )
         if x.shape[0]:
-            return _fused(x, matrix, factors)
+            return _fused(_aligned(x), matrix, factors and (_aligned(factors[0]), _aligned(factors[1])))
         chosen = choose(x.device, g, x.shape[0], x.dtype, fused=False)
     if isinstance(chosen, Tiles):
         return _by_tiles(x, matrix, factors, chosen, transposed=False)
@@ -112,9 +116,15 @@ def product_transposed(
     return transposed_by_slices(grad.contiguous(), matrix, factors, chosen)
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same, at an address that vectors of 16 bytes can be read from."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _fused(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tuple[Tensor, Tensor]:
-    """By the CUDA C++ kernels; of more than 16 tokens, torch multiplies the low-rank part, as with slices."""
-    if x.shape[0] <= native.FEW:
+    """By the CUDA C++ kernels; of more than 16 tokens, or ranks beyond theirs, torch multiplies the low-rank part."""
+    rank = 0 if factors is None else factors[0].shape[0]
+    if x.shape[0] <= native.FEW and rank <= native.MOST_RANK:
         return native.few_tokens(x, matrix, factors)
     y, partial = native.more_tokens(x, matrix)
     none = x.new_empty(x.shape[0], 0, dtype=torch.float32)
@@ -122,8 +132,9 @@ def _fused(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tup
         _add_shares(y, none, partial, none, None, TOKENS)
     if factors is None:
         return y, none
-    inner = torch.mm(x, factors[1].T)
-    return y.addmm_(inner, factors[0]), inner.float()
+    with torch.autocast(x.device.type, enabled=False):
+        inner = torch.mm(x, factors[1].T, out_dtype=torch.float32)
+        return y.addmm_(inner.to(x.dtype), factors[0]), inner
 
 
 def _add_shares(

@@ -84,10 +84,33 @@ def test_what_was_compiled_is_kept_by_all_that_it_comes_from(
     monkeypatch.setattr(compiler, "_version", lambda: "13.1")
     build("dequantize.cu", WEIGHTS[0], "sm_90")
     assert len(made) == 4
-    for file in (tmp_path / "kernels").iterdir():
-        file.write_bytes(b"")  # a machine that lost power
+    for cut in (0, 70, -1):  # a machine that lost power
+        for file in (tmp_path / "kernels").iterdir():
+            file.write_bytes(file.read_bytes()[:cut])
+        before = len(made)
+        again = build("dequantize.cu", WEIGHTS[0], "sm_90")
+        assert (again[0], len(made)) == (f"{WEIGHTS[0]}\nsm_90".encode(), before + 1)
+
+
+def test_a_cache_that_others_can_write_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiled", lambda *_: (b"ours", "name"))
     build("dequantize.cu", WEIGHTS[0], "sm_90")
-    assert len(made) == 5
+    monkeypatch.setattr(compiler, "compiled", lambda *_: (b"anew", "name"))
+    assert build("dequantize.cu", WEIGHTS[0], "sm_90")[0] == b"ours"
+    (tmp_path / "kernels").chmod(0o777)
+    assert build("dequantize.cu", WEIGHTS[0], "sm_90")[0] == b"anew"
+
+
+def test_a_failed_write_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiled", lambda *_: (b"code", "name"))
+    monkeypatch.setattr(compiler.os, "replace", full)
+    assert build("dequantize.cu", WEIGHTS[0], "sm_90") == (b"code", "name")
+    assert list((tmp_path / "kernels").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
