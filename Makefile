@@ -24,6 +24,8 @@ BIN := $(abspath $(VENV))/bin
 # Twice quiet: warnings of pip hide nothing that a person could act on, errors still show. Without compiling, which Python
 # does by itself for the modules that are imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
+# They can only be kept where the environment does not forbid it; else every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 # The moment make started: what an installation took is part of the demo's table.
 STARTED := $(shell date +%s)
 
