@@ -26,6 +26,9 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 # They can only be kept where the environment does not forbid it; else every process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
+# Files in the order of their names: the many cheap ones of tests/unit come last and fill what a long one leaves. (By
+# number of tests, as xdist orders them, whole chains would come last: one worker would wait for the other's.)
+DIST := --dist loadfile --no-loadscope-reorder
 # The moment make started: what an installation took is part of the demo's table.
 STARTED := $(shell date +%s)
 
@@ -105,10 +108,10 @@ demo: $(MODEL)
 	echo "Report: $$(find "$$PWD/compress-run" -maxdepth 1 -name '*.html')"
 
 test: lint types $(MODEL)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(DIST) -m "not slow" --durations=10 $(PYTEST_ARGS)
 
 test-all: lint types docs $(MODEL) $(CLUSTER)
-	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 $(PYTEST_ARGS)
+	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(JOBS) $(DIST) --durations=20 $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .
