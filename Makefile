@@ -38,6 +38,10 @@ export COMPRESS_DATA := $(abspath ../shared/data)
 endif
 endif
 
+# The requirements of an extra, without the project, which pip would build again, C library and all.
+EXTRA = $(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(sys.stdin.buffer)["project"]["optional-dependencies"]; \
+  print(*extras["$(1)"], sep="\n")' < pyproject.toml
+
 CORE := $(VENV)/.installed-core
 MODEL := $(VENV)/.installed-model
 DEV := $(VENV)/.installed-dev
@@ -69,20 +73,19 @@ $(MODEL): $(CORE)
 
 $(DEV): $(CORE)
 	@echo "Installing the development tools"
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-compile -c constraints.txt -r <($(call EXTRA,dev))
 	touch $@
 
 $(CLUSTER): $(DEV)
 	@echo "Installing Ray"
-	$(PIP) install -c constraints.txt -e '.[cluster]'
+	$(PIP) install --no-compile -c constraints.txt -r <($(call EXTRA,cluster))
 	touch $@
 
-# The extra alone, without the project: the reference is read from the sources, so torch is not needed.
+# Without the project: the reference is read from the sources, so torch is not needed.
 $(DOCS): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	echo "Installing what builds the documents"
-	extras='import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
-	$(PIP) install -c constraints.txt $$($(BIN)/python -c "$$extras")
+	$(PIP) install --no-compile -c constraints.txt -r <($(call EXTRA,docs))
 	touch $@
 
 demo: $(MODEL)
