@@ -24,6 +24,11 @@ BIN := $(abspath $(VENV))/bin
 # Twice quiet: warnings of pip hide nothing that a person could act on, errors still show. Without compiling, which Python
 # does by itself for the modules that are imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
+# They can only be kept where the environment does not forbid it; else every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+# Files in the order of their names: the many cheap ones of tests/unit come last and fill what a long one leaves. (By
+# number of tests, as xdist orders them, whole chains would come last: one worker would wait for the other's.)
+DIST := --dist loadfile --no-loadscope-reorder
 # The moment make started: what an installation took is part of the demo's table.
 STARTED := $(shell date +%s)
 
@@ -32,6 +37,10 @@ ifneq ($(wildcard ../shared/data/.),)
 export COMPRESS_DATA := $(abspath ../shared/data)
 endif
 endif
+
+# The requirements of an extra, without the project, which pip would build again, C library and all.
+EXTRA = $(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(sys.stdin.buffer)["project"]["optional-dependencies"]; \
+  print(*extras["$(1)"], sep="\n")' < pyproject.toml
 
 CORE := $(VENV)/.installed-core
 MODEL := $(VENV)/.installed-model
@@ -64,20 +73,19 @@ $(MODEL): $(CORE)
 
 $(DEV): $(CORE)
 	@echo "Installing the development tools"
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-compile -c constraints.txt -r <($(call EXTRA,dev))
 	touch $@
 
 $(CLUSTER): $(DEV)
 	@echo "Installing Ray"
-	$(PIP) install -c constraints.txt -e '.[cluster]'
+	$(PIP) install --no-compile -c constraints.txt -r <($(call EXTRA,cluster))
 	touch $@
 
-# The extra alone, without the project: the reference is read from the sources, so torch is not needed.
+# Without the project: the reference is read from the sources, so torch is not needed.
 $(DOCS): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	echo "Installing what builds the documents"
-	extras='import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
-	$(PIP) install -c constraints.txt $$($(BIN)/python -c "$$extras")
+	$(PIP) install --no-compile -c constraints.txt -r <($(call EXTRA,docs))
 	touch $@
 
 demo: $(MODEL)
@@ -103,10 +111,10 @@ demo: $(MODEL)
 	echo "Report: $$(find "$$PWD/compress-run" -maxdepth 1 -name '*.html')"
 
 test: lint types $(MODEL)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(DIST) -m "not slow" --durations=10 $(PYTEST_ARGS)
 
 test-all: lint types docs $(MODEL) $(CLUSTER)
-	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 $(PYTEST_ARGS)
+	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(JOBS) $(DIST) --durations=20 $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

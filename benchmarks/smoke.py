@@ -1,6 +1,9 @@
 """The whole chain on the real model, and the comparisons that it must win; exits with 1 when one is lost.
 
-``python -m compress.benchmarks.smoke [--quick] [--out FILE] [--run DIR]``
+``python -m compress.benchmarks.smoke [--quick] [--short] [--out FILE] [--run DIR]``
+
+``--short`` is for CI: the same chain and checks with fewer shapes tried and shorter repairs, as in ``make demo``, and
+without the distances and speeds that no check reads.
 
 Checks (each on the chain's own data; perplexities on validation text unless said otherwise):
 
@@ -44,6 +47,11 @@ TAKES = ("hours", "minutes")
 NEEDS = ()
 
 NF3 = QuantConfig(bits=3)
+SHORT: dict[str, dict[str, Any]] = {
+    "prune": {"trials": 2, "repair_steps": 12},
+    "eval": {"kl_windows": 0, "speed": "none"},
+}
+"""Settings of ``--short``."""
 
 
 def run(verb: str, common: Common, **given: Any) -> dict[str, Any]:
@@ -51,13 +59,14 @@ def run(verb: str, common: Common, **given: Any) -> dict[str, Any]:
     return run_verb(verb, common, given)
 
 
-def smoke(folder: Path, *, effort: str) -> dict[str, Any]:
+def smoke(folder: Path, *, effort: str, short: bool = False) -> dict[str, Any]:
     """Run everything in ``folder`` and return the figures and the verdicts."""
+    less = SHORT if short else {"prune": {}, "eval": {}}
     chain = Common(run=folder / "chain", effort=effort)
-    pruned = run("prune", chain, ratio=0.5)
+    pruned = run("prune", chain, ratio=0.5, **less["prune"])
     quantized = run("quantize", chain, budget="2.75bit")
     recovered = run("recover", chain)
-    evaluated = run("eval", chain)
+    evaluated = run("eval", chain, **less["eval"])
     run("report", chain)
 
     random = randomly_pruned(pruned, folder / "random", effort=effort)
@@ -90,6 +99,7 @@ def smoke(folder: Path, *, effort: str) -> dict[str, Any]:
     return {
         "format_version": 1,
         "effort": effort,
+        "short": short,
         "checks": checks,
         "rows": evaluated["metrics"]["rows"],
         "protocol_line": evaluated["metrics"]["protocol_line"],
@@ -155,15 +165,18 @@ def main() -> int:
         prog="python -m compress.benchmarks.smoke", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="the effort 'quick' even on a GPU")
+    parser.add_argument(
+        "--short", action="store_true", help="less repair, and no measurements that no check reads"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     parser.add_argument("--run", type=Path, help="keep the workspaces in this folder")
     arguments = parser.parse_args()
     effort = "quick" if arguments.quick else "standard"
     if arguments.run is not None:
-        result = smoke(arguments.run, effort=effort)
+        result = smoke(arguments.run, effort=effort, short=arguments.short)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            result = smoke(Path(folder), effort=effort)
+            result = smoke(Path(folder), effort=effort, short=arguments.short)
     if arguments.out is not None:
         arguments.out.write_text(
             json.dumps(result, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; theirs are set below
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "COMPRESS_DATA" not in os.environ and _DATA.is_dir():

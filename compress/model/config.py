@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from compress.errors import CompressError
 from compress.model.layout import Shapes
 from compress.model.uneven import CLASS_PREFIX, PREFIX
+
+_KEPT = 64
+_SHAPES: dict[tuple[type, str], Shapes] = {}
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
@@ -89,8 +93,23 @@ def meta_model(config: Any) -> Any:
 
 
 def meta_shapes(config: Any) -> Shapes:
-    """Name and shape of every parameter (tied ones once) that transformers builds from a config object."""
-    return {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+    """Name and shape of every parameter (tied ones once) that transformers builds from a config object.
+
+    The last ones are kept: a search for a shape asks again and again for those of a few configs.
+
+    Raises:
+        CompressError: As `meta_model`.
+    """
+    values = config.to_dict()
+    values.pop("quantization_config", None)
+    key = (type(config), json.dumps(values, sort_keys=True, default=repr))
+    found = _SHAPES.pop(key, None)
+    if found is None:
+        found = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+    _SHAPES[key] = found  # the last one used comes last
+    if len(_SHAPES) > _KEPT:
+        del _SHAPES[next(iter(_SHAPES))]
+    return dict(found)
 
 
 def quantization_method(config: Mapping[str, Any]) -> str | None:

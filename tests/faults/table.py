@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.faults.cases import FAULTS, text_file
-from tests.faults.scene import Outcome, Scene, meet, write_model
+from tests.faults.scene import Calm, Outcome, Scene, meet, write_model
 from tests.fresh import ForkServer
 from tests.sources import ROOT
 
@@ -46,7 +46,7 @@ def _line(outcome: Outcome) -> str:
 def main() -> int:
     """Write the page."""
     server = ForkServer()
-    found = {}
+    found, calm = {}, Calm()
     with (
         tempfile.TemporaryDirectory() as name,
         patch("compress.pipelines.reopen.run_fresh", server.run),
@@ -57,7 +57,7 @@ def main() -> int:
         for number, fault in enumerate(FAULTS):
             place = folder / str(number)
             shutil.copytree(folder / "model", place / "model")
-            found[fault.name] = meet(fault, Scene(folder=place, text=text))
+            found[fault.name] = meet(fault, Scene(folder=place, text=text), calm)
             print(fault.name, file=sys.stderr)
     server.close()
     PAGE.write_text(page(found), encoding="utf-8")

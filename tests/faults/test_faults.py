@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.cases import FAULTS, text_file
-from tests.faults.scene import Fault, Outcome, Scene, meet, write_model
+from tests.faults.scene import Calm, Fault, Outcome, Scene, meet, write_model
 from tests.faults.table import PAGE, page
 
 pytestmark = pytest.mark.usefixtures("forked_reopen")
@@ -31,12 +31,18 @@ def outcomes() -> dict[str, Outcome]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def calm() -> Calm:
+    """What undisturbed runs made."""
+    return Calm()
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_named_and_harms_nothing_else(
-    fault: Fault, template: Path, tmp_path: Path, outcomes: dict[str, Outcome]
+    fault: Fault, template: Path, tmp_path: Path, outcomes: dict[str, Outcome], calm: Calm
 ) -> None:
     shutil.copytree(template, tmp_path / "model")
-    found = meet(fault, Scene(folder=tmp_path, text=text_file(template.parent)))
+    found = meet(fault, Scene(folder=tmp_path, text=text_file(template.parent)), calm)
     outcomes[fault.name] = found
     assert (found.code == 0) == fault.accepted
     assert "Unexpected" not in found.cause

@@ -20,6 +20,7 @@ from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.tensor_file import DTYPES, read_header
 from compress.pipelines.recipe import read_recipe
 from compress.pipelines.settings import VERBS
+from tests.fuzz import run, targets
 from tests.sources import ROOT
 from tests.tiny import tiny_checkpoint
 
@@ -60,19 +61,35 @@ def test_a_short_run_of_the_fuzzers_finds_nothing() -> None:
     assert count >= int(EXECUTIONS)
 
 
-def test_a_fuzzer_says_so_when_something_breaks(tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom tests.fuzz import run, targets\n"
-        "def broken(data):\n    if len(data) > 3:\n        raise RuntimeError('found')\n"
-        "targets.TARGETS['header'] = (broken, [b'abcdef'])\n"
-        "sys.exit(run.main(['--only', 'header', '--executions', '50', '--blind']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "input: b'" in done.stderr
-    assert "RuntimeError: found" in done.stderr
+def test_a_fuzzer_says_so_when_something_breaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(data: bytes) -> None:
+        if len(data) > 3:
+            raise RuntimeError("found")
+
+    monkeypatch.setitem(targets.TARGETS, "header", (broken, [b"abcdef"]))
+    with pytest.raises(RuntimeError, match="found"):  # which ends the process of this target with 1
+        run.main(["--only", "header", "--executions", "50", "--blind"])
+    assert "input: b'" in capsys.readouterr().err
+
+
+def test_a_target_that_failed_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def process(name: str, executions: int, seed: int, *, blind: bool) -> tuple[int, str]:
+        return executions, "RuntimeError: found" if name == "index" else ""
+
+    monkeypatch.setattr(run, "_in_a_process", process)
+    assert run.main(["--executions", "100"]) == 1
+    said = capsys.readouterr().out
+    assert "index: 40 executions, FAILED\nRuntimeError: found" in said
+    assert said.splitlines()[-1].endswith("1 of 4 targets failed")
+
+
+def test_every_target_has_its_share() -> None:
+    assert set(run.SHARES) == set(targets.TARGETS)
+    assert sum(run.SHARES.values()) == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_perplexity_of_the_dequantized_model_in_float32(
     tokenizer = load_tokenizer(folder)
     text = load_text("wikitext2", "test")
     assert token_windows(text, tokenizer, length=512).protocol["text_tokens"] == TOKENS
-    windows = token_windows(text, tokenizer, length=512, count=8)
+    windows = token_windows(text, tokenizer, length=512, count=2)
 
     ours = perplexity(model, windows, batch_size=2)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,24 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401  (registers the LQ format)
 from compress.errors import CompressError, UsageError
 from compress.pipelines import recover as recover_module
+from compress.pipelines.reopen import run_fresh
 from compress.pipelines.settings import Common
 from compress.structure import StructureMap
+from tests.fresh import ForkServer
 from tests.integration.common import PRUNING, TRAINING, assert_recorded, logits, run
 from tests.tiny import DENSE, tiny_checkpoint
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_chain(kind: str, tmp_path: Path, text_file: Path, request: pytest.FixtureRequest) -> None:
-    if kind != DENSE[0]:  # one family pays for real processes
-        request.getfixturevalue("forked_reopen")
+def test_chain(
+    kind: str, tmp_path: Path, text_file: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fresh(script: str) -> subprocess.CompletedProcess[str]:
+        """One family pays for a real process, for the recovered adapter (test_reopen.py has one for a model)."""
+        real = kind == DENSE[0] and "04-recover" in script
+        return run_fresh(script) if real else fork_server.run(script)
+
+    monkeypatch.setattr("compress.pipelines.reopen.run_fresh", fresh)
     full = tiny_checkpoint(kind, tmp_path / "full")
     common = Common(
         run=tmp_path / "run", model=str(full), data=str(text_file), dtype="float32", threads=1, effort="quick"

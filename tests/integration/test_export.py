@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +84,32 @@ CHAINS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[[str], Common]:
+    """Common options of one of ``CHAINS``, which is made when it is first asked for and must not be changed."""
+    made: dict[str, Common] = {}
+
+    def chain(name: str) -> Common:
+        if name not in made:
+            kind, verbs = CHAINS[name]
+            common = common_of(kind, tmp_path_factory.mktemp("chain"), text_file)
+            for verb, given in verbs:
+                run(verb, common, **{k: v for k, v in given.items() if v is not None})
+            made[name] = common
+        return made[name]
+
+    return chain
+
+
+def stages(common: Common) -> dict[str, Path]:
+    """Folders of the stages by verb."""
+    return {path.name.partition("-")[2]: path for path in common.run.glob("0*-*")}
+
+
 @pytest.mark.parametrize("name", CHAINS)
-def test_dense_is_what_the_chain_computes(name: str, tmp_path: Path, text_file: Path) -> None:
-    kind, chain = CHAINS[name]
-    common = common_of(kind, tmp_path, text_file)
-    made = {
-        verb: run(verb, common, **{k: v for k, v in given.items() if v is not None}) for verb, given in chain
-    }
-    small, adapter = Path(made[chain[-2][0]]["path"]), Path(made["train"]["path"])
+def test_dense_is_what_the_chain_computes(name: str, chains: Callable[[str], Common]) -> None:
+    common, verbs = chains(name), [verb for verb, _ in CHAINS[name][1]]
+    small, adapter = stages(common)[verbs[-2]], stages(common)["train"]
     base = logits(load_model(small, dtype=torch.float32), IDS)
     expected = logits(load_adapter(load_model(small, dtype=torch.float32), adapter).eval(), IDS)
     assert (base - expected).abs().max() > 20 * 1e-4 * expected.abs().max()
@@ -106,7 +126,7 @@ def test_dense_is_what_the_chain_computes(name: str, tmp_path: Path, text_file: 
     torch.testing.assert_close(logits(network, IDS), expected, rtol=1e-4, atol=1e-4)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
-    what = {"prune": "pruned", "quantize": "quantized"}[chain[-2][0]]
+    what = {"prune": "pruned", "quantize": "quantized"}[verbs[-2]]
     plain = run_verb("export", Common(run=common.run), {"what": what, "format": "dense"}, quiet=True)
     alone = load_model(Path(plain["path"]), dtype=torch.float32)
     torch.testing.assert_close(logits(alone, IDS), base, rtol=1e-4, atol=1e-4)
@@ -124,14 +144,10 @@ PACKED = (
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_is_quantized_and_computes_what_the_chain_does(
-    name: str, tmp_path: Path, text_file: Path
+    name: str, chains: Callable[[str], Common]
 ) -> None:
-    kind, chain = CHAINS[name]
-    common = common_of(kind, tmp_path, text_file)
-    for verb, given in chain:
-        run(verb, common, **{k: v for k, v in given.items() if v is not None})
-    folders = {path.name.partition("-")[2]: path for path in common.run.glob("0*-*")}
-    small, adapter = folders["quantize"], folders["train"]
+    common = chains(name)
+    small, adapter = stages(common)["quantize"], stages(common)["train"]
     base = logits(load_model(small, dtype=torch.float32), IDS)
     expected = logits(load_adapter(load_model(small, dtype=torch.float32), adapter).eval(), IDS)
     done = run_verb("export", Common(run=common.run), {"format": "packed"}, quiet=True)
@@ -162,12 +178,10 @@ def test_packed_is_quantized_and_computes_what_the_chain_does(
         ("transposed, not quantized", "no adapter on a quantized model"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(name: str, cause: str, tmp_path: Path, text_file: Path) -> None:
-    kind, chain = CHAINS[name]
-    common = common_of(kind, tmp_path, text_file)
-    for verb, given in chain:
-        run(verb, common, **given)
-    ran = cli("export", "--run", common.run, "--format", "packed", "--out", tmp_path / "out")
+def test_what_cannot_be_packed_is_refused(
+    name: str, cause: str, tmp_path: Path, chains: Callable[[str], Common]
+) -> None:
+    ran = cli("export", "--run", chains(name).run, "--format", "packed", "--out", tmp_path / "out")
     assert ran.code != 0
     assert cause in ran.complaint[0]
     assert not (tmp_path / "out").exists()
@@ -366,25 +380,24 @@ def test_no_chain(tmp_path: Path, chain: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["native", "dense"])
-def test_a_damaged_stage_is_not_given_away(form: str, tmp_path: Path, text_file: Path) -> None:
-    common = common_of("llama_gqa", tmp_path, text_file)
-    stage = Path(run("prune", common, **CUT)["path"])
+def test_a_damaged_stage_is_not_given_away(form: str, tmp_path: Path, chain: Path) -> None:
+    run_ = shutil.copytree(chain, tmp_path / "run")
+    stage = run_ / "01-prune"
     tensors = load_file(stage / "model.safetensors")
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1
     save_file(tensors, stage / "model.safetensors", metadata={"format": "pt"})
-    ran = cli("export", "--run", common.run, "--out", tmp_path / "out", "--format", form)
+    ran = cli("export", "pruned", "--run", run_, "--out", tmp_path / "out", "--format", form)
     assert ran.code == 1
     assert "model.safetensors has changed since" in ran.complaint[0]
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_what_a_stage_links_to_is_not_given_away(tmp_path: Path, text_file: Path) -> None:
-    common = common_of("llama_gqa", tmp_path, text_file)
-    stage = Path(run("prune", common, **CUT)["path"])
+def test_what_a_stage_links_to_is_not_given_away(tmp_path: Path, chain: Path) -> None:
+    run_ = shutil.copytree(chain, tmp_path / "run")
     (tmp_path / "secret").write_text("of nobody's business")
-    (stage / "notes.txt").symlink_to(tmp_path / "secret")
-    ran = cli("export", "--run", common.run, "--out", tmp_path / "out")
+    (run_ / "01-prune" / "notes.txt").symlink_to(tmp_path / "secret")
+    ran = cli("export", "pruned", "--run", run_, "--out", tmp_path / "out")
     assert ran.code == 1
     assert "notes.txt is a link that leads out of its folder" in ran.complaint[0]
     assert not list(tmp_path.glob("*out*"))

@@ -185,14 +185,15 @@ def test_of_a_gpu_the_plan_is_set_against_what_was_held_there_and_on_the_host(
 
 
 def test_a_stage_runs_in_a_process_of_its_own(common: Common, tmp_path: Path) -> None:
-    """Recording a failure in the stage's own words, without running anything long."""
+    """Recording a failure in the process's own words; it ends before it needs torch."""
     given = {"merge": True, "onto": None, "compress_rank": 2}
     wanted = ["--run", "w", "--dtype", "float32", "--seed", "3", "--merge", "--compress-rank", "2"]
     found = options(Common(run=Path("w"), dtype="float32", seed=3), given)
     assert [word for word in found if word not in ("--device", "auto")] == wanted
-    with pytest.raises(CompressError, match=r"The stage recover failed: .*no small model") as failed:
-        in_fresh_process("recover", replace(common, run=tmp_path / "empty"), {})
-    assert "Run compress prune" in failed.value.remedy
+    refused = r"The stage recover failed: Invalid value for '--compress-rank'"
+    with pytest.raises(CompressError, match=refused) as failed:
+        in_fresh_process("recover", replace(common, run=tmp_path / "empty"), {"compress_rank": "few"})
+    assert "compress recover --help" in failed.value.remedy
 
 
 def test_the_command_line_exits_with_the_verdict(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from compress.data.sources import load_text
+from compress.data.text import Split, Text
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
 from tests.tiny import tiny_checkpoint
@@ -14,7 +17,13 @@ from tests.tiny import tiny_checkpoint
 pytestmark = pytest.mark.usefixtures("forked_reopen")
 
 
-def test_every_stage_reads_the_text_the_original_model_wrote(tmp_path: Path) -> None:
+def test_every_stage_reads_the_text_the_original_model_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def less(source: str, split: Split, **given: Any) -> Text:
+        return load_text(source, split, tokens=4096, **given)
+
+    monkeypatch.setattr("compress.pipelines.text.load_text", less)
     full = tiny_checkpoint("llama_mqa", tmp_path / "full")
     common = Common(
         run=tmp_path / "run", model=str(full), data="self", dtype="float32", threads=1, effort="quick"

@@ -29,7 +29,13 @@ from tests.tiny import tiny_checkpoint
 LOOP = ("--steps", "6", "--sequence", "32", "--lr", "1e-3")
 ODD = ("--micro-batch", "3", "--accumulation", "3")
 """Nine windows a step: neither two nor four processes get the same number."""
-SHORT: dict[str, Any] = {"ratio": 0.4, "criterion": "magnitude", "repair": "none", "trials": 1}
+SHORT: dict[str, Any] = {
+    "ratio": 0.4,
+    "criterion": "magnitude",
+    "repair": "none",
+    "repair_steps": 0,
+    "trials": 1,
+}
 
 pytestmark = pytest.mark.usefixtures("forked_reopen")
 

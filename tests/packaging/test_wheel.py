@@ -17,6 +17,8 @@ from tests.sources import FOLDERS, ROOT
 pytestmark = pytest.mark.packaging
 
 HAS_COMPILER = shutil.which(sysconfig.get_config_var("CC").split()[0]) is not None
+QUICK = "CFLAGS=-DSPECIALIZED=0"
+"""The library's same loads and stores compiled sooner; its speed is not what is looked at here."""
 STATUS = "from compress.kernels.library import status; s = status(); print(s.level, s.path)"
 
 
@@ -55,7 +57,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built through the source distribution."""
     copy = shutil.copytree(source, tmp_path_factory.mktemp("wheel") / "source")
-    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", copy], copy)
+    run(
+        ["env", QUICK, sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", copy], copy
+    )
     (built,) = (copy / "dist").glob("*.whl")
     return built
 
@@ -145,8 +149,9 @@ def test_help_runs(clean: Path, elsewhere: Path, script: str) -> None:
         assert verb in printed
 
 
+@pytest.mark.slow
 def test_mypy_accepts_the_installed_package(clean: Path, elsewhere: Path) -> None:
-    # The cache of `make types` spares a second analysis of torch.
+    # `make types` looks at the same modules under the same names; its cache spares a second analysis of torch.
     command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "-p", "compress"]
     cache = ROOT / ".mypy_cache"
     printed = run([*command, "--python-executable", clean, "--cache-dir", cache], elsewhere)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -19,18 +16,18 @@ from tests.fresh import ForkServer
 needs_library = pytest.mark.skipif(library() is None, reason="the C library was not built")
 
 PROGRAM = """
-import json
+import json, os
+os.environ["COMPRESS_KERNELS"] = {wanted!r}
 from compress.kernels.library import status
 s = status()
 print(json.dumps([s.level, None if s.path is None else s.path.name, s.reason]))
 """
 
 
-def in_process(wanted: str) -> tuple[str, str | None, str]:
-    environment = {**os.environ, "COMPRESS_KERNELS": wanted}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
-    )
+def in_process(wanted: str, server: ForkServer) -> tuple[str, str | None, str]:
+    """What a process with this environment chooses."""
+    done = server.run(PROGRAM.format(wanted=wanted))
+    assert done.returncode == 0, done.stderr
     level, path, reason = json.loads(done.stdout)
     return level, path, reason
 
@@ -48,8 +45,8 @@ def test_every_level_up_to_the_best_can_be_asked_for() -> None:
 
 @needs_library
 @pytest.mark.parametrize("wanted", ["torch", *LEVELS])
-def test_the_environment_chooses_the_level(wanted: str) -> None:
-    level, path, reason = in_process(wanted)
+def test_the_environment_chooses_the_level(wanted: str, fork_server: ForkServer) -> None:
+    level, path, reason = in_process(wanted, fork_server)
     assert level == (wanted if wanted in status().available else status().available[-1])
     assert "COMPRESS_KERNELS asks for" in reason
     assert (path is None) == (wanted == "torch")

@@ -1,4 +1,7 @@
-"""Fresh processes: LQ checkpoints open with our import in any place, and fail clearly without it."""
+"""Fresh processes: LQ checkpoints open with our import in any place, and fail clearly without it.
+
+Where transformers is imported first, a fork of a process that has imported it (and nothing of ours) is as fresh.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fresh import ForkServer
 from tests.unit.quantize.conftest import Pair, load
 
 PROGRAM = """
@@ -20,20 +24,24 @@ print(type(model.model.layers[1].mlp.up_proj).__name__, model(ids).logits.double
 """
 
 
-def run(imports: str, path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    program = PROGRAM.format(imports=imports, path=str(path))
-    return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+FIRST = "from transformers import AutoModelForCausalLM"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import compress\nfrom transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM\nimport compress",
-    ],
-)
-def test_fresh_processes_load_whatever_is_imported_first(pair: Pair, imports: str, tmp_path: Path) -> None:
-    done = run(imports, pair.quantized, tmp_path)
+def program(imports: str, path: Path) -> str:
+    return PROGRAM.format(imports=imports, path=str(path))
+
+
+@pytest.mark.parametrize("first", ["compress", "transformers"])
+def test_fresh_processes_load_whatever_is_imported_first(
+    pair: Pair, first: str, tmp_path: Path, fork_server: ForkServer
+) -> None:
+    if first == "compress":
+        text = program(f"import compress\n{FIRST}", pair.quantized)
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+    else:
+        done = fork_server.run(program(f"{FIRST}\nimport compress", pair.quantized))
     assert done.returncode == 0, done.stderr
     name, value = done.stdout.split()
     assert name == "LQLinear"
@@ -43,9 +51,9 @@ def test_fresh_processes_load_whatever_is_imported_first(pair: Pair, imports: st
 
 
 def test_without_our_import_loading_fails_instead_of_giving_random_weights(
-    pair: Pair, tmp_path: Path
+    pair: Pair, fork_server: ForkServer
 ) -> None:
-    done = run("from transformers import AutoModelForCausalLM", pair.quantized, tmp_path)
+    done = fork_server.run(program(FIRST, pair.quantized))
     assert done.returncode != 0
     assert "Unknown quantization type, got lq" in done.stderr
     assert "mismatch" in done.stderr
