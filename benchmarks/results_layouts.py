@@ -114,11 +114,12 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             columns=(
                 *_columns("number", stored_bits_per_weight="bits_per_weight"),
                 *_PERPLEXITY,
-                *_columns("number", seconds_to_quantize="seconds"),
+                *_columns("number", seconds_to_quantize="seconds", load_average="load_before"),
                 *_columns("bytes", peak_memory="peak_bytes"),
                 *_columns("text", not_run="not_run"),
             ),
-            note="Bits are counted from everybody's files: what the quantized matrices take, over their weights.",
+            note="Bits are counted from everybody's files: what the quantized matrices take, over their weights. "
+            "Seconds compare only where the load average, which counts what else ran, is about the threads.",
         ),
     ),
     "loram": (
