@@ -59,7 +59,8 @@ def record_logits(model: PreTrainedModel, ids_BS: torch.Tensor, folder: Path) ->
 def logits_of(model: PreTrainedModel, ids_BS: torch.Tensor) -> torch.Tensor:
     """The logits of the last position, float32 [B, V], on the host."""
     with torch.inference_mode():
-        return model(ids_BS.to(model.device), use_cache=False).logits[:, -1].float().cpu()
+        logits_BV: torch.Tensor = model(ids_BS.to(model.device), use_cache=False).logits[:, -1]
+    return logits_BV.float().cpu()
 
 
 def logits_error(folder: Path, other: Path) -> float:

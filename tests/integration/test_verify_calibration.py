@@ -17,6 +17,8 @@ import torch
 from typer.testing import CliRunner
 
 from compress.__main__ import app
+from compress.model import layerwise
+from compress.pipelines import hessian_walk, verify_calibration
 from compress.pipelines.settings import Common
 from tests.fresh import ForkServer
 from tests.integration.common import run
@@ -269,6 +271,49 @@ def test_another_text_is_refused(kind: str, made: Made, tmp_path: Path) -> None:
     assert "gives other tokens" in refusal()
     change_json(chain / STAGE / "stage.json", set_in("config", "data", to="self"))
     assert "is not in the workspace any more" in refusal()
+
+
+def repeated(dtype: str, objective: str, place: Path, text: Path, change: Callable[[], None]) -> float:
+    """The largest relative difference of a chain verified after ``change``."""
+    full = tiny_checkpoint("llama_tied", place / "full")
+    common = Common(
+        run=place / "run", model=str(full), data=str(text), dtype=dtype, threads=1, effort="quick"
+    )
+    run("quantize", common, budget="6bit", rank="4", objective=objective, calibration_tokens=1024)
+    change()
+    code, checks = verify("--run", place / "run", "--calibration")
+    assert code == 0, [check for check in checks if check["result"] == "differs"]
+    (found,) = [check for check in checks if check["check"] in MEASURED.values()]
+    return float(found["detail"].rpartition(" ")[2])
+
+
+@pytest.mark.usefixtures("forked_reopen")
+@pytest.mark.parametrize("objective", ["hessian", "fisher"])
+def test_sums_in_another_order_stay_far_within_the_tolerance(
+    objective: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change() -> None:
+        monkeypatch.setattr(hessian_walk, "BATCH", 1)
+        monkeypatch.setattr(layerwise, "_STRIPE", 16)
+        torch.set_num_threads(2)
+
+    worst = repeated("float32", objective, tmp_path, text_file, change)
+    assert worst < verify_calibration.TOLERANCE[torch.float32] / 10
+
+
+@pytest.mark.usefixtures("forked_reopen")
+@pytest.mark.parametrize("objective", ["hessian", "fisher"])
+def test_rounding_of_a_whole_pass_to_16_bits_stays_within_the_tolerance(
+    objective: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change() -> None:
+        monkeypatch.setattr(verify_calibration, "device_and_dtype", lambda common: ("cpu", torch.float32))
+        for bars in ("TOLERANCE", "SUMS"):
+            wide = getattr(verify_calibration, bars)[torch.bfloat16]
+            monkeypatch.setattr(verify_calibration, bars, {torch.float32: wide})
+
+    worst = repeated("bfloat16", objective, tmp_path, text_file, change)
+    assert worst > 1e-5  # it was another rounding
 
 
 def test_what_is_not_here_is_no_failure(made: Made, tmp_path: Path) -> None:
