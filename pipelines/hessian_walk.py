@@ -116,7 +116,7 @@ class HessianWalk:
         The largest come first, and each is held by the caller alone. ``advance``: see :meth:`statistics`.
         """
         if layer == VOCABULARY:
-            return iter([((name,), known.gram) for name, known in self._moments.items()])
+            return iter([((name,), known.gram.cpu()) for name, known in self._moments.items()])
         first: dict[str, LinearSpec] = {}
         readers: dict[LinearSpec, list[str]] = {}
         for spec in self._arch.linears_at(layer):

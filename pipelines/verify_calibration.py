@@ -38,6 +38,7 @@ from compress.quantize.checkpoint import MatrixRecord, read_lq_config
 from compress.quantize.fisher_collect import layer_rounds
 from compress.quantize.linear import LQLinear
 from compress.quantize.stored_errors import least_damping, output_error, stored_error, weighted_error
+from compress.quantize.vocabulary import MatrixMoments
 
 CHECKS = {
     "hessian": ("output errors", "relative_output_error"),
@@ -176,7 +177,7 @@ class _Repeat:
             source=self.text,
         )
         given = (context, model, settings, self.text, self.device, self.dtype)
-        moments = {}
+        moments: Mapping[str, MatrixMoments] = {}
         if settings.embeddings == "menu":
             _, moments = sensitivities(*given, way)
         walk = HessianWalk(*given, moments=moments, way=way)
@@ -223,7 +224,7 @@ class _Repeat:
                 assert full_OI is not None
                 weight_OI = read_matrix(model, places[module]).float()
                 layer = stored_layer(self.checkpoint, module, self.records[module])
-                cost = partial(weighted_error, fisher_OI=full_OI)
+                cost = partial(weighted_error, fisher_OI=full_OI.cpu())
                 yield self._relative(key, module, weight_OI, layer, cost)
                 exact = {"squared_norm": weight_OI}
                 if self.records[module].rank == 0:  # of higher ranks the cost is an estimate

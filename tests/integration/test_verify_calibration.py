@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from typer.testing import CliRunner
 
 from compress.__main__ import app
+from compress.machine import Capacity, capacity
 from compress.model import layerwise
 from compress.pipelines import hessian_walk, verify_calibration
 from compress.pipelines.settings import Common
+from compress.pipelines.way import Way
 from tests.fresh import ForkServer
 from tests.integration.common import run
 from tests.integration.test_verify import change_json, change_tensors, contents, scaled, set_in, verify
@@ -109,6 +111,27 @@ def test_what_quantize_recorded_is_measured_again(kind: str, made: Made) -> None
     assert [check["check"] for check in found] == ([MEASURED[kind]] if kind in MEASURED else [])
     assert all(check["detail"].startswith(f"{measured} measured again") for check in found)
     assert contents(made.place / kind) == before
+
+
+@pytest.mark.parametrize("kind", ["hessian", "menu"])
+def test_layer_by_layer_it_is_the_same(kind: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, ways = made.run(kind), []
+    whole = verify("--run", chain, "--calibration")
+
+    def opened(self: Way, *args: Any, **given: Any) -> Any:
+        ways.append(self.streamed)
+        return open_(self, *args, **given)
+
+    def full(place: Path, device: str) -> Capacity:
+        return replace(capacity(place, device), host_free=1)
+
+    open_ = Way.open
+    monkeypatch.setattr(Way, "open", opened)
+    for module in ("ways", "verify_logits"):
+        monkeypatch.setattr(f"compress.pipelines.{module}.capacity", full)
+    assert verify("--run", chain, "--calibration") == whole
+    assert ways == [True] * len(ways)
+    assert len(ways) == (3 if kind == "menu" else 2)  # logits, sensitivities of embeddings, the walk
 
 
 def test_without_the_option_one_line_says_what_was_left_out(made: Made) -> None:
