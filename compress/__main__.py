@@ -259,6 +259,13 @@ def verify(
         list[Path] | None,
         typer.Argument(help="Folders of stages, models or adapters (default: the whole chain)."),
     ] = None,
+    calibration: Annotated[
+        bool,
+        typer.Option(
+            "--calibration",
+            help="Also repeat the calibration of quantize, for the errors that it measured on text; takes as long.",
+        ),
+    ] = False,
 ) -> None:
     """Check every recorded hash, size and error against what lies on disk."""
 

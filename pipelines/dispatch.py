@@ -94,7 +94,12 @@ def _run(
         from compress.pipelines.verify import verify
 
         quiet_libraries()
-        return verify(reporter, common.run, given.get("path") or ())
+        return verify(
+            reporter,
+            common.run,
+            given.get("path") or (),
+            calibration=bool(given.get("calibration")),
+        )
     if verb == "plan":
         from compress.pipelines.plan import plan
 

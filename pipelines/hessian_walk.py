@@ -13,7 +13,7 @@ from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
 from compress.pipelines.matrices import SHARED_INPUT, VOCABULARY
-from compress.pipelines.measure import full_calibration, summed_loss
+from compress.pipelines.measure import full_calibration, summed_loss, windows_record
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.stage import Context
@@ -49,6 +49,10 @@ class HessianWalk:
         moments: Of the embedding and the output matrix, by module name; none where they are not chosen for.
         most: At most so many tokens; None: all of them.
         way: How the model is opened.
+
+    Attributes:
+        tokens: How many are read.
+        calibration: What a stage records of the windows; of all of them, also where ``most`` leaves some out.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class HessianWalk:
         )  # no window is left over
         self._begun: LayerWalk | None = None
         self.tokens = ids.numel()
+        self.calibration = windows_record(windows)
 
     def _begin(self) -> LayerWalk:
         """In front of the first layer, behind the embedding as it now is."""
@@ -93,28 +98,36 @@ class HessianWalk:
 
         With ``advance`` the same pass goes on to the next layer, through this one as it is.
         """
+        found: dict[str, InputStatistics] = {}
+
+        def keep(job: tuple[tuple[str, ...], Tensor], statistics: InputStatistics) -> None:
+            found.update(dict.fromkeys(job[0], statistics))
+
+        self._engine.run(_statistics_of, self.moments(layer, advance=advance), keep)
         if layer == VOCABULARY:
-            return {name: input_statistics(known.gram) for name, known in self._moments.items()}
+            return found
+        names = [self._arch.module_name(layer, spec) for spec in self._arch.linears_at(layer)]
+        return {name: found[name] for name in names}
+
+    @torch.no_grad()
+    def moments(self, layer: int, *, advance: bool = False) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """The modules of ``layer`` that read the same inputs, and the mean ``X X^T`` [I, I] of these, float64.
+
+        The largest come first, and each is held by the caller alone. ``advance``: see :meth:`statistics`.
+        """
+        if layer == VOCABULARY:
+            return iter([((name,), known.gram.cpu()) for name, known in self._moments.items()])
         first: dict[str, LinearSpec] = {}
+        readers: dict[LinearSpec, list[str]] = {}
         for spec in self._arch.linears_at(layer):
-            first.setdefault(SHARED_INPUT.get(spec.role, spec.name), spec)
+            source = first.setdefault(SHARED_INPUT.get(spec.role, spec.name), spec)
+            readers.setdefault(source, []).append(self._arch.module_name(layer, spec))
         wanted = dict.fromkeys(first.values())
         with gathered_grams(self._walk.layers[layer], wanted, only=not advance) as grams:
             (self._walk.advance if advance else self._walk.look)(layer)
-        found: dict[str, InputStatistics] = {}
-
-        def moments() -> Iterator[tuple[str, Tensor]]:
-            for name, spec in sorted(first.items(), key=lambda item: -len(grams[item[1]])):
-                yield name, grams.pop(spec).div_(self.tokens).cpu()  # weights are rounded on the host
-
-        def keep(job: tuple[str, Tensor], statistics: InputStatistics) -> None:
-            found[job[0]] = statistics
-
-        self._engine.run(_named_statistics, moments(), keep)
-        return {
-            self._arch.module_name(layer, spec): found[SHARED_INPUT.get(spec.role, spec.name)]
-            for spec in self._arch.linears_at(layer)
-        }
+        largest = sorted(readers, key=lambda spec: -len(grams[spec]))
+        # on the host, where weights are rounded
+        return ((tuple(readers[spec]), grams.pop(spec).div_(self.tokens).cpu()) for spec in largest)
 
     @torch.no_grad()
     def advance(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -135,7 +148,7 @@ class HessianWalk:
             self._walk.advance(layer)
 
 
-def _named_statistics(job: tuple[str, Tensor]) -> InputStatistics:
+def _statistics_of(job: tuple[tuple[str, ...], Tensor]) -> InputStatistics:
     return input_statistics(job[1])
 
 

@@ -5,6 +5,7 @@ Stages look at validation text only; the test text is read by ``compress eval`` 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,6 +102,12 @@ def full_calibration(context: Context, model: Path, source: str, *, tokens: int)
             f"Give a longer text, or --calibration-tokens {count * length}.",
         )
     return windows
+
+
+def windows_record(windows: Windows) -> dict[str, Any]:
+    """What a stage records of the windows it was calibrated on: their protocol, and ``ids_sha256`` of their tokens."""
+    ids = windows.ids.contiguous().numpy().astype("<i8")
+    return {**windows.protocol, "ids_sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
 
 
 def validation_windows(context: Context, model: Path, source: str, *, length: int = LENGTH) -> Windows:

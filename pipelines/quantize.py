@@ -143,9 +143,13 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
                 matrices, tables, budget, limit, settings, fixed_rank, plain=plain, uncounted=uncounted
             )
         record_allocation(allocation, folder)
+        feed = walk()
+        calibrated = feed or fisher
+        calibration = None if calibrated is None else calibrated.calibration
         records = decompose_layers(
-            context, model, allocation, settings, folder / "layers", walk(), minds, fisher
+            context, model, allocation, settings, folder / "layers", feed, minds, fisher
         )
+        del feed, calibrated  # and with it the model
         write_checkpoint(model, allocation, folder / "layers", folder)
         carry(model.path, folder)
         before = measured_once(
@@ -187,6 +191,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "plain_rounding": allocation.plain,
             "tradeoff": tradeoff(matrices, tables, settings, fixed_rank),
             "squared_error": sum(record["squared_error"] for record in records),
+            "calibration": calibration,
             "matrices": records,
             "left_dense": left_dense,
             "lower_ranks": lower_ranks,

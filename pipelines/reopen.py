@@ -51,9 +51,16 @@ def record_logits(model: PreTrainedModel, ids_BS: torch.Tensor, folder: Path) ->
         ids_BS: Token ids, int64 [batch, sequence].
         folder: Where ``logits.safetensors`` goes.
     """
+    save_file(
+        {"input_ids": ids_BS.contiguous(), "logits": logits_of(model, ids_BS).contiguous()}, folder / RECORD
+    )
+
+
+def logits_of(model: PreTrainedModel, ids_BS: torch.Tensor) -> torch.Tensor:
+    """The logits of the last position, float32 [B, V], on the host."""
     with torch.inference_mode():
-        logits_BV = model(ids_BS.to(model.device), use_cache=False).logits[:, -1].float().cpu()
-    save_file({"input_ids": ids_BS.contiguous(), "logits": logits_BV.contiguous()}, folder / RECORD)
+        logits_BV: torch.Tensor = model(ids_BS.to(model.device), use_cache=False).logits[:, -1]
+    return logits_BV.float().cpu()
 
 
 def logits_error(folder: Path, other: Path) -> float:

@@ -38,7 +38,7 @@ def read_text(context: Context, source: str, split: Split, model: Path) -> Text:
     if source != "self":
         return load_text(source, split)
     known, seed = context.workspace.model, context.common.seed
-    kept = context.workspace.root / "text" / f"self-{split}-{seed}.json"
+    kept = kept_text(context.workspace.root, split, seed)
     if known is not None and kept.is_file():
         return plain_text("self", split, read_json(kept)["documents"])
     writer = model if known is None else Path(known["path"])
@@ -56,3 +56,8 @@ def read_text(context: Context, source: str, split: Split, model: Path) -> Text:
         kept.parent.mkdir(exist_ok=True)
         write_json(kept, {"format_version": FORMAT_VERSION, "documents": list(text.documents)})
     return text
+
+
+def kept_text(root: Path, split: Split, seed: int) -> Path:
+    """Where a workspace keeps the text that its model wrote."""
+    return root / "text" / f"self-{split}-{seed}.json"

@@ -14,10 +14,13 @@ from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.config import quantization_method
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.verify_adapter import check_base, check_factors, check_slices
+from compress.pipelines.verify_calibration import check_calibrated
 from compress.pipelines.verify_chain import check_evaluation, check_inputs, check_original
+from compress.pipelines.verify_errors import check_errors
 from compress.pipelines.verify_files import HEADERS, check_files, check_record, check_tensors
+from compress.pipelines.verify_logits import check_logits
 from compress.pipelines.verify_model import check_masks, check_shapes, check_sizes, check_structure
-from compress.pipelines.verify_quantized import check_allocation, check_errors, check_stored_bits
+from compress.pipelines.verify_quantized import check_allocation, check_stored_bits
 from compress.pipelines.verify_target import Chain, Finding, Target, read_chain, read_stage
 from compress.pipelines.workspace import MODEL_VERBS
 from compress.progress import Progress
@@ -29,13 +32,16 @@ SHOWN = 5
 """Failures of one check that the table shows; ``--json`` has all."""
 
 
-def verify(reporter: Reporter, root: Path, paths: Sequence[Path] = ()) -> dict[str, Any]:
+def verify(
+    reporter: Reporter, root: Path, paths: Sequence[Path] = (), *, calibration: bool = False
+) -> dict[str, Any]:
     """Check the chain in ``root``, or the folders given; writes nothing. See ``compress verify --help``.
 
     Args:
         reporter: Shows bars, the table and what to do.
         root: The workspace.
         paths: Folders of stages, models or adapters, or workspaces; none: the whole chain in ``root``.
+        calibration: Repeat the calibration of quantized stages, for the errors that were measured on its text.
 
     Returns:
         ``ok`` (nothing differs), ``checks`` (``stage``, ``check``, ``result``, ``detail`` and ``remedy`` each) and
@@ -47,14 +53,14 @@ def verify(reporter: Reporter, root: Path, paths: Sequence[Path] = ()) -> dict[s
     findings: list[Finding] = []
     for path in paths or (root,):
         if (path / "run.json").is_file():
-            findings += verify_chain(reporter, read_chain(path))
+            findings += verify_chain(reporter, read_chain(path), calibration=calibration)
         elif not paths:
             raise UsageError(
                 f"There is nothing to verify in {root}.",
                 "Give the folder of a stage, a model or an adapter, or --run.",
             )
         else:
-            findings += verify_folder(reporter, locate(path))
+            findings += verify_folder(reporter, locate(path), calibration=calibration)
     counts = {
         name: sum(f.result == name for f in findings) for name in dict.fromkeys(f.result for f in findings)
     }
@@ -66,7 +72,7 @@ def verify(reporter: Reporter, root: Path, paths: Sequence[Path] = ()) -> dict[s
     }
 
 
-def verify_chain(reporter: Reporter, chain: Chain) -> list[Finding]:
+def verify_chain(reporter: Reporter, chain: Chain, *, calibration: bool = False) -> list[Finding]:
     """The original model and every stage of a chain.
 
     Raises:
@@ -78,12 +84,14 @@ def verify_chain(reporter: Reporter, chain: Chain) -> list[Finding]:
     start.take("fingerprint", lambda: check_original(chain, start.target))
     findings = start.all
     for name in chain.names:
-        fault, target = chain.faults.get(name), Target(name=name, path=chain.root / name, chain=chain)
+        fault = chain.faults.get(name)
         if fault is not None:
-            findings.append(target.differs("record", fault.cause, fault.remedy))
+            broken = Target(name=name, path=chain.root / name, chain=chain)
+            findings.append(broken.differs("record", fault.cause, fault.remedy))
         else:
             stage = chain.stages[name]
-            findings += verify_folder(reporter, Target(name=name, path=stage.path, stage=stage, chain=chain))
+            target = Target(name=name, path=stage.path, stage=stage, chain=chain)
+            findings += verify_folder(reporter, target, calibration=calibration)
     return findings
 
 
@@ -114,7 +122,7 @@ def locate(path: Path) -> Target:
     return Target(name=str(path), path=path, stage=read_stage(path))
 
 
-def verify_folder(reporter: Reporter, target: Target) -> list[Finding]:
+def verify_folder(reporter: Reporter, target: Target, *, calibration: bool = False) -> list[Finding]:
     """Every check of one folder; what a damaged file makes impossible is a finding too."""
     stage, found = target.stage, _Findings(target)
     with reporter.bar(f"verify {target.name}") as progress:
@@ -128,10 +136,14 @@ def verify_folder(reporter: Reporter, target: Target) -> list[Finding]:
             found.all.append(target.not_checked("content", "a weight file cannot be read"))
         elif verb in MODEL_VERBS or (target.path / "config.json").is_file():
             found.take("model", lambda: _check_model(target, progress))
+            if not found.broken:
+                found.take("logits", lambda: check_logits(target))
         elif verb in ("train", "recover") or (target.path / CONFIG_FILE).is_file():
             found.take("adapter", lambda: _check_adapter(target, progress))
         elif verb == "eval":
             found.take("sizes", lambda: check_evaluation(target))
+    if verb == "quantize" and not found.broken:  # bars of its own
+        found.take("calibration", lambda: check_calibrated(reporter, target, asked=calibration))
     return found.all
 
 
@@ -141,6 +153,11 @@ class _Findings:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.all: list[Finding] = []
+
+    @property
+    def broken(self) -> bool:
+        """Whether the model cannot be opened for what is wrong with its files."""
+        return any(f.result == "differs" and f.check in (HEADERS, "model", "shapes") for f in self.all)
 
     def take(self, check: str, run: Callable[[], Iterator[Finding]]) -> None:
         """Run a check to its end; a damaged file can break its reader in any way, and the other checks go on."""

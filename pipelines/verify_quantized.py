@@ -1,37 +1,32 @@
-"""A quantized model against its record: stored bits, the allocation's certificate, every squared error from disk."""
+"""A quantized model against its record: stored bits, what was left as it was, the allocation's certificate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
-
-import torch
 
 from compress.evaluate.memory import file_bytes
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
-from compress.pipelines.matrices import Matrix, matrices_of, read_matrix
+from compress.pipelines.allocate import narrow, parse_rank
+from compress.pipelines.matrices import Matrix, left_dense_of, matrices_of
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.verify_target import Finding, Target, Value
 from compress.pipelines.vocabulary import vocabulary_matrices
 from compress.pipelines.workspace import read_json
-from compress.progress import Progress
 from compress.quantize.checkpoint import MatrixRecord
-from compress.quantize.decompose import squared_norm
-from compress.quantize.linear import LQLinear
 from compress.solvers.problem import relative_gap
 
-TOLERANCE = 1e-5
-"""Relative; errors are computed in float32, and another machine sums in another order."""
-ROUNDING = 1e-12
-"""Of a matrix's squared norm: what float32 leaves of an error of zero."""
 ALLOCATION = "allocation.json"
 
 
 def check_stored_bits(
     target: Target, checkpoint: Checkpoint, matrices: Mapping[str, MatrixRecord]
 ) -> Iterator[Finding]:
-    """Bits of each matrix, counted from its tensors, against the stage's record and the allocation's."""
+    """Bits of each matrix, counted from its tensors, against the stage's record and the allocation's.
+
+    Where the model before is here, also the bits that its matrices took and what was left as it was.
+    """
     recorded, allocated = by_name(target.metrics), by_name(read_allocation(target))
     values, total, numel = [], 0, 0
     uncounted = _uncounted(read_allocation(target))
@@ -60,8 +55,43 @@ def check_stored_bits(
     for key in ("stored_bits_per_weight", "bits_per_weight"):
         place = target.metrics if key.startswith("stored") else target.metrics.get("after", {})
         values.append(Value(what=key, recorded=place.get(key), found=total / numel, tolerance=1e-9))
+    if target.stage is not None and target.source is not None:
+        values += _before(target, {module for module in matrices if module not in uncounted})
     summary = f"{len(matrices)} matrices, {total} bits that a budget counts, {total / numel:.4f} per weight"
     yield from target.compare("stored bits", values, summary)
+
+
+def _before(target: Target, counted: set[str]) -> Iterator[Value]:
+    """What the stage recorded of its matrices as they were, and of those that it could not take as asked."""
+    metrics, source = target.metrics, source_model(target)
+    places = places_of(source, counted)
+    config = {} if target.stage is None else target.stage.record["config"]
+    chosen = [places[module] for module in counted]
+    dense = sum(source.checkpoint.nbytes(matrix.tensor) for matrix in chosen)
+    yield Value(
+        what="bits_per_weight before",
+        recorded=metrics.get("before", {}).get("bits_per_weight"),
+        found=8 * dense / sum(matrix.numel for matrix in chosen),
+        tolerance=1e-9,
+    )
+    yield Value(what="left_dense", recorded=metrics.get("left_dense"), found=left_dense_of(source))
+    yield Value(
+        what="lower_ranks",
+        recorded=metrics.get("lower_ranks"),
+        found=narrow(matrices_of(source), parse_rank(config["rank"]), config["runtime"]),
+    )
+    decoder = {matrix.module for matrix in matrices_of(source)}
+    for module, known in by_name(metrics).items():
+        found = module in decoder or config["embeddings"] == "menu"
+        yield Value(what=f"counted of {module}", recorded=known.get("counted"), found=found)
+
+
+def places_of(source: ModelInput, modules: Collection[str]) -> dict[str, Matrix]:
+    """Module name -> where a model has the matrix, with the embedding and the output matrix if among ``modules``."""
+    places = {matrix.module: matrix for matrix in matrices_of(source)}
+    if source.architecture.embedding_module in modules:
+        places |= {matrix.module: matrix for matrix in vocabulary_matrices(source)}
+    return places
 
 
 def check_allocation(target: Target, matrices: Mapping[str, MatrixRecord]) -> Iterator[Finding]:
@@ -116,98 +146,8 @@ def check_allocation(target: Target, matrices: Mapping[str, MatrixRecord]) -> It
     yield from (finding for finding in compared if not faults or finding.result == "differs")
 
 
-def check_errors(
-    target: Target, checkpoint: Checkpoint, matrices: Mapping[str, MatrixRecord], progress: Progress
-) -> Iterator[Finding]:
-    """Squared error of each matrix, Q + L1 L2 from disk against the source's weight; and all else of the source."""
-    recorded = by_name(target.metrics)
-    if not recorded:
-        yield target.not_recorded("errors", "only a stage records them")
-        return
-    if target.source is None:
-        yield target.not_checked("errors", "the model before quantization is not here")
-        return
-    source = _model_input(target)
-    places = {matrix.module: matrix for matrix in matrices_of(source)}
-    if source.architecture.embedding_module in matrices:
-        places |= {matrix.module: matrix for matrix in vocabulary_matrices(source)}
-    values: list[Value] = []
-    errors: list[float] = []
-    worst = 0.0
-    for done, (module, record) in enumerate(matrices.items(), start=1):
-        error, norm = squared_error(checkpoint, module, record, source, places[module])
-        known = recorded.get(module, {})
-        errors.append(error)
-        values += [
-            Value(
-                what=f"squared_error of {module}",
-                recorded=known.get("squared_error"),
-                found=error,
-                tolerance=TOLERANCE,
-                floor=ROUNDING * norm,
-            ),
-            Value(
-                what=f"relative_error of {module}",
-                recorded=known.get("relative_error"),
-                found=math.sqrt(error / norm) if norm else 0.0,
-                tolerance=TOLERANCE,
-                floor=math.sqrt(ROUNDING),
-            ),
-        ]
-        before = values[-2].recorded
-        if isinstance(before, float) and before:
-            worst = max(worst, abs(error - before) / before)
-        progress(done, len(matrices), module)
-    total = Value(
-        what="squared_error of all matrices",
-        recorded=target.metrics.get("squared_error"),
-        found=math.fsum(errors),
-        tolerance=TOLERANCE,
-        floor=1e-300,
-    )
-    summary = f"{len(matrices)} squared errors from disk, largest relative difference {worst:.0e}"
-    yield from target.compare("errors", [*values, total], summary)
-    yield from _check_rest(target, checkpoint, source, {matrix.tensor for matrix in places.values()})
-
-
-def squared_error(
-    checkpoint: Checkpoint, module: str, record: MatrixRecord, source: ModelInput, place: Matrix
-) -> tuple[float, float]:
-    """``||W - Q - L1 L2||_F^2`` and ``||W||_F^2`` of one matrix, with what is on disk."""
-    layer = LQLinear.from_stored(record, lambda part: checkpoint.read(f"{module}.{part}"))
-    weight_OI, factors = read_matrix(source, place).float(), layer.factors()
-    rest_OI = (
-        weight_OI - layer.quantized().dequantize()
-    )  # in the order of the decomposition: the same rounding
-    if factors is not None:
-        rest_OI = rest_OI - factors[0] @ factors[1]
-    return squared_norm(rest_OI), squared_norm(weight_OI)
-
-
-def _check_rest(
-    target: Target, checkpoint: Checkpoint, source: ModelInput, quantized: set[str]
-) -> Iterator[Finding]:
-    """What is not quantized is the source's, bit for bit."""
-    rest = [name for name in source.checkpoint.names if name not in quantized]
-    changed = [
-        n for n in rest if n in checkpoint and not _same(checkpoint.read(n), source.checkpoint.read(n))
-    ]
-    yield from (
-        target.differs("dense tensors", f"{name} is not that of the model before") for name in changed
-    )
-    missing = [name for name in rest if name not in checkpoint]
-    yield from (target.differs("dense tensors", f"{name} is missing") for name in missing)
-    if not changed and not missing:
-        yield target.ok("dense tensors", f"{len(rest)} tensors as in the model before")
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-
-
-def _model_input(target: Target) -> ModelInput:
+def source_model(target: Target) -> ModelInput:
+    """The model that the stage quantized."""
     checkpoint = Checkpoint(target.source or target.path)
     return ModelInput(
         name=checkpoint.path.name,

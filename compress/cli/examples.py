@@ -67,6 +67,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "verify": (
         "compress verify",
         "compress verify compress-run/02-quantize --json",
+        "compress verify --calibration",
     ),
     "bench": (
         "compress bench --list",

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from compress.errors import CompressError
 
-_MOST_DAMPING = 10.0
+DAMPING, MOST_DAMPING = 0.01, 10.0
+"""What is added to the diagonal of H, as a share of its mean: at first, and at most."""
 _STRIPE = 384
 """Columns of a whitened matrix that are computed at once, from the rows of the factor that are not zero there."""
 
@@ -73,7 +74,7 @@ class InputStatistics:
         return float(torch.linalg.vector_norm(self.whiten(error_OI), dim=1).double().square().sum())
 
 
-def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatistics:
+def input_statistics(gram_II: Tensor, *, damping: float = DAMPING) -> InputStatistics:
     """Factor the second moment of a matrix's inputs.
 
     Args:
@@ -101,7 +102,7 @@ def input_statistics(gram_II: Tensor, *, damping: float = 0.01) -> InputStatisti
         if not bool(failed):
             break
         damping *= 10
-        if damping > _MOST_DAMPING:
+        if damping > MOST_DAMPING:
             raise CompressError(
                 "The second moment of a matrix's inputs is not positive, whatever is added to its diagonal.",
                 "Use --dtype float32, or another text.",
