@@ -52,8 +52,9 @@ class FisherFiles:
             return
         windows = full_calibration(context, model.path, source, tokens=settings.calibration_tokens)
         folder.mkdir(exist_ok=True)
-        write_json(self._record, windows_record(windows))
+        record = windows_record(windows)
         for layer, found in fisher_layers(context, model, windows, device, dtype, missing):
+            write_json(self._record, record)  # not before there is something to go on from
             save_fisher(self._file(layer), found)
 
     @property

@@ -158,9 +158,15 @@ def test_kernels_that_were_not_built_are_a_problem(monkeypatch: pytest.MonkeyPat
 def test_kernels_on_a_gpu_say_how_products_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     device = CudaDevice(name="A GPU", memory=8 * 10**9, free=8 * 10**9, capability="9.0", bfloat16=True)
     monkeypatch.setattr(doctor_checks, "standing", lambda index: (True, "triton is installed"))
+    monkeypatch.setattr(doctor_checks, "native_standing", lambda index: (False, "99 KB are too few"))
+    native = found(doctor_checks.kernels((device,)), "CUDA C++ on cuda:0")
+    assert (native.value, native.why, native.state) == ("no", "99 KB are too few", "ok")
     finding = found(doctor_checks.kernels((device,)), "on cuda:0")
     assert (finding.value, finding.state) == ("triton", "ok")
-    assert "fused with the product up to 128 tokens, then dequantized slices of 32 MB" in finding.why
+    assert (
+        "CUDA C++ up to 64 tokens where it serves, decoding fused with the product by Triton up to 128 tokens, then "
+        in finding.why
+    )
     assert "measured on no GPU" in finding.why
     monkeypatch.setattr(
         doctor_checks, "standing", lambda index: (False, "compute capability 7.5 is below 8.0")
