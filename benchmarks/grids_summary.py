@@ -1,0 +1,119 @@
+"""Errors of matrices to figures: families at equal stored bits, and turns of an alternation, as means over matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+BUDGETS = (2.25, 2.5, 3.25, 4.25)
+"""Stored bits per weight of Q."""
+CLEAR = 0.05
+"""A family wins clearly when its error is lower by more than this share."""
+
+Found = Mapping[str, Mapping[str, Any]]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values))
+
+
+def at_bits(points: Sequence[tuple[float, float]], bits: float) -> float | None:
+    """The error at ``bits`` between two block sizes of one width: its logarithm is taken to be linear in bits.
+
+    Args:
+        points: Stored bits and error of each block size.
+        bits: Where.
+
+    Returns:
+        None where no two block sizes enclose ``bits``: nothing is extrapolated.
+    """
+    ordered = sorted(points)
+    for (low, first), (high, second) in pairwise(ordered):
+        if low <= bits <= high:
+            share = (bits - low) / (high - low)
+            return math.exp((1 - share) * math.log(first) + share * math.log(second))
+    return None
+
+
+def matrix_at_bits(menu: Found, family: str, stage: str, bits: float) -> float | None:
+    """Error of a matrix and family at ``bits`` of Q; the best width where several reach it.
+
+    Args:
+        menu: ``"3 bits, block 64"`` -> family -> its figures.
+        family: Which.
+        stage: Which error.
+        bits: Where.
+    """
+    points: dict[int, list[tuple[float, float]]] = {}
+    for name, families in menu.items():
+        figures = families.get(family, {})
+        if stage in figures:
+            points.setdefault(int(name.split()[0]), []).append((figures["bits"], figures[stage]))
+    reached = [error for of in points.values() if (error := at_bits(of, bits)) is not None]
+    return min(reached, default=None)
+
+
+def families_at(
+    rows: Found, menu: str, stage: str, bits: float, reference: str = "NormalFloat"
+) -> dict[str, Any]:
+    """Families at equal bits over all matrices that every family reaches ``bits`` on.
+
+    Args:
+        rows: Of matrices.
+        menu: Key of their errors.
+        stage: Which error.
+        bits: Of Q.
+        reference: Whose error is 1.
+
+    Returns:
+        ``matrices``, ``best`` (least mean), and of every family ``error`` (geometric mean relative to the reference)
+        and ``best_on`` (matrices on which it is best); without families where there is no such matrix.
+    """
+    every: list[dict[str, float]] = []
+    for row in rows.values():
+        names = {name for families in row.get(menu, {}).values() for name in families}
+        found = {name: matrix_at_bits(row[menu], name, stage, bits) for name in sorted(names)}
+        known = {name: error for name, error in found.items() if error is not None}
+        if known and len(known) == len(found):
+            every.append(known)
+    if not every:
+        return {"matrices": 0}
+    result: dict[str, Any] = {
+        name: {
+            "error": geometric_mean([errors[name] / errors[reference] for errors in every]),
+            "best_on": sum(min(errors, key=lambda key: errors[key]) == name for errors in every),
+        }
+        for name in every[0]
+    }
+    best = min(result, key=lambda name: result[name]["error"])
+    clear = sum(
+        errors["affine"] < (1 - CLEAR) * min(errors["NormalFloat"], errors["learned"]) for errors in every
+    )
+    return {**result, "best": best, "affine_clearly_best_on": clear, "matrices": len(every)}
+
+
+def turns_of(rows: Found, width: str, variant: str) -> dict[str, Any]:
+    """Means over matrices of every figure of the turns of one variant.
+
+    Errors are relative to what one pass reaches: the first turn that rounds first, after its factors.
+
+    Returns:
+        ``turn 1`` and so on -> figure -> mean; errors geometric, the others arithmetic.
+    """
+    made = [row["alternation"][width] for row in rows.values()]
+    result: dict[str, Any] = {}
+    start = variant.replace("factors first", "rounding first")
+    for turn in range(len(made[0][variant])):
+        figures: dict[str, float] = {}
+        for name in ("rounded", "fitted", "held_out"):
+            unit = "fitted" if name == "rounded" else name
+            figures[name] = geometric_mean([of[variant][turn][name] / of[start][0][unit] for of in made])
+        for name in ("taken", "could_take", "overlap", "range"):
+            values = [of[variant][turn][name] for of in made]
+            if None not in values:
+                figures[name] = math.fsum(values) / len(values)
+        result[f"turn {turn + 1}"] = figures
+    return result
