@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.benchmarks.grids_alternation import VARIANTS, all_variants
+from compress.benchmarks.grids_alternation import ONE_PASS, VARIANTS, all_variants
 from compress.benchmarks.grids_inputs import known_moments, off_the_grid, source_steps, weights_of
 from compress.benchmarks.grids_rounding import FAMILIES, measured
 from compress.benchmarks.grids_summary import BUDGETS, families_at, geometric_mean, turns_of
@@ -56,6 +56,7 @@ MENU = {(2, 16): 0, (2, 32): 8, (2, 64): 8, (3, 32): 8, (3, 64): 8, (4, 32): 8, 
 """Width and block size -> rank of the correction."""
 ON_GRID = ((3, 32), (3, 64), (4, 32), (4, 64))
 ON_GRID_FAMILIES = ("NormalFloat", "learned", "affine")
+ON_GRID_VARIANTS = (ONE_PASS, "feedback, factors first")
 WIDTHS, RANK, TURNS = (3, 4), 16, 5
 STAGES = {"": "descent", ", feedback alone": "feedback", ", rank 8": "corrected"}
 
@@ -105,18 +106,30 @@ def row_of(
         row["moved_by"] = float((wide_OI - weight_OI).norm() / weight_OI.norm())
         known = dict.fromkeys(ON_GRID if not quick else configs, 0)
         row["menu_on_grid"] = menu_of(weight_OI, statistics, held_out, known, ON_GRID_FAMILIES)
+        row["alternation_on_grid"] = turns_by_width(weight_OI, statistics, held_out, ON_GRID_VARIANTS, quick)
     row["menu"] = menu_of(wide_OI, statistics, held_out, configs, tuple(FAMILIES))
-    row["alternation"] = {
-        f"NF{bits}": all_variants(
-            wide_OI, QuantConfig(bits=bits), statistics, held_out, RANK, 2 if quick else TURNS
-        )
-        for bits in (WIDTHS[:1] if quick else WIDTHS)
-    }
+    row["alternation"] = turns_by_width(wide_OI, statistics, held_out, tuple(VARIANTS), quick)
     row["output_aware"] = {
         width: shipped(wide_OI, int(width[2:]), statistics, held_out) for width in row["alternation"]
     }
     figures: dict[str, Any] = rounded(row)
     return figures
+
+
+def turns_by_width(
+    wide_OI: Tensor,
+    statistics: InputStatistics,
+    held_out: InputStatistics,
+    names: tuple[str, ...],
+    quick: bool,
+) -> dict[str, Any]:
+    """The turns of some variants of NF3 and NF4."""
+    return {
+        f"NF{bits}": all_variants(
+            wide_OI, QuantConfig(bits=bits), statistics, held_out, RANK, 2 if quick else TURNS, names
+        )
+        for bits in (WIDTHS[:1] if quick else WIDTHS)
+    }
 
 
 def shipped(
@@ -152,14 +165,18 @@ def summarize(rows: Rows) -> None:
         at = families_at(found, "menu_on_grid", "descent", bits)
         if at["matrices"]:
             rows.put(f"at {bits:g} bits, on the source's grid", rounded(at))
+    on_grid = {name: row for name, row in found.items() if row["on_grid"]}
     for width in next(iter(found.values()))["alternation"]:
         for variant in VARIANTS:
-            rows.put(f"turns, {width}, {variant}", rounded(turns_of(found, width, variant)))
-        one_pass = "descent, rounding first"
+            unit = ONE_PASS if VARIANTS[variant][2] else "weight error, rounding first"
+            rows.put(f"turns, {width}, {variant}", rounded(turns_of(found, width, variant, unit)))
+        for variant in ON_GRID_VARIANTS if on_grid else ():
+            turns = turns_of(on_grid, width, variant, ONE_PASS, "alternation_on_grid")
+            rows.put(f"turns, {width}, {variant}, on the source's grid", rounded(turns))
         ratios = {
             name: geometric_mean(
                 [
-                    row["output_aware"][width][name] / row["alternation"][width][one_pass][0][name]
+                    row["output_aware"][width][name] / row["alternation"][width][ONE_PASS][0][name]
                     for row in found.values()
                 ]
             )
@@ -176,7 +193,7 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
             parts = [f"{f} {row[f]['error']:.3f} ({row[f]['best_on']})" for f in FAMILIES if f in row]
             lines.append(f"{name}: {', '.join(parts)}; best {row['best']}, of {row['matrices']} matrices")
     lines.append(
-        "turns: error after rounding > after new factors, one pass = 1; share the factors took of it,"
+        "turns: error after rounding > after new factors, one pass with feedback = 1; share the factors took of it,"
     )
     lines.append("and would have, had they nothing else to hold; overlap with the last error; ranges to W's")
     for name, row in rows.items():
@@ -188,9 +205,7 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
                     f"ranges {of['range']:.3f}"
                 )
         elif name.startswith("order"):
-            lines.append(
-                f"{name}: {row['fitted']:.3f} (held out {row['held_out']:.3f}) of one pass with descent"
-            )
+            lines.append(f"{name}: {row['fitted']:.3f} (held out {row['held_out']:.3f}) of one pass")
     return "\n".join(lines)
 
 

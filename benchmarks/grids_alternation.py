@@ -8,7 +8,7 @@ Shapes: O out, I in, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Literal
@@ -21,9 +21,10 @@ from compress.quantize.blockwise import quantize_dequantize, row_blocks
 from compress.quantize.config import QuantConfig
 from compress.quantize.hessian import InputStatistics, input_statistics
 
-How = Literal["plain", "feedback", "descent"]
+How = Literal["plain", "feedback", "both", "descent"]
 """``plain``: to the nearest entry, ranges to the largest weight. ``feedback``: searched ranges and error feedback, anew
-in every turn. ``descent``: feedback in the first turn, then the codes and scales there are, improved."""
+in every turn. ``both``: the same, and descent after it. ``descent``: feedback in the first turn, and in every turn the
+codes and scales there are, improved."""
 First = Literal["rounding", "factors"]
 """``rounding``: of W itself. ``factors``: of W itself, as LQ-LoRA begins; the first turn rounds what they leave."""
 
@@ -139,9 +140,9 @@ def _rounded(
     if how == "plain":
         return None, quantize_dequantize(left_OI, config)
     family = FAMILIES["NormalFloat"]
-    if how == "feedback" or known is None:
+    if how != "descent" or known is None:
         known = family.round(left_OI, config, statistics)
-    if how == "descent":
+    if how != "feedback":
         known = family.refine(left_OI, known, statistics)
     return known, known.values()
 
@@ -160,12 +161,16 @@ VARIANTS: dict[str, tuple[How, First, bool]] = {
     "plain, factors first": ("plain", "factors", True),
     "feedback, rounding first": ("feedback", "rounding", True),
     "feedback, factors first": ("feedback", "factors", True),
+    "feedback and descent, rounding first": ("both", "rounding", True),
+    "feedback and descent, factors first": ("both", "factors", True),
     "descent, rounding first": ("descent", "rounding", True),
     "descent, factors first": ("descent", "factors", True),
     "weight error, rounding first": ("plain", "rounding", False),
     "weight error, factors first": ("plain", "factors", False),
 }
 """Name -> how, what first, and whether the inputs count."""
+ONE_PASS = "feedback, rounding first"
+"""The variant whose first turn is the unit of errors of the outputs."""
 
 
 def all_variants(
@@ -175,10 +180,12 @@ def all_variants(
     held_out: InputStatistics,
     rank: int,
     turns: int,
+    names: Iterable[str] = tuple(VARIANTS),
 ) -> dict[str, list[dict[str, float | None]]]:
-    """The turns of every variant, as JSON values."""
+    """The turns of every variant (or of those named), as JSON values."""
     found = {}
-    for name, (how, first, weighed) in VARIANTS.items():
+    for name in names:
+        how, first, weighed = VARIANTS[name]
         known, other = statistics, held_out
         if not weighed:
             known = other = unweighted(wide_OI.shape[1])

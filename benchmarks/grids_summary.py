@@ -95,22 +95,26 @@ def families_at(
     return {**result, "best": best, "affine_clearly_best_on": clear, "matrices": len(every)}
 
 
-def turns_of(rows: Found, width: str, variant: str) -> dict[str, Any]:
+def turns_of(rows: Found, width: str, variant: str, unit: str, key: str = "alternation") -> dict[str, Any]:
     """Means over matrices of every figure of the turns of one variant.
 
-    Errors are relative to what one pass reaches: the first turn that rounds first, after its factors.
+    Args:
+        rows: Of matrices.
+        width: As ``NF3``.
+        variant: Which.
+        unit: The variant whose first turn, after its factors, errors are relative to.
+        key: Of the turns.
 
     Returns:
         ``turn 1`` and so on -> figure -> mean; errors geometric, the others arithmetic.
     """
-    made = [row["alternation"][width] for row in rows.values()]
+    made = [row[key][width] for row in rows.values()]
     result: dict[str, Any] = {}
-    start = variant.replace("factors first", "rounding first")
     for turn in range(len(made[0][variant])):
         figures: dict[str, float] = {}
         for name in ("rounded", "fitted", "held_out"):
-            unit = "fitted" if name == "rounded" else name
-            figures[name] = geometric_mean([of[variant][turn][name] / of[start][0][unit] for of in made])
+            one = "fitted" if name == "rounded" else name
+            figures[name] = geometric_mean([of[variant][turn][name] / of[unit][0][one] for of in made])
         for name in ("taken", "could_take", "overlap", "range"):
             values = [of[variant][turn][name] for of in made]
             if None not in values:

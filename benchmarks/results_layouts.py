@@ -172,14 +172,14 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 overlap_of_errors_2_and_1="turn 2/overlap",
                 ranges_in_turn_1="turn 1/range",
             ),
-            note="Rounding and factors in turns, errors relative to one pass (rounding, then factors) of the same kind of "
-            "rounding. `share taken`: of the error after rounding, by new factors; `could take`: by as many factors that "
-            "have nothing else to hold. `ranges`: largest weights of blocks of what is rounded, relative to W's.",
+            note="Rounding and factors in turns. Errors relative to one pass with feedback: rounding, then factors. "
+            "`share taken`: of the error after rounding, by new factors; `could take`: by as many that have nothing "
+            "else to hold. `ranges`: largest weights of blocks of what is rounded, relative to W's.",
         ),
         Layout(
             rows="order of .*",
             columns=_columns("number", error="fitted", held_out="held_out"),
-            note="What `compress quantize` does with these settings, relative to one pass with descent.",
+            note="What `compress quantize` does with these settings, relative to one pass with feedback.",
         ),
         Layout(
             rows="layer .*",
@@ -200,7 +200,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(
             rows=".*",
             columns=(*_PERPLEXITY, *_columns("number", mean_output_error="mean_output_error")),
-            note="NF3 and exact factors of rank 16 in every decoder matrix; they do not fit in 3 bits, and are no offer.",
+            note="NF3 and exact factors of rank 16 in every decoder matrix: to compare turns, not to be stored.",
         ),
     ),
     "solver": (

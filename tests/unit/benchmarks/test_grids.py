@@ -245,7 +245,7 @@ def test_a_matrix_that_lies_on_no_grid_is_left_as_it_is(tmp_path: Path) -> None:
     assert "at 3.25 bits: NormalFloat 1.000" in text
     assert "turns, NF3, feedback, rounding first, turn 1: " in text
     order = rows.get("order of compress quantize, NF3")
-    first = row["alternation"]["NF3"]["descent, rounding first"][0]
+    first = row["alternation"]["NF3"]["feedback, rounding first"][0]
     assert order["fitted"] == pytest.approx(row["output_aware"]["NF3"]["fitted"] / first["fitted"], rel=1e-4)
 
 

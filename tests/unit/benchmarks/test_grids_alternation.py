@@ -102,12 +102,12 @@ def test_means_of_turns_are_relative_to_one_pass() -> None:
         for scale in (1, 2)
     }
     assert set(rows["1"]["alternation"]["NF3"]) == set(VARIANTS)
-    found = turns_of(rows, "NF3", "plain, rounding first")
+    found = turns_of(rows, "NF3", "plain, rounding first", "plain, rounding first")
     assert found["turn 1"]["fitted"] == pytest.approx(1)
     one = rows["1"]["alternation"]["NF3"]["plain, rounding first"]
     assert found["turn 2"]["rounded"] == pytest.approx(one[1]["rounded"] / one[0]["fitted"], rel=1e-3)  # type: ignore[operator]
     assert "overlap" not in found["turn 1"]
-    start = turns_of(rows, "NF3", "plain, factors first")["turn 1"]["fitted"]
+    start = turns_of(rows, "NF3", "plain, factors first", "plain, rounding first")["turn 1"]["fitted"]
     factors = rows["1"]["alternation"]["NF3"]["plain, factors first"]
     assert start == pytest.approx(factors[0]["fitted"] / one[0]["fitted"], rel=1e-3)  # type: ignore[operator]
 
