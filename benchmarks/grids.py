@@ -28,10 +28,10 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.benchmarks.grids_alternation import ONE_PASS, VARIANTS, all_variants
+from compress.benchmarks.grids_alternation import VARIANTS, all_variants
 from compress.benchmarks.grids_inputs import known_moments, off_the_grid, source_steps, weights_of
 from compress.benchmarks.grids_rounding import FAMILIES, measured
-from compress.benchmarks.grids_summary import BUDGETS, families_at, geometric_mean, turns_of
+from compress.benchmarks.grids_summary import ON_GRID_VARIANTS, report, rounded, summarize
 from compress.benchmarks.protocol import LENGTH, Rows, calibration
 from compress.data.sources import load_text
 from compress.data.windows import token_windows
@@ -39,6 +39,7 @@ from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_tokenizer, resolve
 from compress.pipelines.dispatch import prepare_torch, quiet_libraries
+from compress.pipelines.identity import digest
 from compress.pipelines.measure import CALIBRATION_SEED
 from compress.pipelines.settings import Common
 from compress.quantize.config import FACTOR_8BIT, QuantConfig
@@ -56,9 +57,7 @@ MENU = {(2, 16): 0, (2, 32): 8, (2, 64): 8, (3, 32): 8, (3, 64): 8, (4, 32): 8, 
 """Width and block size -> rank of the correction."""
 ON_GRID = ((3, 32), (3, 64), (4, 32), (4, 64))
 ON_GRID_FAMILIES = ("NormalFloat", "learned", "affine")
-ON_GRID_VARIANTS = (ONE_PASS, "feedback, factors first")
 WIDTHS, RANK, TURNS = (3, 4), 16, 5
-STAGES = {"": "descent", ", feedback alone": "feedback", ", rank 8": "corrected"}
 
 
 def menu_of(
@@ -144,72 +143,8 @@ def shipped(
     }
 
 
-def rounded(value: Any) -> Any:
-    """Floats to six digits, which is more than errors in float32 have."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def summarize(rows: Rows) -> None:
-    """Put the means over all matrices beside them."""
-    found = {name: row for name, row in rows.rows.items() if name.startswith("layer ")}
-    for bits in BUDGETS:
-        for label, stage in STAGES.items():
-            for also, key in ((label, stage), (f"{label}, held out", f"{stage}_held_out")):
-                at = families_at(found, "menu", key, bits)
-                if at["matrices"]:
-                    rows.put(f"at {bits:g} bits{also}", rounded(at))
-        at = families_at(found, "menu_on_grid", "descent", bits)
-        if at["matrices"]:
-            rows.put(f"at {bits:g} bits, on the source's grid", rounded(at))
-    on_grid = {name: row for name, row in found.items() if row["on_grid"]}
-    for width in next(iter(found.values()))["alternation"]:
-        for variant in VARIANTS:
-            unit = ONE_PASS if VARIANTS[variant][2] else "weight error, rounding first"
-            rows.put(f"turns, {width}, {variant}", rounded(turns_of(found, width, variant, unit)))
-        for variant in ON_GRID_VARIANTS if on_grid else ():
-            turns = turns_of(on_grid, width, variant, ONE_PASS, "alternation_on_grid")
-            rows.put(f"turns, {width}, {variant}, on the source's grid", rounded(turns))
-        ratios = {
-            name: geometric_mean(
-                [
-                    row["output_aware"][width][name] / row["alternation"][width][ONE_PASS][0][name]
-                    for row in found.values()
-                ]
-            )
-            for name in ("fitted", "held_out")
-        }
-        rows.put(f"order of compress quantize, {width}", rounded(ratios))
-
-
-def report(rows: dict[str, dict[str, Any]]) -> str:
-    """The means as lines of text."""
-    lines = ["errors at equal stored bits, relative to NormalFloat (matrices a family is best on):"]
-    for name, row in rows.items():
-        if name.startswith("at "):
-            parts = [f"{f} {row[f]['error']:.3f} ({row[f]['best_on']})" for f in FAMILIES if f in row]
-            lines.append(f"{name}: {', '.join(parts)}; best {row['best']}, of {row['matrices']} matrices")
-    lines.append(
-        "turns: error after rounding > after new factors, one pass with feedback = 1; share the factors took of it,"
-    )
-    lines.append("and would have, had they nothing else to hold; overlap with the last error; ranges to W's")
-    for name, row in rows.items():
-        if name.startswith("turns, "):
-            for turn, of in row.items():
-                lines.append(
-                    f"{name}, {turn}: {of['rounded']:.3f} > {of['fitted']:.3f} (held out {of['held_out']:.3f}); "
-                    f"took {of['taken']:.3f} of {of['could_take']:.3f}; overlap {of.get('overlap', 0):.2f}; "
-                    f"ranges {of['range']:.3f}"
-                )
-        elif name.startswith("order"):
-            lines.append(f"{name}: {row['fitted']:.3f} (held out {row['held_out']:.3f}) of one pass")
-    return "\n".join(lines)
-
-
 def fill(
+    matrices: Rows,
     rows: Rows,
     model: Path,
     layers: list[int],
@@ -220,14 +155,14 @@ def fill(
     *,
     quick: bool,
 ) -> None:
-    """Make the rows of the matrices that are not there, then the means."""
+    """Make the rows of the matrices that are not there, then those of the record."""
     grams, others = (known_moments(model, layers, windows.ids, work) for windows in (train, other))
     for seed, (name, weight) in enumerate(weights_of(model, layers)):
         key = f"layer {name.replace('.', ', ', 1)}"
-        if not rows.has(key):
-            rows.put(key, row_of(weight, grams[name], others[name], seed, quick=quick))
+        if not matrices.has(key):
+            matrices.put(key, row_of(weight, grams[name], others[name], seed, quick=quick))
         say(f"{key}: done")
-    summarize(rows)
+    summarize(matrices.rows, rows)
 
 
 def layers_of(text: str, count: int) -> list[int]:
@@ -252,7 +187,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one layer, few tokens, 3 bits")
     parser.add_argument("--layers", help=f"numbers separated by commas; default: {LAYERS}")
     parser.add_argument("--model", help="default: the embedded model")
-    parser.add_argument("--work", type=Path, default=Path("grids-work"), help="folder for second moments")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("grids-work"),
+        help="folder for what a record leaves out: second moments, all figures of the matrices",
+    )
     parser.add_argument("--out", type=Path, default=Path("grids.json"))
     arguments = parser.parse_args()
     quiet_libraries()
@@ -274,7 +214,8 @@ def main() -> int:
             "quick": arguments.quick,
         }
         rows = Rows(arguments.out, identity)
-        fill(rows, path, layers, train, other, arguments.work, print, quick=arguments.quick)
+        matrices = Rows(arguments.work / f"matrices-{digest(identity)[:16]}.json", identity)
+        fill(matrices, rows, path, layers, train, other, arguments.work, print, quick=arguments.quick)
     except CompressError as error:
         print(f"error: {error.cause}\n{error.remedy}", file=sys.stderr)
         return error.exit_code

@@ -7,10 +7,18 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from compress.benchmarks.grids_alternation import ONE_PASS, VARIANTS
+from compress.benchmarks.grids_rounding import FAMILIES
+from compress.benchmarks.protocol import Rows
+
 BUDGETS = (2.25, 2.5, 3.25, 4.25)
 """Stored bits per weight of Q."""
 CLEAR = 0.05
 """A family wins clearly when its error is lower by more than this share."""
+STAGES = {"": "descent", ", feedback alone": "feedback", ", rank 8": "corrected"}
+"""Words after a budget -> the error that is compared."""
+ON_GRID_VARIANTS = (ONE_PASS, "feedback, factors first")
+"""Turns that are also taken from the weights as they are stored."""
 
 Found = Mapping[str, Mapping[str, Any]]
 
@@ -121,3 +129,81 @@ def turns_of(rows: Found, width: str, variant: str, unit: str, key: str = "alter
                 figures[name] = math.fsum(values) / len(values)
         result[f"turn {turn + 1}"] = figures
     return result
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits, which is more than errors in float32 have."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def summarize(found: Found, rows: Rows) -> None:
+    """Put the means over all matrices into the record, and of each matrix its errors at equal bits."""
+    for name, row in found.items():
+        equal = {
+            f"{bits:g} bits": {
+                family: {
+                    label: error
+                    for label, stage in (("rank 0", "descent"), ("rank 8", "corrected"))
+                    if (error := matrix_at_bits(row["menu"], family, stage, bits)) is not None
+                }
+                for family in FAMILIES
+            }
+            for bits in BUDGETS
+        }
+        short = {key: row[key] for key in ("weights", "on_grid", "moved_by") if key in row}
+        rows.put(name, rounded({**short, **equal}))
+    for bits in BUDGETS:
+        for label, stage in STAGES.items():
+            for also, key in ((label, stage), (f"{label}, held out", f"{stage}_held_out")):
+                at = families_at(found, "menu", key, bits)
+                if at["matrices"]:
+                    rows.put(f"at {bits:g} bits{also}", rounded(at))
+        at = families_at(found, "menu_on_grid", "descent", bits)
+        if at["matrices"]:
+            rows.put(f"at {bits:g} bits, on the source's grid", rounded(at))
+    on_grid = {name: row for name, row in found.items() if row["on_grid"]}
+    for width in next(iter(found.values()))["alternation"]:
+        for variant in VARIANTS:
+            unit = ONE_PASS if VARIANTS[variant][2] else "weight error, rounding first"
+            rows.put(f"turns, {width}, {variant}", rounded(turns_of(found, width, variant, unit)))
+        for variant in ON_GRID_VARIANTS if on_grid else ():
+            turns = turns_of(on_grid, width, variant, ONE_PASS, "alternation_on_grid")
+            rows.put(f"turns, {width}, {variant}, on the source's grid", rounded(turns))
+        ratios = {
+            name: geometric_mean(
+                [
+                    row["output_aware"][width][name] / row["alternation"][width][ONE_PASS][0][name]
+                    for row in found.values()
+                ]
+            )
+            for name in ("fitted", "held_out")
+        }
+        rows.put(f"order of compress quantize, {width}", rounded(ratios))
+
+
+def report(rows: dict[str, dict[str, Any]]) -> str:
+    """The means as lines of text."""
+    lines = ["errors at equal stored bits, relative to NormalFloat (matrices a family is best on):"]
+    for name, row in rows.items():
+        if name.startswith("at "):
+            parts = [f"{f} {row[f]['error']:.3f} ({row[f]['best_on']})" for f in FAMILIES if f in row]
+            lines.append(f"{name}: {', '.join(parts)}; best {row['best']}, of {row['matrices']} matrices")
+    lines.append(
+        "turns: error after rounding > after new factors, one pass with feedback = 1; share the factors took of it,"
+    )
+    lines.append("and would have, had they nothing else to hold; overlap with the last error; ranges to W's")
+    for name, row in rows.items():
+        if name.startswith("turns, "):
+            for turn, of in row.items():
+                lines.append(
+                    f"{name}, {turn}: {of['rounded']:.3f} > {of['fitted']:.3f} (held out {of['held_out']:.3f}); "
+                    f"took {of['taken']:.3f} of {of['could_take']:.3f}; overlap {of.get('overlap', 0):.2f}; "
+                    f"ranges {of['range']:.3f}"
+                )
+        elif name.startswith("order"):
+            lines.append(f"{name}: {row['fitted']:.3f} (held out {row['held_out']:.3f}) of one pass")
+    return "\n".join(lines)

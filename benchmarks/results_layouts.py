@@ -186,14 +186,11 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             columns=_columns("count", weights="weights")
             + _columns("percent", moved_off_the_grid_by="moved_by")
             + tuple(
-                Column(
-                    header=f"{name}, {bits} bits, block 64",
-                    path=("menu", f"{bits} bits, block 64", name, "descent"),
-                )
-                for bits in (2, 3, 4)
+                Column(header=f"{name}, {bits} bits", path=(f"{bits} bits", name, "rank 0"))
+                for bits in ("2.25", "3.25", "4.25")
                 for name in ("learned", "affine")
             ),
-            note="The matrices: errors relative to the outputs. Their bits differ: affine grids have zero points too.",
+            note="The matrices: errors relative to the outputs, at equal stored bits.",
         ),
     ),
     "grids perplexity": (

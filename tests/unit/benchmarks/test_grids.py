@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.benchmarks.grids import layers_of, menu_of, report, rounded, row_of, summarize
+from compress.benchmarks.grids import layers_of, menu_of, row_of
 from compress.benchmarks.grids_affine import affine_ranges, improved_steps, refine_affine, round_affine
 from compress.benchmarks.grids_inputs import (
     SOURCE_BLOCK,
@@ -21,7 +21,15 @@ from compress.benchmarks.grids_inputs import (
     weights_of,
 )
 from compress.benchmarks.grids_rounding import FAMILIES, measured
-from compress.benchmarks.grids_summary import at_bits, families_at, geometric_mean, matrix_at_bits
+from compress.benchmarks.grids_summary import (
+    at_bits,
+    families_at,
+    geometric_mean,
+    matrix_at_bits,
+    report,
+    rounded,
+    summarize,
+)
 from compress.benchmarks.protocol import Rows
 from compress.errors import UsageError
 from compress.model.load import load_model
@@ -239,8 +247,13 @@ def test_a_matrix_that_lies_on_no_grid_is_left_as_it_is(tmp_path: Path) -> None:
     assert not row["on_grid"]
     assert "menu_on_grid" not in row
     rows = Rows(tmp_path / "grids.json", {"benchmark": "grids"})
-    rows.put("layer 0, q", row)
-    summarize(rows)
+    summarize({"layer 0, q": row}, rows)
+    menu = row["menu"]
+    for family in FAMILIES:
+        found = rows.get("layer 0, q")["3.25 bits"][family]
+        assert found["rank 0"] == pytest.approx(matrix_at_bits(menu, family, "descent", 3.25), rel=1e-4)
+        assert found["rank 8"] == pytest.approx(matrix_at_bits(menu, family, "corrected", 3.25), rel=1e-4)
+        assert rows.get("layer 0, q")["4.25 bits"][family] == {}
     text = report(rows.rows)
     assert "at 3.25 bits: NormalFloat 1.000" in text
     assert "turns, NF3, feedback, rounding first, turn 1: " in text
