@@ -172,7 +172,8 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 overlap_of_errors_2_and_1="turn 2/overlap",
                 ranges_in_turn_1="turn 1/range",
             ),
-            note="Rounding and factors in turns. Errors relative to one pass with feedback: rounding, then factors. "
+            note="Rounding and factors in turns. Errors relative to one pass with feedback, rounding "
+            "then factors; `weight error`, in which the inputs do not count, to its own. "
             "`share taken`: of the error after rounding, by new factors; `could take`: by as many that have nothing "
             "else to hold. `ranges`: largest weights of blocks of what is rounded, relative to W's.",
         ),
