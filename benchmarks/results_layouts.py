@@ -140,6 +140,68 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             "and the seed; `full` is LoRA on the full model, `untuned` the full model as it was.",
         ),
     ),
+    "grids": (
+        Layout(
+            rows="at .*",
+            columns=tuple(
+                Column(header=name, path=(name, "error"))
+                for name in ("NormalFloat", "learned", "affine", "symmetric", "half steps")
+            )
+            + _columns("text", best="best")
+            + _columns(
+                "count",
+                affine_best_on="affine/best_on",
+                affine_more_than_5_percent_below_both_tables="affine_clearly_best_on",
+                matrices="matrices",
+            ),
+            note="Errors of the outputs at equal stored bits of Q, relative to NormalFloat, geometric means over the "
+            "matrices. `affine` has zero points, `symmetric` has none, `half steps` is evenly spaced without a zero.",
+        ),
+        Layout(
+            rows="turns, .*",
+            columns=_columns(
+                "number",
+                rounded_in_turn_1="turn 1/rounded",
+                factors_in_turn_1="turn 1/fitted",
+                rounded_in_turn_2="turn 2/rounded",
+                factors_in_turn_2="turn 2/fitted",
+                factors_in_turn_3="turn 3/fitted",
+                factors_in_turn_5="turn 5/fitted",
+                held_out_in_turn_5="turn 5/held_out",
+                share_taken_in_turn_2="turn 2/taken",
+                share_it_could_take="turn 2/could_take",
+                overlap_of_errors_2_and_1="turn 2/overlap",
+                ranges_in_turn_1="turn 1/range",
+            ),
+            note="Rounding and factors in turns. Errors relative to one pass with feedback, rounding "
+            "then factors; `weight error`, in which the inputs do not count, to its own. "
+            "`share taken`: of the error after rounding, by new factors; `could take`: by as many that have nothing "
+            "else to hold. `ranges`: largest weights of blocks of what is rounded, relative to W's.",
+        ),
+        Layout(
+            rows="order of .*",
+            columns=_columns("number", error="fitted", held_out="held_out"),
+            note="What `compress quantize` does with these settings, relative to one pass with feedback.",
+        ),
+        Layout(
+            rows="layer .*",
+            columns=_columns("count", weights="weights")
+            + _columns("percent", moved_off_the_grid_by="moved_by")
+            + tuple(
+                Column(header=f"{name}, {bits} bits", path=(f"{bits} bits", name, "rank 0"))
+                for bits in ("2.25", "3.25", "4.25")
+                for name in ("learned", "affine")
+            ),
+            note="The matrices: errors relative to the outputs, at equal stored bits.",
+        ),
+    ),
+    "grids perplexity": (
+        Layout(
+            rows=".*",
+            columns=(*_PERPLEXITY, *_columns("number", mean_output_error="mean_output_error")),
+            note="NF3 and exact factors of rank 16 in every decoder matrix: to compare turns, not to be stored.",
+        ),
+    ),
     "solver": (
         Layout(
             rows=".*",
