@@ -64,7 +64,7 @@ def dequantize_into(out: Tensor, matrix: TiledMatrix, row: int, column: int) -> 
     if not out.numel():
         return
     whole_rows = column == 0 and out.shape[1] == matrix.geometry.columns and out.is_contiguous()
-    if whole_rows and native.dequantizes(out.device, matrix.geometry, out.dtype):
+    if whole_rows and out.data_ptr() % 16 == 0 and native.dequantizes(out.device, matrix.geometry, out.dtype):
         native.dequantize_rows(out, matrix, row)
         return
     parts = -(-out.shape[0] // _ROWS), -(-out.shape[1] // (CHUNK * _CHUNKS))

@@ -363,7 +363,7 @@ def test_on_a_gpu_results_do_not_change_and_memory_is_what_was_counted(tmp_path:
     before = torch.cuda.memory_allocated(0)
     runs += [run(), run()]
     peak = torch.cuda.max_memory_allocated(0) - before
-    rounding = 8 * 512  # torch's allocator gives whole 512 bytes, and the windows are seven tensors at most
+    rounding = 8 * 512  # torch's allocator gives every tensor whole 512 bytes
     assert peak <= device_bytes(jobs, windows_of(jobs, 1 << 13)) + rounding
     for again in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(again, runs[0], strict=True))
