@@ -3,7 +3,8 @@
 ``python -m compress.benchmarks.loram [--quick] [--part table|masks] [--ratio 0.5] [--align-steps 400]
 [--train-steps 200] [--seeds 0] [--only NAMES]``
 
-Protocol. Model SmolLM2-135M-Instruct (dequantized baseline), float32 on every machine. All adapters see the same
+Protocol. Model SmolLM2-135M-Instruct (dequantized baseline), float32 on every machine (with
+``--tf32`` a GPU multiplies in TF32). All adapters see the same
 windows of the same rows of Dolly (training split; loss on the responses), with the same steps, rank 8, alpha 16, on
 every decoder linear. The small models lose ``--ratio`` of the decoder linear weights; the first four and last two
 layers stay whole. "rand" prunes at random, "stru" by gradients (taylor), without any repair; "aligned" goes on
@@ -33,10 +34,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.benchmarks.loram_rows import Bench, full_row, shared_row, small_row
+from compress.benchmarks.loram_rows import DTYPE, Bench, full_row, shared_row, small_row
 from compress.benchmarks.protocol import Rows
 from compress.errors import UsageError
 from compress.model.load import resolve
+from compress.pipelines.model_input import device_and_dtype
+from compress.pipelines.settings import Common
 
 TAKES = ("hours", "minutes")
 NEEDS = ("wikitext2",)
@@ -122,6 +125,8 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
         },
         windows=128,
         length=256,
+        device=device_and_dtype(Common(dtype=DTYPE))[0],
+        tf32=arguments.tf32,
     )
     if not arguments.quick:
         return bench
@@ -151,9 +156,12 @@ def main() -> int:
     parser.add_argument("--train-steps", type=int, default=200, help="of adapter training, 2048 tokens each")
     parser.add_argument("--seeds", default="0", help="of adapter training, separated by commas")
     parser.add_argument("--only", help="methods, separated by ;")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU, products of float32 in TF32")
     parser.add_argument("--work", type=Path, default=Path("loram-work"), help="where small models are kept")
     parser.add_argument("--out", type=Path, help="JSON file (default: loram-PART.json)")
     arguments = parser.parse_args()
+    if arguments.tf32:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "1"  # cuBLAS reads it, here and in the processes that train
     bench = bench_of(arguments)
     names = PARTS[arguments.part]
     if arguments.only:

@@ -61,6 +61,8 @@ class Bench:
         train: Settings of adapter training.
         windows: Windows that are scored.
         length: Their tokens.
+        device: Where losses are computed.
+        tf32: Whether a GPU multiplies in TF32.
         runner: Runs adapter training.
     """
 
@@ -74,6 +76,8 @@ class Bench:
     train: Mapping[str, Any]
     windows: int
     length: int
+    device: str = "cpu"
+    tf32: bool = False
     runner: Runner = in_fresh_process
 
     def identity(self) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class Bench:
             "dtype": DTYPE,
             "windows": self.windows,
             "length": self.length,
-        }
+        } | ({"tf32": True} if self.tf32 else {})
 
     def small_identity(self, kind: str) -> dict[str, Any]:
         """What a pruned model depends on."""
@@ -119,7 +123,7 @@ class Bench:
 
     def loss(self, model: Path, adapter: Path | None = None) -> float:
         """Mean loss on the held-out rows, nats per response token."""
-        network = load_model(model, dtype=torch.float32)
+        network = load_model(model, dtype=torch.float32, device=self.device)
         if adapter is not None:
             network = load_adapter(network, adapter)
         return mean_loss(network, self.held_out(), batch_size=4)
@@ -190,7 +194,8 @@ def small_row(bench: Bench, name: str, seed: int) -> dict[str, Any]:
     }
     masks = load_masks(adapter)
     if masks is not None:
-        network = load_adapter(load_model(bench.full, dtype=torch.float32), Path(recovered))
+        full = load_model(bench.full, dtype=torch.float32, device=bench.device)
+        network = load_adapter(full, Path(recovered))
         mask_adapters(network, masks)
         row["masked"] = mean_loss(network, bench.held_out(), batch_size=4)
     shutil.rmtree(run)

@@ -223,11 +223,11 @@ def main() -> int:
         moving = {"steps": 4, "warmup_steps": 0}
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = resolve(arguments.model)
+    device, dtype = device_and_dtype(Common(dtype=DTYPE))
     if arguments.moved:
-        model = moved_model(model, SOURCE, arguments.work, length=LENGTH, **moving)
+        model = moved_model(model, SOURCE, arguments.work, length=LENGTH, device=device, **moving)
         about = read_json(model / "moved.json")
         moved = {**about["identity"], "relative_change": about["relative_change"]}
-    device, dtype = device_and_dtype(Common(dtype=DTYPE))
     bench = Bench(
         model=model,
         work=arguments.work,

@@ -122,7 +122,9 @@ def same_for_all(
     )
 
 
-def moved_model(model: Path, source: str, work: Path, *, length: int, **given: Any) -> Path:
+def moved_model(
+    model: Path, source: str, work: Path, *, length: int, device: str = "cpu", **given: Any
+) -> Path:
     """A copy of ``model`` whose weights have left the grid they were once rounded to, by training all of them.
 
     Made once: a folder in ``work`` whose name follows from the model, the text and the settings. ``moved.json`` in it
@@ -133,6 +135,7 @@ def moved_model(model: Path, source: str, work: Path, *, length: int, **given: A
         source: Text source; its training split is read.
         work: Where the copy lies.
         length: Tokens of a training window.
+        device: Where it is trained.
         given: In place of what :data:`MOVING` says.
     """
     settings, before = {**MOVING, **given}, Checkpoint(model)
@@ -142,7 +145,7 @@ def moved_model(model: Path, source: str, work: Path, *, length: int, **given: A
         return folder
     tokens = settings["steps"] * settings["micro_batch"] * length
     windows = calibration(load_tokenizer(model), source, tokens, settings["seed"], length=length)
-    network = load_model(model, dtype=torch.float32).requires_grad_(True)
+    network = load_model(model, dtype=torch.float32, device=device).requires_grad_(True)
     result = fit(network, windows, FitConfig(**settings))
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)

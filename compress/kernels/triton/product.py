@@ -134,7 +134,8 @@ def _fused(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tup
         return y, none
     with torch.autocast(x.device.type, enabled=False):
         inner = torch.mm(x, factors[1].T, out_dtype=torch.float32)
-        return y.addmm_(inner.to(x.dtype), factors[0]), inner
+        # not addmm: for small ranks cuBLAS rounds the product once more before it adds
+        return y.add_(torch.mm(inner.to(x.dtype), factors[0], out_dtype=torch.float32)), inner
 
 
 def _add_shares(
