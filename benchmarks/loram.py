@@ -126,7 +126,6 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
         windows=128,
         length=256,
         device=device_and_dtype(Common(dtype=DTYPE))[0],
-        tf32=arguments.tf32,
     )
     if not arguments.quick:
         return bench
@@ -156,12 +155,9 @@ def main() -> int:
     parser.add_argument("--train-steps", type=int, default=200, help="of adapter training, 2048 tokens each")
     parser.add_argument("--seeds", default="0", help="of adapter training, separated by commas")
     parser.add_argument("--only", help="methods, separated by ;")
-    parser.add_argument("--tf32", action="store_true", help="on a GPU, products of float32 in TF32")
     parser.add_argument("--work", type=Path, default=Path("loram-work"), help="where small models are kept")
     parser.add_argument("--out", type=Path, help="JSON file (default: loram-PART.json)")
     arguments = parser.parse_args()
-    if arguments.tf32:
-        os.environ["NVIDIA_TF32_OVERRIDE"] = "1"  # cuBLAS reads it, here and in the processes that train
     bench = bench_of(arguments)
     names = PARTS[arguments.part]
     if arguments.only:

@@ -62,7 +62,6 @@ class Bench:
         windows: Windows that are scored.
         length: Their tokens.
         device: Where losses are computed.
-        tf32: Whether a GPU multiplies in TF32.
         runner: Runs adapter training.
     """
 
@@ -77,7 +76,6 @@ class Bench:
     windows: int
     length: int
     device: str = "cpu"
-    tf32: bool = False
     runner: Runner = in_fresh_process
 
     def identity(self) -> dict[str, Any]:
@@ -90,7 +88,7 @@ class Bench:
             "dtype": DTYPE,
             "windows": self.windows,
             "length": self.length,
-        } | ({"tf32": True} if self.tf32 else {})
+        }
 
     def small_identity(self, kind: str) -> dict[str, Any]:
         """What a pruned model depends on."""

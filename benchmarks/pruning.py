@@ -1,6 +1,6 @@
 """Structured pruning methods at the same size: perplexity before and after the same recovery training.
 
-``python -m compress.benchmarks.pruning [--quick] [--part table|headline] [--ratios 0.5,0.2] [--only NAMES] [--out F]``
+``python -m compress.benchmarks.pruning [--part table|headline] [--ratios 0.5,0.2] [--only NAMES] [--seeds N]``
 
 Protocol. Model SmolLM2-135M-Instruct (dequantized baseline). Every method sees the same calibration tokens of
 WikiText-2 train (one seed) and keeps the same number of groups in all layers, each by its own ranking; which share of
@@ -308,6 +308,7 @@ def main() -> int:
     parser.add_argument("--ratios", default="0.5,0.2")
     parser.add_argument("--no-recovery", action="store_true", help="only the rows before recovery training")
     parser.add_argument("--only", help="methods, separated by ;")
+    parser.add_argument("--seeds", help="separated by commas (default: 0; of headline: 0,1,2)")
     parser.add_argument("--control", action="store_true", help="also train the model that is not pruned")
     parser.add_argument(
         "--table", type=Path, default=Path("pruning-table.json"), help="where headline finds the two best"
@@ -317,9 +318,11 @@ def main() -> int:
     quiet_libraries()
     model = resolve(arguments.model)
     sizes: dict[str, Any] = {"calibration_tokens": CALIBRATION, "recovery_tokens": 100_352}
-    source, seeds = "wikitext2", [0]
-    if arguments.part == "headline":
-        source, seeds = "c4", [0, 1, 2]
+    source, headline = "wikitext2", arguments.part == "headline"
+    seeds = [int(part) for part in (arguments.seeds or ("0,1,2" if headline else "0")).split(",")]
+    suffixes = {seed: f" seed {seed}" if headline or len(seeds) > 1 else "" for seed in seeds}
+    if headline:
+        source = "c4"
         sizes |= {"test_length": 2048, "test_tokens": None}
     if arguments.quick:
         sizes |= {
@@ -347,7 +350,7 @@ def main() -> int:
             bench = bench_of(model, source, seed, Path(work) / "run", **sizes)
             if not rows.has("dense"):
                 rows.put("dense", {**bench.measured(model), "speed": bench.speed(model)})
-            control = f"dense {bench.recovery_tokens}{_suffix(seed, seeds)}"
+            control = f"dense {bench.recovery_tokens}{suffixes[seed]}"
             if arguments.control and not rows.has(control):
                 folder = Path(work) / "control"
                 folder.mkdir()
@@ -366,16 +369,12 @@ def main() -> int:
                         folder,
                         timed=timed,
                         recovery=not arguments.no_recovery,
-                        suffix=_suffix(seed, seeds),
+                        suffix=suffixes[seed],
                     )
                     shutil.rmtree(folder)
     for seed in seeds:
-        print(table(rows, ratios, int(sizes["recovery_tokens"]), _suffix(seed, seeds)))
+        print(table(rows, ratios, int(sizes["recovery_tokens"]), suffixes[seed]))
     return 0
-
-
-def _suffix(seed: int, seeds: list[int]) -> str:
-    return f" seed {seed}" if len(seeds) > 1 else ""
 
 
 if __name__ == "__main__":
