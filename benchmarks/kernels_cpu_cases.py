@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,7 +130,9 @@ def _bitsandbytes(shape: tuple[int, int]) -> Any:
     return layer.to("cpu").eval()
 
 
+@cache
 def _hqq(shape: tuple[int, int]) -> Any:
+    """One that others are copies of: quantizing takes it tens of seconds."""
     library = import_module("hqq.core.quantize")
     library.HQQLinear.set_backend(library.HQQBackend.PYTORCH)
     config = library.BaseQuantizeConfig(nbits=4, group_size=GROUP, axis=1)
@@ -155,7 +158,7 @@ def linear_case(shape: tuple[int, int], tokens: int, peers: Collection[str]) -> 
     if "bitsandbytes" in peers:
         made["bitsandbytes"] = _turns(lambda: partial(_bitsandbytes(shape), x), half_byte)
     if "hqq" in peers:
-        made["hqq"] = _turns(lambda: partial(_hqq(shape), x), half_byte)
+        made["hqq"] = _turns(lambda: partial(deepcopy(_hqq(shape)), x), half_byte)
     return made
 
 
