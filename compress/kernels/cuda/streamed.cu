@@ -31,6 +31,21 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
 __device__ __forceinline__ void copy_4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ uint2 shared_two(u32 at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ u32 shared_short(u32 at) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ u32 shared_byte(u32 at) {
+  u16 v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=h"(v) : "r"(at));
+  return v;
+}
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ u32 rank_in_cluster() {
@@ -38,8 +53,8 @@ __device__ __forceinline__ u32 rank_in_cluster() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ float4 read_of(u32 at, u32 rank) {
   float4 v;
   u32 there;
@@ -67,86 +82,95 @@ struct Item {
 
 // As two_scale_codes, from shared memory.
 template <int SCALE_BITS>
-__device__ __forceinline__ u32 scale_codes_at(const u8* base, int g) {
-  if (SCALE_BITS == 8) return reinterpret_cast<const u16*>(base)[g];
+__device__ __forceinline__ u32 scale_codes_at(u32 base, int g) {
+  if (SCALE_BITS == 8) return shared_short(base + 2 * g);
   if (SCALE_BITS == 4) {
-    u32 byte = base[g];
+    u32 byte = shared_byte(base + g);
     return (byte & 15) | ((byte >> 4) << 8);
   }
-  u32 pairs = base[g >> 1] >> (4 * (g & 1));
+  u32 pairs = shared_byte(base + (g >> 1)) >> (4 * (g & 1));
   u32 found = (pairs & 3) | (((pairs >> 2) & 3) << 8);
   if (SCALE_BITS == 3) {
-    u32 high = base[4 + (g >> 2)] >> (2 * (g & 3));
+    u32 high = shared_byte(base + 4 + (g >> 2)) >> (2 * (g & 3));
     found |= ((high & 1) << 2) | (((high >> 1) & 1) << 10);
   }
   return found;
 }
 
-// As fill_table, by 16 bytes. An entry of 2 bits is all four codes of a byte: a pair of the even octet, one of the odd.
+// As fill_table, by 16 bytes. An entry of 2 bits is all four codes of a byte: the even octet's pair, then the odd one's.
 template <int BITS, int WARPS>
 __device__ __forceinline__ void fill_table_fast(u8* table, float mine, const float* from, int warp, int lane) {
   constexpr int LAST = (1 << BITS) - 1, AT_ONCE = BITS == 2 ? 2 : 4, LANES = 32 / AT_ONCE;
+  int shift = BITS == 2 ? lane / 8 % 2 * 2 : 0;
 #pragma unroll
   for (int i = 0; i < 256 / (AT_ONCE * WARPS); ++i) {
     int entry = AT_ONCE * (warp + i * WARPS) + lane / LANES;
-    uint4 held;
+    float low, high = 0.f;
     if (BITS == 8) {
-      held.x = held.y = held.z = held.w = bf16_pair(__ldg(from + entry), 0.f);
+      low = __ldg(from + entry);
     } else {
-      auto code = [&](int shift) { return __shfl_sync(0xffffffffu, mine, (entry >> shift) & LAST); };
-      held.x = bf16_pair(code(0), code(4));
-      held.y = BITS == 2 ? bf16_pair(code(2), code(6)) : held.x;
-      held.z = held.x, held.w = held.y;
+      low = __shfl_sync(0xffffffffu, mine, (entry >> shift) & 15 & LAST);
+      high = __shfl_sync(0xffffffffu, mine, (entry >> (4 + shift)) & LAST);
     }
-    *reinterpret_cast<uint4*>(table + entry * 256 + (lane % LANES) * 16) = held;
+    u32 pair = bf16_pair(low, high);
+    *reinterpret_cast<uint4*>(table + entry * 256 + (lane % LANES) * 16) = make_uint4(pair, pair, pair, pair);
   }
 }
 
-// Of 2 bits: the four pairs of two bytes, whose places in the word are in the selectors.
-__device__ __forceinline__ void look_up_bytes(u32 (&pairs)[4], u32 word, const u32 (&selectors)[2], u32 entry) {
+// Of 2 bits: the four pairs of two bytes; `selector` says where the first is.
+__device__ __forceinline__ void look_up_bytes(u32 (&pairs)[4], u32 word, u32 selector, u32 entry) {
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
-    asm("ld.shared.v2.b32 {%0,%1}, [%2];"
-        : "=r"(pairs[j]), "=r"(pairs[2 + j])
-        : "r"(__byte_perm(word, entry, selectors[j])));
+  for (int j = 0; j < 2; ++j) {
+    u32 at = __byte_perm(word, entry, selector + 16 * j);
+    asm("ld.shared.b32 %0, [%1];" : "=r"(pairs[j]) : "r"(at));
+    asm("ld.shared.b32 %0, [%1+128];" : "=r"(pairs[2 + j]) : "r"(at));
+  }
 }
+
+// An item in registers: codes, steps and scale codes of this lane's two rows.
+template <int BITS, int SCALE_BITS, int PER_BLOCK, int WARPS>
+struct Held {
+  using I = Item<BITS, SCALE_BITS, PER_BLOCK, WARPS>;
+  uint2 words[U][I::WORDS];
+  uint2 steps[I::BLOCKS];
+  u32 scale_codes[I::BLOCKS];
+};
 
 // What a warp will fetch next; slots are filled in the order in which they are read.
 template <int BITS, int SCALE_BITS, int WARPS, int PER_BLOCK, bool EVEN>
 struct Producer {
   using I = Item<BITS, SCALE_BITS, PER_BLOCK, WARPS>;
-  const u8* codes;  // of the next item, this lane's
-  const u8* scales;
-  int step;  // row times blocks, and block, of this lane's step
-  int base, last, per, count, stage, r;
+  u32 codes, scales;  // bytes before this lane's of the next item; a matrix has less than 4 GB
+  int step;           // row times blocks, and block, of this lane's step
+  int base, last, per, stage, r;
 
   __device__ __forceinline__ void place(const Matrix& m, int lane) {
     int tile = base + r;
-    codes = reinterpret_cast<const u8*>(m.codes) + ((size_t)tile * m.chunks + stage * U) * (BITS * 64) + lane * 16;
-    size_t begin = ((size_t)tile * m.blocks + stage * I::BLOCKS) * (2 * SCALE_BITS);
-    scales = m.scale_codes + begin + lane * 4;
-    step = (tile * 16 + (lane & 15)) * m.blocks + stage * I::BLOCKS + (lane >> 4);
+    codes = (tile * m.chunks + stage * U) * (BITS * 64) + lane * 16;
+    scales = (tile * m.blocks + stage * I::BLOCKS) * (2 * SCALE_BITS) + min(lane, I::SCALES - 1) * 4;
+    step = (tile * 16 + (lane & 15)) * m.blocks + stage * I::BLOCKS + (I::BLOCKS > 1 ? lane >> 4 : 0);
   }
-  __device__ __forceinline__ void fill(const Matrix& m, u32 to, int stages, int warp, int lane) {
+  // Where this lane's codes, step and scale codes go. Lanes that are left over do as others do: no branch.
+  __device__ __forceinline__ void fill(
+      const Matrix& m, u32 codes_to, u32 steps_to, u32 scales_to, int stages, int warp, int lane) {
     if (base < last) {
+      const u8* from = reinterpret_cast<const u8*>(m.codes) + codes;
       int bytes = EVEN ? I::CODES : min(U, m.chunks - stage * U) * (BITS * 64);
 #pragma unroll
       for (int k = 0; k < I::CODES; k += 512)
-        if ((I::CODES % 512 == 0 && EVEN) || k + lane * 16 < bytes) copy_16(to + k + lane * 16, codes + k);
+        if ((I::CODES % 512 == 0 && EVEN) || k + lane * 16 < bytes) copy_16(codes_to + k, from + k);
 #pragma unroll
       for (int k = 0; k < I::BLOCKS; k += 2) {
         int at = step + k;
         if (!EVEN) {
-          int block = min(stage * I::BLOCKS + (lane >> 4) + k, m.blocks - 1);
+          int block = min(stage * I::BLOCKS + (I::BLOCKS > 1 ? lane >> 4 : 0) + k, m.blocks - 1);
           at = min((base + r) * 16 + (lane & 15), m.rows - 1) * m.blocks + block;
         }
-        if (I::BLOCKS > 1 || lane < 16) copy_4(to + I::CODES + k * 64 + lane * 4, m.steps + (at >> m.shift));
+        copy_4(steps_to + k * 64, m.steps + (at >> m.shift));
       }
-      const u8* word = scales;
-      if (SCALE_BITS == 3) word = reinterpret_cast<const u8*>(reinterpret_cast<size_t>(scales) & ~(size_t)3);
-      if (lane < I::SCALES && (EVEN || word < m.scale_codes + (size_t)m.tiles * m.blocks * (2 * SCALE_BITS)))
-        copy_4(to + I::CODES + I::STEPS + lane * 4, word);
-      if (++r < count) {
+      u32 word = SCALE_BITS == 3 ? scales & ~3u : scales;
+      if (EVEN || word < (u32)m.tiles * m.blocks * (2 * SCALE_BITS)) copy_4(scales_to, m.scale_codes + word);
+      if (++r < per && base + r < last) {
         codes += m.chunks * (BITS * 64);
         scales += m.blocks * (2 * SCALE_BITS);
         step += m.blocks * 16;
@@ -156,7 +180,6 @@ struct Producer {
         if (stage >= stages) {
           stage = warp;
           base += per;
-          count = min(per, last - base);
         }
         place(m, lane);
       }
@@ -179,11 +202,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int stages = (m.chunks + U - 1) / U;
   u32 start = (u32)__cvta_generic_to_shared(shared), table = table_address(shared);
-  u32 entry = table | (lane * (BITS == 2 ? 8 : 4));
-  u32 selectors[2] = {0x7604u | (32 * (t & 1)), 0x7614u | (32 * (t & 1))};
+  u32 entry = table | (lane * 4);
+  u32 selector = 0x7604u | (32 * (t & 1));
   u8* table_at = shared + (table - start);
   u32 ring = table + 65536 + warp * I::RING;
-  const u8* ring_at = table_at + 65536 + warp * I::RING;
+  u32 codes_to = ring + lane * 16, steps_to = ring + I::CODES + (I::BLOCKS > 1 ? lane : lane & 15) * 4;
+  u32 scales_to = ring + I::CODES + I::STEPS + min(lane, I::SCALES - 1) * 4;
+  u32 words_at = ring + g * 8 + (BITS == 4 ? t * 64 : BITS == 8 ? t * 128 : (t >> 1) * 64);
+  u32 steps_at = ring + I::CODES + g * 8, scales_at = ring + I::CODES + I::STEPS;
+  if (SCALE_BITS == 8) scales_at += 2 * g;
+  asm volatile("" : "+r"(codes_to), "+r"(steps_to), "+r"(scales_to));  // keep them in registers
+  asm volatile("" : "+r"(words_at), "+r"(steps_at), "+r"(scales_at));
 
   int each = m.tiles / gridDim.x, plain = gridDim.x - (m.tiles - each * gridDim.x), over = (int)blockIdx.x - plain;
   int first = blockIdx.x * each + max(0, over), last = first + each + (over >= 0), per = last - first;
@@ -215,13 +244,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   }
 
   Producer<BITS, SCALE_BITS, WARPS, PER_BLOCK, EVEN> p;
-  p.base = warp < stages ? first : last, p.last = last, p.per = per, p.count = min(per, last - first);
+  p.base = warp < stages ? first : last, p.last = last, p.per = per;
   p.stage = warp, p.r = 0;
   p.place(m, lane);
   float mine = BITS == 8 ? 0.f : __ldg(m.table + (lane & ((1 << BITS) - 1)));
   float offset = __ldg(m.offset);
+  auto fill = [&](u32 slot) { p.fill(m, codes_to + slot, steps_to + slot, scales_to + slot, stages, warp, lane); };
 #pragma unroll 1
-  for (int slot = 0; slot < I::SLOTS; ++slot) p.fill(m, ring + slot * I::BYTES, stages, warp, lane);
+  for (u32 slot = 0; slot < I::RING; slot += I::BYTES) fill(slot);
   if (LOW_RANK)
     for (int k = threadIdx.x; k < rank * (last - first); k += WARPS * 32) {
       int row = (first + k / rank) * 16;
@@ -314,7 +344,34 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   __syncthreads();
   asm volatile("" : "+r"(entry)::"memory");  // no look-up before the table is there
 
+  // Takes the next item of the ring, of a tile and stage, into registers, and has its slot filled. Of few tokens there
+  // are registers to take one while another is computed.
+  constexpr bool AHEAD = TOKEN_TILES == 1;
   u32 slot = 0;  // its place in the ring
+  auto take = [&](Held<BITS, SCALE_BITS, PER_BLOCK, WARPS>& item, int tile, int stage) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(I::SLOTS - 1) : "memory");
+    __syncwarp();
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      u32 at = words_at + slot + u * (BITS * 64);
+      item.words[u][0] = shared_two(at);
+      if (BITS == 8) item.words[u][I::WORDS - 1] = shared_two(at + 64);
+      if (BITS == 3) item.words[u][I::WORDS - 1] = shared_two(at + 128 - (t >> 1) * 64);
+    }
+    int odd = SCALE_BITS == 3 ? (int)(((size_t)tile * m.blocks + stage * I::BLOCKS) & 1) * 2 : 0;
+#pragma unroll
+    for (int block = 0; block < I::BLOCKS; ++block) {
+      item.steps[block] = shared_two(steps_at + slot + block * 64);
+      item.scale_codes[block] =
+          scale_codes_at<SCALE_BITS>(scales_at + slot + odd + block * (2 * SCALE_BITS), SCALE_BITS == 8 ? 0 : g);
+    }
+    __syncwarp();
+    fill(slot);
+    slot += I::BYTES;
+    if (slot == I::RING) slot = 0;
+  };
+  Held<BITS, SCALE_BITS, PER_BLOCK, WARPS> held[2];
+  if (AHEAD && warp < stages && first < last) take(held[0], first, warp);
   for (int base = first; base < last; base += per) {
     int count = min(per, last - base);
     float acc[R][TOKEN_TILES][4] = {};
@@ -339,36 +396,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (r < count) {
-          const u8* at = ring_at + slot;
-          asm volatile("cp.async.wait_group %0;" ::"n"(I::SLOTS - 1) : "memory");
-          __syncwarp();
-          uint2 words[U][I::WORDS];
-#pragma unroll
-          for (int u = 0; u < U; ++u) {
-            const u8* of = at + u * (BITS * 64) + g * 8;
-            if (BITS == 4) {
-              words[u][0] = *reinterpret_cast<const uint2*>(of + t * 64);
-            } else if (BITS == 8) {
-              words[u][0] = *reinterpret_cast<const uint2*>(of + t * 128);
-              words[u][I::WORDS - 1] = *reinterpret_cast<const uint2*>(of + t * 128 + 64);
-            } else {
-              words[u][0] = *reinterpret_cast<const uint2*>(of + (t >> 1) * 64);
-              if (BITS == 3) words[u][I::WORDS - 1] = *reinterpret_cast<const uint2*>(of + 128);
-            }
+          auto& now = held[AHEAD ? r & 1 : 0];
+          if (AHEAD) {
+            bool same = r + 1 < count, on = stage + WARPS < stages;
+            take(held[~r & 1], same ? base + r + 1 : on ? base : base + per, same ? stage : on ? stage + WARPS : warp);
+          } else {
+            take(now, base + r, stage);
           }
-          float scales[I::BLOCKS][2];
-          int odd = SCALE_BITS == 3 ? (int)(((size_t)(base + r) * m.blocks + stage * I::BLOCKS) & 1) * 2 : 0;
-#pragma unroll
-          for (int block = 0; block < I::BLOCKS; ++block) {
-            float2 steps = *reinterpret_cast<const float2*>(at + I::CODES + block * 64 + g * 8);
-            u32 codes = scale_codes_at<SCALE_BITS>(at + I::CODES + I::STEPS + odd + block * (2 * SCALE_BITS), g);
-            scales[block][0] = offset + (float)(codes & 255) * steps.x;
-            scales[block][1] = offset + (float)(codes >> 8) * steps.y;
-          }
-          __syncwarp();
-          p.fill(m, ring + slot, stages, warp, lane);
-          slot += I::BYTES;
-          if (slot == I::RING) slot = 0;
 #pragma unroll
           for (int block = 0; block < I::BLOCKS; ++block) {
             float sums[TOKEN_TILES][4];
@@ -377,11 +411,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
               int u = block * PER_BLOCK + c;
               u32 a[4], d[4];
               if (BITS == 2) {
-                look_up_bytes(a, words[u][0].x, selectors, entry);
-                look_up_bytes(d, words[u][0].y, selectors, entry);
+                look_up_bytes(a, now.words[u][0].x, selector, entry);
+                look_up_bytes(d, now.words[u][0].y, selector, entry);
               } else {
-                look_up<BITS>(a, words[u][0].x, words[u][I::WORDS - 1].x, t, entry);
-                look_up<BITS>(d, words[u][0].y, words[u][I::WORDS - 1].y, t, entry);
+                look_up<BITS>(a, now.words[u][0].x, now.words[u][I::WORDS - 1].x, t, entry);
+                look_up<BITS>(d, now.words[u][0].y, now.words[u][I::WORDS - 1].y, t, entry);
               }
 #pragma unroll
               for (int n = 0; n < TOKEN_TILES; ++n) {
@@ -392,13 +426,16 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
                 add_product(sums[n], a[2], d[2], a[3], d[3], b[n][u].z, b[n][u].w);
               }
             }
+            float scales[2] = {offset + (float)(now.scale_codes[block] & 255) * __uint_as_float(now.steps[block].x),
+                               offset + (float)(now.scale_codes[block] >> 8) * __uint_as_float(now.steps[block].y)};
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
-              for (int k = 0; k < 4; ++k) acc[r][n][k] += sums[n][k] * scales[block][k >> 1];
+              for (int k = 0; k < 4; ++k) acc[r][n][k] += sums[n][k] * scales[k >> 1];
           }
         }
       }
+      if (AHEAD && (count & 1)) held[0] = held[1];
     }
     if (LOW_RANK) {
       // A warp multiplies 16 ranks; where there are fewer than warps, several share the tiles of the same ones.
