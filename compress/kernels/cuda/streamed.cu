@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     const u16* __restrict__ right, float* inner_sums, int rank) {
   extern __shared__ __align__(1024) u8 shared[];
   using I = Item<BITS, SCALE_BITS, PER_BLOCK, WARPS>;
+  constexpr bool AHEAD = TOKEN_TILES == 1;
   constexpr int T = TOKEN_TILES * 8, GROUPS = 4, PART = TOKEN_TILES > 1 ? 2 : 4;  // of 16 ranks
   constexpr int FIT = 49152 / (WARPS * 64 * T), ROUND = R < FIT ? R : FIT, WIDTH = 16 * ROUND;
   constexpr int SUMS = LOW_RANK && WIDTH < 16 * PART ? 16 * PART : WIDTH;  // of a warp and token
@@ -346,7 +347,48 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
 
   // Takes the next item of the ring, of a tile and stage, into registers, and has its slot filled. Of few tokens there
   // are registers to take one while another is computed.
-  constexpr bool AHEAD = TOKEN_TILES == 1;
+  // A warp multiplies 16 ranks; where there are fewer than warps, several share the tiles of the same ones.
+  int groups = padded / 16, power = groups > 8 ? 0 : groups > 4 ? 1 : groups > 2 ? 2 : groups > 1 ? 3 : 4;
+  int group = warp >> power, sharing = (1 << power) - 1, lead = warp & sharing;
+  u32 high[TOKEN_TILES][2], low[TOKEN_TILES][2];  // 16 inner sums of a token, in two parts
+  auto gather = [&] {
+    if (group < groups) {
+      int from = group * 16 + 4 * t;
+#pragma unroll
+      for (int n = 0; n < TOKEN_TILES; ++n) {
+        float f[4] = {};
+        int token = n * 8 + g;
+        u32 at = inner_at((min(token, tokens - 1) * padded + from) >> 2);
+#pragma unroll
+        for (u32 s = 0; s < CLUSTER; ++s) {
+          float4 v = read_of(at, s);
+          f[0] += v.x, f[1] += v.y, f[2] += v.z, f[3] += v.w;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (from + k >= rank) f[k] = 0.f;
+        if (blockIdx.x == gridDim.x - 1 && lead == 0 && token < tokens)
+          for (int k = 0; k < 4; ++k)
+            if (from + k < rank) inner_sums[(size_t)token * rank + from + k] = f[k];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          high[n][h] = bf16_pair(f[2 * h], f[2 * h + 1]);
+          float rest = f[2 * h] - low_of(high[n][h]), also = f[2 * h + 1] - high_of(high[n][h]);
+          low[n][h] = bf16_pair(rest == rest ? rest : 0.f, also == also ? also : 0.f);  // inf less inf
+        }
+      }
+    }
+    __syncwarp();
+  };
+  // Once all blocks of the cluster have their sums, which have time until the second stage. Many tokens' stay there until
+  // they are needed, for want of registers.
+  bool joined = false;
+  auto join = [&] {
+    joined = true;
+    cluster_wait();
+    if (AHEAD) gather();
+    if (AHEAD) cluster_arrive();
+  };
   u32 slot = 0;  // its place in the ring
   auto take = [&](Held<BITS, SCALE_BITS, PER_BLOCK, WARPS>& item, int tile, int stage) {
     asm volatile("cp.async.wait_group %0;" ::"n"(I::SLOTS - 1) : "memory");
@@ -376,6 +418,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     int count = min(per, last - base);
     float acc[R][TOKEN_TILES][4] = {};
     for (int stage = warp; stage < stages; stage += WARPS) {
+      if (LOW_RANK && !joined && stage != warp) join();
       uint4 b[TOKEN_TILES][U];
 #pragma unroll
       for (int n = 0; n < TOKEN_TILES; ++n)
@@ -438,46 +481,20 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
       if (AHEAD && (count & 1)) held[0] = held[1];
     }
     if (LOW_RANK) {
-      // A warp multiplies 16 ranks; where there are fewer than warps, several share the tiles of the same ones.
-      int groups = padded / 16, power = groups > 8 ? 0 : groups > 4 ? 1 : groups > 2 ? 2 : groups > 1 ? 3 : 4;
-      int group = warp >> power, sharing = (1 << power) - 1, lead = warp & sharing;
-      if (base == first) cluster_wait();
+      if (!joined) join();
+      if (!AHEAD) gather();
       if (group < groups) {
-        u32 high[TOKEN_TILES][2], low[TOKEN_TILES][2];  // 16 inner sums of a token, in two parts
-        int from = group * 16 + 4 * t;
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-          float f[4] = {};
-          int token = n * 8 + g;
-          u32 at = inner_at((min(token, tokens - 1) * padded + from) >> 2);
-#pragma unroll
-          for (u32 s = 0; s < CLUSTER; ++s) {
-            float4 v = read_of(at, s);
-            f[0] += v.x, f[1] += v.y, f[2] += v.z, f[3] += v.w;
-          }
-#pragma unroll
-          for (int k = 0; k < 4; ++k)
-            if (from + k >= rank) f[k] = 0.f;
-          if (blockIdx.x == gridDim.x - 1 && base == first && lead == 0 && token < tokens)  // it has a tile
-            for (int k = 0; k < 4; ++k)
-              if (from + k < rank) inner_sums[(size_t)token * rank + from + k] = f[k];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            high[n][h] = bf16_pair(f[2 * h], f[2 * h + 1]);
-            float rest = f[2 * h] - low_of(high[n][h]), also = f[2 * h + 1] - high_of(high[n][h]);
-            low[n][h] = bf16_pair(rest == rest ? rest : 0.f, also == also ? also : 0.f);  // inf less inf
-          }
-        }
+        int from = group * 16 + 4 * t, row = base * 16 + 2 * g;
+        asm volatile("" : "+r"(from), "+r"(row));  // addresses are not worth registers all along
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           if (r < count && (r & sharing) == lead) {
             u32 factor[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              int at = from + k, row = (base + r) * 16 + 2 * g;
               factor[k] = 0;
-              if (at < rank && row < m.rows)
-                factor[k] = __ldg(reinterpret_cast<const u32*>(left + (size_t)at * m.rows + row));
+              if (from + k < rank && row + r * 16 < m.rows)
+                factor[k] = __ldg(reinterpret_cast<const u32*>(left + (size_t)(from + k) * m.rows + row + r * 16));
             }
             u32 a0 = __byte_perm(factor[0], factor[1], 0x5410), a1 = __byte_perm(factor[0], factor[1], 0x7632);
             u32 a2 = __byte_perm(factor[2], factor[3], 0x5410), a3 = __byte_perm(factor[2], factor[3], 0x7632);
@@ -517,9 +534,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
       }
     }
   }
-  if (LOW_RANK) {  // no block ends while others may read its sums
-    if (first == last) cluster_wait();
-    cluster_arrive();
-    cluster_wait();
+  if (LOW_RANK) {
+    if (!joined) join();
+    if (!AHEAD) cluster_arrive();
+    cluster_wait();  // no block ends while others may read its sums
   }
 }
