@@ -1,8 +1,9 @@
 """Products of few tokens on devices of compute capability 9.0 on: codes stream through shared memory, launches overlap.
 
 A launch may begin while the kernel before it in the stream still runs, and read weights meanwhile, if they are settled:
-a launch that waits for all that precedes it has been made in the stream since they were written. Tensors say by their
-version counters that they were written; those made in inference mode have none, and are never settled.
+that kernel is not the one that wrote them, because a launch of ours has been between, one that waited. Tensors say by
+their version counters that they were written; those made in inference mode have none, and are never settled. In a CUDA
+graph, what was used outside of it before is settled as well: the graph begins after that was written.
 
 Shapes: O out, I in, T tokens, r rank.
 """
@@ -25,8 +26,10 @@ SHARED = 227 << 10
 CLUSTER = 8
 """Blocks that compute ``x @ L2.T`` together, as in ``streamed.cu``."""
 _WARPS = 16
+_MOST_BYTES = 1 << 32
+"""Bytes of codes from which the kernel's offsets would not do."""
 _SETTLED = "_compress_settled"
-"""Attribute of a storage: by stream, the version of its values that a launch in the stream has waited for."""
+"""Attribute of a storage: by stream and whether it was captured, the version of its values that a launch waited for."""
 
 STREAMS, STREAMS_FACTORS, EARLY = True, True, True
 """For comparisons: whether products, and those with factors, are computed here; whether launches begin early."""
@@ -39,23 +42,28 @@ def streams(index: int) -> bool:
     return properties.major >= 9 and getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED
 
 
-def settled(tensors: list[Tensor], stream: int) -> bool:
-    """Whether a launch in the stream has waited for the values that the tensors have now."""
+def settled(tensors: list[Tensor], stream: int, captured: bool) -> bool:
+    """Whether the kernel before the next launch in a stream, which may be captured, cannot have written the tensors."""
     for tensor in tensors:
         seen = getattr(tensor.untyped_storage(), _SETTLED, None)
-        if tensor.is_inference() or seen is None or seen.get(stream) != tensor._version:
+        if seen is None or tensor.is_inference():
+            return False
+        version = tensor._version
+        if seen.get((stream, captured)) != version and not (
+            captured and version in [found for (_, within), found in list(seen.items()) if not within]
+        ):
             return False
     return True
 
 
-def settle(tensors: list[Tensor], stream: int) -> None:
-    """Note that one has."""
+def settle(tensors: list[Tensor], stream: int, captured: bool) -> None:
+    """Note that a launch that waits has been made in a stream."""
     for tensor in tensors:
         if not tensor.is_inference():
             storage = tensor.untyped_storage()
             if not hasattr(storage, _SETTLED):
                 setattr(storage, _SETTLED, {})
-            getattr(storage, _SETTLED)[stream] = tensor._version
+            getattr(storage, _SETTLED)[stream, captured] = tensor._version
 
 
 @cache
@@ -110,7 +118,11 @@ def streamed(
     rank = 0 if factors is None else factors[0].shape[0]
     if not STREAMS or (rank and not STREAMS_FACTORS) or not streams(index):
         return None
-    if matrix.codes.data_ptr() % 16 or matrix.scale_codes.data_ptr() % 4:
+    if (
+        matrix.codes.data_ptr() % 16
+        or matrix.scale_codes.data_ptr() % 4
+        or matrix.codes.nbytes >= _MOST_BYTES
+    ):
         return None
     g, tokens = matrix.geometry, x.shape[0]
     instance, blocks = plan(index, g, tokens, rank)
@@ -122,7 +134,8 @@ def streamed(
     weights = [matrix.codes, matrix.scale_codes, matrix.steps, matrix.offset, matrix.table]
     weights += [factor for factor in (left, right) if factor is not None]
     stream = torch.cuda.current_stream(index).cuda_stream
-    early = EARLY and starts_early() and settled(weights, stream)
+    captured = torch.cuda.is_current_stream_capturing()
+    early = EARLY and starts_early() and settled(weights, stream, captured)
     launch(
         index,
         kernel(index, "streamed.cu", instance, SHARED),
@@ -142,5 +155,5 @@ def streamed(
         early=early,
     )
     if not early:
-        settle(weights, stream)
+        settle(weights, stream, captured)
     return y, inner

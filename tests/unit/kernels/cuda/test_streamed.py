@@ -28,27 +28,44 @@ if DEVICE.type == "cuda":
 
 def test_weights_are_settled_in_a_stream_until_they_are_written() -> None:
     codes, steps = torch.zeros(8, dtype=torch.int32), torch.zeros(2)
-    assert not settled([codes, steps], 7)
-    settle([codes], 7)
-    assert not settled([codes, steps], 7)
-    settle([steps], 7)
-    assert settled([codes, steps], 7)
-    assert settled([codes.detach().view(2, 4), steps[:1]], 7)  # other tensors of the same memory
-    assert not settled([codes, steps], 8)
-    settle([codes, steps], 8)
+    assert not settled([codes, steps], 7, False)
+    settle([codes], 7, False)
+    assert not settled([codes, steps], 7, False)
+    settle([steps], 7, False)
+    assert settled([codes, steps], 7, False)
+    assert settled([codes.detach().view(2, 4), steps[:1]], 7, False)  # other tensors of the same memory
+    assert not settled([codes, steps], 8, False)
+    settle([codes, steps], 8, False)
     codes.view(4, 2)[0] += 1
-    assert not settled([codes, steps], 7)
-    assert not settled([codes, steps], 8)
-    settle([codes, steps], 7)
-    assert settled([codes, steps], 7)
-    assert not settled([codes.clone(), steps], 7)
+    assert not settled([codes, steps], 7, False)
+    assert not settled([codes, steps], 8, False)
+    settle([codes, steps], 7, False)
+    assert settled([codes, steps], 7, False)
+    assert not settled([codes.clone(), steps], 7, False)
+
+
+def test_graphs_find_settled_what_was_used_before() -> None:
+    codes = torch.zeros(8, dtype=torch.int32)
+    assert not settled([codes], 9, True)
+    settle([codes], 9, True)
+    assert settled([codes], 9, True)
+    assert not settled([codes], 10, True)  # branches of a graph
+    assert not settled([codes], 9, False)
+    settle([codes], 7, False)
+    assert settled([codes], 10, True)
+    codes += 1  # in the graph
+    assert not settled([codes], 9, True)
+    assert not settled([codes], 10, True)
+    settle([codes], 10, True)
+    assert settled([codes], 10, True)
+    assert not settled([codes], 9, True)
 
 
 def test_tensors_without_a_version_are_never_settled() -> None:
     with torch.inference_mode():
         made = torch.zeros(3)
-    settle([made], 7)
-    assert not settled([made], 7)
+    settle([made], 7, False)
+    assert not settled([made], 7, False)
 
 
 class Properties:
@@ -126,9 +143,10 @@ def test_launches_begin_early_only_where_weights_are_settled(
     device: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[dict[str, Any]] = []
-    stream = Properties(cuda_stream=7)
+    stream = Properties(cuda_stream=7, capturing=False)
     device()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.capturing)
     monkeypatch.setattr(module, "starts_early", lambda: True)
     monkeypatch.setattr(module, "launch", lambda *_, **given: made.append(given))
     matrix = random_case(32, 128, block_size=64).matrix
@@ -149,6 +167,10 @@ def test_launches_begin_early_only_where_weights_are_settled(
     matrix.scale_codes.zero_()
     assert [early(), early()] == [False, True]
     matrix = replace(matrix, codes=matrix.codes.clone())
+    assert [early(), early()] == [False, True]
+    stream.capturing, stream.cuda_stream = True, 9
+    assert early()
+    matrix.steps.mul_(2)
     assert [early(), early()] == [False, True]
     monkeypatch.setattr(module, "starts_early", lambda: False)
     assert not early()
