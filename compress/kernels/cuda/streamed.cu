@@ -11,9 +11,15 @@
 // Launched programmatically it begins while the kernel before it in the stream still runs. Before `griddepcontrol.wait`
 // only weights are read, which the caller knows to be complete; inputs are read and results written after it.
 
+#ifndef STAGED
+#define STAGED 1  // for comparisons
+#endif
+#ifndef CLUSTER
 #define CLUSTER 8
+#endif
 #define BEFORE 64512  // bytes of shared memory before the table: sums, then inputs
 #define RINGS 102400  // after it
+#define AREA 4096     // of a warp, of those before the table: inputs of the next stage, then sums
 
 __device__ __forceinline__ uint2 read_two(const u16* at) {
   uint2 v;
@@ -30,6 +36,14 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
 }
 __device__ __forceinline__ void copy_4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_8(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ uint4 shared_four(u32 at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+  return v;
 }
 __device__ __forceinline__ uint2 shared_two(u32 at) {
   uint2 v;
@@ -69,14 +83,14 @@ __device__ __forceinline__ void store_shared(u32 at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
 
-// An item in bytes: codes, steps of 16 rows a block, scale codes. Codes of 2 bits leave 16 KB after the rings.
+// An item in bytes: codes, steps of 16 rows a block, scale codes. What the rings leave: a warp's area, and with 2 bits 16 KB.
 template <int BITS, int SCALE_BITS, int PER_BLOCK, int WARPS>
 struct Item {
   static constexpr int BLOCKS = U / PER_BLOCK, WORDS = BITS == 4 || BITS == 2 ? 1 : 2;
   static constexpr int CODES = U * BITS * 64, STEPS = 64 * BLOCKS;
   static constexpr int SCALES = (2 * SCALE_BITS * BLOCKS + (SCALE_BITS == 3 ? 2 : 0) + 3) / 4;  // words
   static constexpr int BYTES = CODES + STEPS + ((SCALES * 4 + 15) & ~15);
-  static constexpr int FIT = (RINGS - (BITS == 2 ? 16384 : 0)) / WARPS / BYTES, SLOTS = FIT < 8 ? FIT : 8;
+  static constexpr int FIT = (RINGS - AREA - (BITS == 2 ? 16384 : 0)) / WARPS / BYTES, SLOTS = FIT < 8 ? FIT : 8;
   static constexpr int RING = SLOTS * BYTES;
 };
 
@@ -264,7 +278,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
 
   // Where the sums of this block's columns lie for the cluster, by 16 bytes; where entries have gaps, in those.
   auto inner_at = [&](int i) {
-    if (BITS == 2) return table + 65536 + WARPS * I::RING + i * 16;
+    if (BITS == 2) return table + 65536 + WARPS * I::RING + AREA + i * 16;
     return table + (i >> 3) * 256 + 128 + (i & 7) * 16;
   };
   if (LOW_RANK) {
@@ -320,7 +334,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     cluster_arrive();
   }
 
-  // Inputs of few tokens are copied once, every warp's own stages; others are read where they are.
+  // Inputs of few tokens are copied once, every warp's own stages. Others are read where they are, or, of many tiles,
+  // copied a stage ahead into the warp's area, which the last one's do not have before the table.
   constexpr bool SPLIT = BITS == 2;  // a lane has half of either octet of a word
   u32 own = SPLIT ? 16 * (t >> 1) + 4 * (t & 1) : 8 * t;
   int wide = m.columns + 32;
@@ -335,6 +350,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
           *reinterpret_cast<uint4*>(room + (token * wide + column) * 2) = read_four(x + (size_t)token * m.columns + column);
       }
   }
+  static_assert(WARPS * AREA - 1024 <= BEFORE && T * WIDTH * 4 <= AREA - 1024, "areas");
+  constexpr int STILL = I::SLOTS < 5 ? I::SLOTS - 1 : 4;  // groups of copies that may still be under way
+  bool staged = STAGED && EVEN && !near && per == last - first && per > STILL;
+  int pitch = staged ? AREA / 4 : tokens * WIDTH;
+  u32 area = (warp < WARPS - 1 ? start + warp * AREA : table + 65536 + WARPS * I::RING) + lane * 16;
   const u16* inputs[TOKEN_TILES];  // columns of a fragment's tokens that are not there are never stored
 #pragma unroll
   for (int n = 0; n < TOKEN_TILES; ++n) {
@@ -420,22 +440,41 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     for (int stage = warp; stage < stages; stage += WARPS) {
       if (LOW_RANK && !joined && stage != warp) join();
       uint4 b[TOKEN_TILES][U];
+      bool copied = staged && stage != warp;
+      if (copied) asm volatile("cp.async.wait_group %0;" ::"n"(STILL) : "memory");
 #pragma unroll
       for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           int column = stage * COLUMNS + u * 32;
           const u16* at = inputs[n] + column;
-          b[n][u] = make_uint4(0, 0, 0, 0);
-          if (SPLIT) {
+          if (copied) {
+            b[n][u] = shared_four(area + (n * U + u) * 512);
+          } else if (SPLIT) {
             uint2 even = make_uint2(0, 0), odd = even;
             if (EVEN || column + (int)own < m.columns) even = read_two(at);
             if (EVEN || column + (int)own + 8 < m.columns) odd = read_two(at + 8);
             b[n][u] = make_uint4(even.x, even.y, odd.x, odd.y);
-          } else if (EVEN || column + (int)own < m.columns) {
-            b[n][u] = read_four(at);
+          } else {
+            b[n][u] = make_uint4(0, 0, 0, 0);
+            if (EVEN || column + (int)own < m.columns) b[n][u] = read_four(at);
           }
         }
+      if (staged && stage + WARPS < stages) {  // with the next item's copies
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+          for (int u = 0; u < U; ++u) {
+            const u16* at = inputs[n] + (stage + WARPS) * COLUMNS + u * 32;
+            u32 to = area + (n * U + u) * 512;
+            if (SPLIT) {
+              copy_8(to, at);
+              copy_8(to + 8, at + 8);
+            } else {
+              copy_16(to, at);
+            }
+          }
+      }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (r < count) {
@@ -519,7 +558,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
             for (int k = 0; k < 4; ++k) {
               int token = n * 8 + 2 * t + (k & 1);
               if (token < tokens)
-                sums_at[(warp * tokens + token) * WIDTH + (r - from) * 16 + 2 * g + (k >> 1)] = acc[r][n][k];
+                sums_at[warp * pitch + token * WIDTH + (r - from) * 16 + 2 * g + (k >> 1)] = acc[r][n][k];
             }
         __syncthreads();
         for (int i = threadIdx.x; i < WIDTH * tokens; i += WARPS * 32) {
@@ -527,7 +566,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
           if (row < (base + count) * 16 && (EVEN || row < m.rows)) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum += sums_at[w * tokens * WIDTH + i];
+            for (int w = 0; w < WARPS; ++w) sum += sums_at[w * pitch + i];
             y[(size_t)(i / WIDTH) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
           }
         }
