@@ -8,6 +8,9 @@
 // With factors, a cluster of CLUSTER blocks computes x L2^T for itself, every block a part of the columns; they read each
 // other's sums in shared memory, so nobody waits for blocks that may not be running.
 //
+// PAIRED blocks have the same tiles and every second 16 stages, and add their sums in the same way: half the inputs pass
+// to every block. Then all tiles of a block are taken at once.
+//
 // Launched programmatically it begins while the kernel before it in the stream still runs. Before `griddepcontrol.wait`
 // only weights are read, which the caller knows to be complete; inputs are read and results written after it.
 
@@ -77,6 +80,13 @@ __device__ __forceinline__ float4 read_of(u32 at, u32 rank) {
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(there)
                : "memory");
+  return v;
+}
+__device__ __forceinline__ float read_one_of(u32 at, u32 rank) {
+  float v;
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
   return v;
 }
 __device__ __forceinline__ void store_shared(u32 at, float v) {
@@ -151,7 +161,7 @@ struct Held {
 };
 
 // What a warp will fetch next; slots are filled in the order in which they are read.
-template <int BITS, int SCALE_BITS, int WARPS, int PER_BLOCK, bool EVEN>
+template <int BITS, int SCALE_BITS, int WARPS, int STEP, int PER_BLOCK, bool EVEN>
 struct Producer {
   using I = Item<BITS, SCALE_BITS, PER_BLOCK, WARPS>;
   u32 codes, scales;  // bytes before this lane's of the next item; a matrix has less than 4 GB
@@ -166,7 +176,7 @@ struct Producer {
   }
   // Where this lane's codes, step and scale codes go. Lanes that are left over do as others do: no branch.
   __device__ __forceinline__ void fill(
-      const Matrix& m, u32 codes_to, u32 steps_to, u32 scales_to, int stages, int warp, int lane) {
+      const Matrix& m, u32 codes_to, u32 steps_to, u32 scales_to, int stages, int begin, int lane) {
     if (base < last) {
       const u8* from = reinterpret_cast<const u8*>(m.codes) + codes;
       int bytes = EVEN ? I::CODES : min(U, m.chunks - stage * U) * (BITS * 64);
@@ -190,9 +200,9 @@ struct Producer {
         step += m.blocks * 16;
       } else {
         r = 0;
-        stage += WARPS;
+        stage += STEP;
         if (stage >= stages) {
-          stage = warp;
+          stage = begin;
           base += per;
         }
         place(m, lane);
@@ -202,7 +212,8 @@ struct Producer {
   }
 };
 
-template <int BITS, int SCALE_BITS, int TOKEN_TILES, int R, int WARPS, int PER_BLOCK, bool EVEN, bool LOW_RANK>
+template <int BITS, int SCALE_BITS, int TOKEN_TILES, int R, int WARPS, int PER_BLOCK, bool EVEN, bool LOW_RANK,
+          bool PAIRED>
 __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     const Matrix m, const u16* __restrict__ x, u16* __restrict__ y, int tokens, const u16* __restrict__ left,
     const u16* __restrict__ right, float* inner_sums, int rank) {
@@ -229,9 +240,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   asm volatile("" : "+r"(codes_to), "+r"(steps_to), "+r"(scales_to));  // keep them in registers
   asm volatile("" : "+r"(words_at), "+r"(steps_at), "+r"(scales_at));
 
-  int each = m.tiles / gridDim.x, plain = gridDim.x - (m.tiles - each * gridDim.x), over = (int)blockIdx.x - plain;
-  int first = blockIdx.x * each + max(0, over), last = first + each + (over >= 0), per = last - first;
-  if (per > R) {
+  constexpr int TEAM = PAIRED ? 2 : 1, STEP = TEAM * WARPS;
+  int team = blockIdx.x / TEAM, teams = gridDim.x / TEAM, side = blockIdx.x % TEAM, begin = side * WARPS + warp;
+  int each = m.tiles / teams, plain = teams - (m.tiles - each * teams), over = team - plain;
+  int first = team * each + max(0, over), last = first + each + (over >= 0), per = last - first;
+  if (!PAIRED && per > R) {
     int passes = (per + R - 1) / R;
     per = (per + passes - 1) / passes;
   }
@@ -258,13 +271,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     load_right(0, share_from);
   }
 
-  Producer<BITS, SCALE_BITS, WARPS, PER_BLOCK, EVEN> p;
-  p.base = warp < stages ? first : last, p.last = last, p.per = per;
-  p.stage = warp, p.r = 0;
+  Producer<BITS, SCALE_BITS, WARPS, STEP, PER_BLOCK, EVEN> p;
+  p.base = begin < stages ? first : last, p.last = last, p.per = per;
+  p.stage = begin, p.r = 0;
   p.place(m, lane);
   float mine = BITS == 8 ? 0.f : __ldg(m.table + (lane & ((1 << BITS) - 1)));
   float offset = __ldg(m.offset);
-  auto fill = [&](u32 slot) { p.fill(m, codes_to + slot, steps_to + slot, scales_to + slot, stages, warp, lane); };
+  auto fill = [&](u32 slot) { p.fill(m, codes_to + slot, steps_to + slot, scales_to + slot, stages, begin, lane); };
 #pragma unroll 1
   for (u32 slot = 0; slot < I::RING; slot += I::BYTES) fill(slot);
   if (LOW_RANK)
@@ -343,7 +356,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   bool near = WARPS * tokens * SUMS * 4 + tokens * wide * 2 <= BEFORE;
   if (near) {
     int in_row = COLUMNS / 8 * tokens;  // pieces of 8 columns
-    for (int stage = warp; stage < stages; stage += WARPS)
+    for (int stage = begin; stage < stages; stage += STEP)
       for (int k = lane; k < in_row; k += 32) {
         int token = k / (COLUMNS / 8), column = stage * COLUMNS + k % (COLUMNS / 8) * 8;
         if (EVEN || column < m.columns)
@@ -433,14 +446,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     if (slot == I::RING) slot = 0;
   };
   Held<BITS, SCALE_BITS, PER_BLOCK, WARPS> held[2];
-  if (AHEAD && warp < stages && first < last) take(held[0], first, warp);
+  if (AHEAD && begin < stages && first < last) take(held[0], first, begin);
   for (int base = first; base < last; base += per) {
     int count = min(per, last - base);
     float acc[R][TOKEN_TILES][4] = {};
-    for (int stage = warp; stage < stages; stage += WARPS) {
-      if (LOW_RANK && !joined && stage != warp) join();
+    for (int stage = begin; stage < stages; stage += STEP) {
+      if (LOW_RANK && !joined && stage != begin) join();
       uint4 b[TOKEN_TILES][U];
-      bool copied = staged && stage != warp;
+      bool copied = staged && stage != begin;
       if (copied) asm volatile("cp.async.wait_group %0;" ::"n"(STILL) : "memory");
 #pragma unroll
       for (int n = 0; n < TOKEN_TILES; ++n)
@@ -460,12 +473,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
             if (EVEN || column + (int)own < m.columns) b[n][u] = read_four(at);
           }
         }
-      if (staged && stage + WARPS < stages) {  // with the next item's copies
+      if (staged && stage + STEP < stages) {  // with the next item's copies
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
           for (int u = 0; u < U; ++u) {
-            const u16* at = inputs[n] + (stage + WARPS) * COLUMNS + u * 32;
+            const u16* at = inputs[n] + (stage + STEP) * COLUMNS + u * 32;
             u32 to = area + (n * U + u) * 512;
             if (SPLIT) {
               copy_8(to, at);
@@ -480,8 +493,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
         if (r < count) {
           auto& now = held[AHEAD ? r & 1 : 0];
           if (AHEAD) {
-            bool same = r + 1 < count, on = stage + WARPS < stages;
-            take(held[~r & 1], same ? base + r + 1 : on ? base : base + per, same ? stage : on ? stage + WARPS : warp);
+            bool same = r + 1 < count, on = stage + STEP < stages;
+            take(held[~r & 1], same ? base + r + 1 : on ? base : base + per, same ? stage : on ? stage + STEP : begin);
           } else {
             take(now, base + r, stage);
           }
@@ -527,7 +540,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
         asm volatile("" : "+r"(from), "+r"(row));  // addresses are not worth registers all along
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          if (r < count && (r & sharing) == lead) {
+          if (r < count && r % TEAM == side && (r / TEAM & sharing) == lead) {
             u32 factor[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
@@ -567,15 +580,34 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
             float sum = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) sum += sums_at[w * pitch + i];
-            y[(size_t)(i / WIDTH) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
+            if (PAIRED)  // where the rings were
+              store_shared(table + 65536 + (from / ROUND * WIDTH * tokens + i) * 4, sum);
+            else
+              y[(size_t)(i / WIDTH) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
           }
         }
       }
     }
   }
-  if (LOW_RANK) {
-    if (!joined) join();
-    if (!AHEAD) cluster_arrive();
+  if (LOW_RANK && !joined) join();
+  if (PAIRED) {
+    if (LOW_RANK && AHEAD) cluster_wait();
+    cluster_arrive();
+    cluster_wait();
+    u32 pair = rank_in_cluster() & ~1u;
+    int rows = WIDTH * tokens;  // of a round, every second time by the other block
+    for (int i = side * (WARPS * 32) + threadIdx.x; i < (R + ROUND - 1) / ROUND * rows; i += 2 * WARPS * 32) {
+      int row = first * 16 + i / rows * WIDTH + i % WIDTH;
+      if (row < last * 16 && (EVEN || row < m.rows)) {
+        u32 at = table + 65536 + i * 4;
+        float sum = read_one_of(at, pair) + read_one_of(at, pair + 1);
+        y[(size_t)(i % rows / WIDTH) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
+      }
+    }
+    __syncwarp();
+  }
+  if (PAIRED || LOW_RANK) {
+    if (PAIRED || !AHEAD) cluster_arrive();
     cluster_wait();  // no block ends while others may read its sums
   }
 }

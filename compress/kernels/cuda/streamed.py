@@ -10,13 +10,14 @@ Shapes: O out, I in, T tokens, r rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from compress.kernels.cuda.launch import address, clusters, integer, kernel, launch, native, starts_early
-from compress.kernels.cuda.shapes import CHUNKS_OF, even, group_shift
+from compress.kernels.cuda.shapes import CHUNKS_OF, STAGE, even, group_shift
 from compress.kernels.packed import Geometry, TiledMatrix
 
 StoredFactors = tuple[Tensor, Tensor]
@@ -31,8 +32,14 @@ _MOST_BYTES = 1 << 32
 _SETTLED = "_compress_settled"
 """Attribute of a storage: by stream and whether it was captured, the version of its values that a launch waited for."""
 
-STREAMS, STREAMS_FACTORS, EARLY = True, True, True
-"""For comparisons: whether products, and those with factors, are computed here; whether launches begin early."""
+_MOST_TILES = 6
+"""That a block takes at once."""
+_PAIRS_FROM = 1 << 16
+"""Inputs, tokens times columns, from which passing half of them to a block saves more than adding two blocks' sums costs."""
+
+STREAMS, STREAMS_FACTORS, EARLY, PAIRS = True, True, True, True
+"""For comparisons: whether products, and those with factors, are computed here; whether launches begin early; whether
+blocks are paired."""
 
 
 @cache
@@ -67,38 +74,56 @@ def settle(tensors: list[Tensor], stream: int, captured: bool) -> None:
 
 
 @cache
-def _in_clusters(index: int, instance: str) -> int:
-    """Blocks of an instance with factors that run at the same time."""
-    found = kernel(index, "streamed.cu", instance, SHARED)
-    return CLUSTER * clusters(index, found, 32 * _WARPS, CLUSTER)
+def _clusters(index: int, instance: str, cluster: int) -> int:
+    """Clusters of an instance that run at the same time."""
+    return clusters(index, kernel(index, "streamed.cu", instance, SHARED), 32 * _WARPS, cluster)
 
 
-def _instance(g: Geometry, tokens: int, at_once: int, rank: int) -> str:
-    whole, factors = str(even(g, 1)).lower(), str(rank > 0).lower()
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a product is cut.
+
+    Attributes:
+        instance: Of the kernel.
+        blocks: Of the launch; none where the device runs no cluster of them.
+        cluster: Blocks of a cluster.
+    """
+
+    instance: str
+    blocks: int
+    cluster: int
+
+
+def _cut(most: int, g: Geometry, tokens: int, rank: int, paired: bool) -> tuple[Plan, int]:
+    """For at most so many blocks; and the tiles that a block has at most."""
+    team = 2 if paired else 1
+    cluster = CLUSTER if rank else team
+    blocks = min(most // cluster * cluster, -(-g.tiles * team // cluster) * cluster)
+    each = -(-g.tiles // (blocks // team))
+    at_once = next((some for some in (2, 4) if each <= some), _MOST_TILES)
     sizes = f"{g.bits}, {g.scale_bits}, {-(-tokens // 8)}, {at_once}, {_WARPS}, {CHUNKS_OF[g.block_size]}"
-    return f"streamed<{sizes}, {whole}, {factors}>"
+    flags = ", ".join(str(flag).lower() for flag in (even(g, 1), rank > 0, paired))
+    return Plan(f"streamed<{sizes}, {flags}>", blocks, cluster), each
 
 
 @cache
-def plan(index: int, g: Geometry, tokens: int, rank: int) -> tuple[str, int]:
-    """Instance of the kernel and number of blocks; none where the device runs no cluster of them.
+def plan(index: int, g: Geometry, tokens: int, rank: int, pairs: bool) -> Plan:
+    """The plan of a product on a device that is the current one.
 
-    Every block has consecutive tiles, some have one more, and takes 2, 4 or 6 of them at a time: as few as will do,
-    because their sums are in registers.
+    Every block, or pair of blocks, has consecutive tiles, some have one more, and takes 2, 4 or 6 of them at a time: as
+    few as will do, because their sums are in registers. Pairs must take all of theirs at once.
     """
-
-    def cut(most: int) -> tuple[str, int]:
-        blocks = min(most, -(-g.tiles // unit) * unit)
-        each = -(-g.tiles // blocks)
-        return _instance(g, tokens, 2 if each <= 2 else 4 if each <= 4 else 6, rank), blocks
-
-    unit = CLUSTER if rank else 1
-    instance, blocks = cut(torch.cuda.get_device_properties(index).multi_processor_count // unit * unit)
-    if rank:
-        running = _in_clusters(index, instance)
-        if running < blocks:
-            instance, blocks = cut(running) if running else ("", 0)
-    return instance, blocks
+    most = torch.cuda.get_device_properties(index).multi_processor_count
+    wide = tokens * g.columns >= _PAIRS_FROM and g.chunks > STAGE * _WARPS
+    for paired in (True, False) if pairs and wide else (False,):
+        found, each = _cut(most, g, tokens, rank, paired)
+        if found.cluster > 1:
+            running = found.cluster * _clusters(index, found.instance, found.cluster)
+            if running < found.blocks:
+                found, each = _cut(running, g, tokens, rank, paired) if running else (Plan("", 0, 0), 0)
+        if found.blocks and not (paired and each > _MOST_TILES):
+            return found
+    return Plan("", 0, 0)
 
 
 def streamed(
@@ -125,8 +150,8 @@ def streamed(
     ):
         return None
     g, tokens = matrix.geometry, x.shape[0]
-    instance, blocks = plan(index, g, tokens, rank)
-    if not blocks:
+    chosen = plan(index, g, tokens, rank, PAIRS)
+    if not chosen.blocks:
         return None
     left, right = factors if factors is not None and rank else (None, None)
     y = x.new_empty(tokens, g.rows)
@@ -138,8 +163,8 @@ def streamed(
     early = EARLY and starts_early() and settled(weights, stream, captured)
     launch(
         index,
-        kernel(index, "streamed.cu", instance, SHARED),
-        (blocks, 1, 1),
+        kernel(index, "streamed.cu", chosen.instance, SHARED),
+        (chosen.blocks, 1, 1),
         32 * _WARPS,
         (
             native(matrix, group_shift(g)),
@@ -151,7 +176,7 @@ def streamed(
             address(inner),
             integer(rank),
         ),
-        cluster=CLUSTER if rank else 1,
+        cluster=chosen.cluster,
         early=early,
     )
     if not early:

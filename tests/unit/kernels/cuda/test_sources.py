@@ -22,12 +22,13 @@ FEW = [
     "few_tokens<2, 2, 1, 2, 16, 2, true, true>",
 ]
 STREAMED = [
-    "streamed<4, 8, 1, 6, 16, 2, true, false>",
-    "streamed<2, 8, 1, 6, 16, 2, true, false>",
-    "streamed<4, 8, 2, 6, 16, 2, true, true>",
-    "streamed<3, 3, 2, 2, 16, 4, false, true>",
-    "streamed<8, 4, 2, 4, 16, 1, false, true>",
-    "streamed<2, 2, 2, 6, 16, 1, false, true>",
+    "streamed<4, 8, 1, 6, 16, 2, true, false, false>",
+    "streamed<2, 8, 1, 6, 16, 2, true, false, false>",
+    "streamed<3, 8, 1, 6, 16, 2, true, false, false>",
+    "streamed<4, 8, 2, 6, 16, 2, true, true, false>",
+    "streamed<4, 8, 2, 4, 16, 2, true, true, true>",
+    "streamed<3, 3, 2, 2, 16, 4, false, true, false>",
+    "streamed<8, 4, 1, 4, 16, 1, false, true, true>",
 ]
 MORE = ["more_tokens<4, 8, 8, 2, 2, true>", "more_tokens<3, 8, 4, 2, 1, false>"]
 WEIGHTS = ["dequantize<2, 2>", "dequantize<3, 3>", "dequantize<4, 8>", "dequantize<8, 4>"]

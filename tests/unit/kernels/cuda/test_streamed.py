@@ -83,7 +83,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sets a device's properties, and how many clusters it runs."""
 
     def forget() -> None:
-        for found in (plan, module.streams, module._in_clusters):
+        for found in (plan, module.streams, module._clusters):
             found.cache_clear()
 
     def become(clusters: int = 16, **given: int) -> None:
@@ -100,28 +100,55 @@ GEOMETRY = Geometry(rows=11008, columns=4096, bits=4, scale_bits=8, block_size=6
 
 
 @pytest.mark.parametrize(
-    ("rows", "rank", "clusters", "at_once", "blocks"),
+    ("rows", "columns", "rank", "clusters", "at_once", "blocks", "cluster", "paired"),
     [
-        (11008, 0, 16, 6, 132),
-        (4096, 0, 16, 2, 132),
-        (6400, 0, 16, 4, 132),
-        (30000, 0, 16, 6, 132),
-        (160, 0, 16, 2, 10),
-        (11008, 64, 16, 6, 128),
-        (4096, 64, 16, 2, 128),
-        (4096, 64, 12, 4, 96),
-        (160, 64, 16, 2, 16),
-        (11008, 64, 0, 0, 0),
+        (11008, 4096, 0, 66, 6, 132, 1, False),
+        (4096, 4096, 0, 66, 2, 132, 1, False),
+        (6400, 4096, 0, 66, 4, 132, 1, False),
+        (30000, 4096, 0, 66, 6, 132, 1, False),
+        (160, 4096, 0, 66, 2, 10, 1, False),
+        (11008, 4096, 64, 16, 6, 128, 8, False),
+        (4096, 4096, 64, 16, 2, 128, 8, False),
+        (4096, 4096, 64, 12, 4, 96, 8, False),
+        (160, 4096, 64, 16, 2, 16, 8, False),
+        (11008, 4096, 64, 0, 0, 0, 0, False),
+        (4096, 11008, 0, 66, 4, 132, 2, True),
+        (4096, 11008, 0, 44, 6, 88, 2, True),
+        (4096, 11008, 0, 40, 2, 132, 1, False),  # a pair would have seven
+        (4096, 11008, 0, 0, 2, 132, 1, False),
+        (11008, 11008, 0, 66, 6, 132, 1, False),
+        (160, 11008, 0, 66, 2, 20, 2, True),
+        (4096, 11008, 64, 16, 4, 128, 8, True),
+        (160, 11008, 64, 16, 2, 24, 8, True),
     ],
 )
 def test_blocks_share_the_tiles_out(
-    rows: int, rank: int, clusters: int, at_once: int, blocks: int, device: Callable[..., None]
+    rows: int,
+    columns: int,
+    rank: int,
+    clusters: int,
+    at_once: int,
+    blocks: int,
+    cluster: int,
+    paired: bool,
+    device: Callable[..., None],
 ) -> None:
     device(clusters)
-    instance, found = plan(0, replace(GEOMETRY, rows=rows), 9, rank)
-    assert found == blocks
-    expected = f"streamed<4, 8, 2, {at_once}, 16, 2, true, {str(rank > 0).lower()}>"
-    assert instance == (expected if blocks else "")
+    found = plan(0, replace(GEOMETRY, rows=rows, columns=columns), 9, rank, True)
+    flags = ", ".join(str(flag).lower() for flag in (rank > 0, paired))
+    instance = f"streamed<4, 8, 2, {at_once}, 16, 2, true, {flags}>" if blocks else ""
+    assert (found.instance, found.blocks, found.cluster) == (instance, blocks, cluster)
+
+
+def test_only_many_inputs_are_passed_to_pairs(device: Callable[..., None]) -> None:
+    def cluster(tokens: int, columns: int, pairs: bool = True) -> int:
+        device(66)
+        return plan(0, replace(GEOMETRY, rows=4096, columns=columns), tokens, 0, pairs).cluster
+
+    assert [cluster(tokens, 11008) for tokens in (1, 5, 6, 16)] == [1, 1, 2, 2]
+    assert [cluster(tokens, 4096) for tokens in (1, 15, 16)] == [1, 1, 2]
+    assert cluster(16, 2048) == 1
+    assert cluster(16, 11008, pairs=False) == 1
 
 
 def test_what_it_cannot_serve_it_leaves(device: Callable[..., None]) -> None:
@@ -216,9 +243,8 @@ def factors_of(rank: int, rows: int, columns: int, seed: int = 0) -> Factors | N
 
 
 @needs_hopper
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("rank", [0, 24, 64])
-@pytest.mark.parametrize("each", [3, 5, 8, 13])
+@pytest.mark.parametrize(("each", "bits"), [(3, 2), (5, 4), (5, 8), (8, 3), (13, 4)])
 def test_several_tiles_of_a_block(each: int, rank: int, bits: int) -> None:
     rows = 16 * (each * torch.cuda.get_device_properties(DEVICE).multi_processor_count - 5) - 6
     case = random_case(
@@ -238,6 +264,31 @@ def test_several_tiles_of_a_block(each: int, rank: int, bits: int) -> None:
         for y, inner in found[1:]:
             assert torch.equal(y, found[0][0])
             assert torch.equal(inner, found[0][1])
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("each", "columns", "bits", "rank"),
+    [(2, 8512, 4, 0), (2, 8448, 2, 40), (3, 4224, 3, 0), (3, 4224, 4, 40), (6, 2560, 4, 40), (6, 2560, 2, 0)],
+)
+def test_many_inputs(each: int, columns: int, rank: int, bits: int) -> None:
+    """Those of pairs of blocks, with and without rests, and those copied a stage ahead."""
+    rows = 16 * (each * torch.cuda.get_device_properties(DEVICE).multi_processor_count - 37)
+    case = random_case(
+        rows, columns, bits=bits, block_size=64, group_size=64, table_type=torch.bfloat16, seed=each
+    )
+    matrix, factors = placed(case.matrix), factors_of(rank, rows, columns)
+    weights = case.exact.to(DEVICE)
+    for tokens in (8, 16):
+        x = random_input(tokens, columns, dtype=torch.bfloat16, seed=tokens).to(DEVICE)
+        found = [product(x, matrix, factors, choice=Fused()) for _ in range(3)]
+        exact, sizes = x.double() @ weights.T, x.double().abs() @ weights.abs().T
+        if factors is not None:
+            left, right = (factor.double() for factor in factors)
+            exact += x.double() @ right.T @ left
+            sizes += 8 * (x.double().abs() @ right.abs().T) @ left.abs()
+        assert_near(found[0][0], exact.cpu(), sizes.cpu())
+        assert all(torch.equal(y, found[0][0]) for y, _ in found)
 
 
 def chain(length: int, rank: int) -> list[tuple[Any, Factors | None]]:
