@@ -9,7 +9,7 @@
 // other's sums in shared memory, so nobody waits for blocks that may not be running.
 //
 // PAIRED blocks have the same tiles and every second 16 stages, and add their sums in the same way: half the inputs pass
-// to every block. Then all tiles of a block are taken at once.
+// to every block.
 //
 // Launched programmatically it begins while the kernel before it in the stream still runs. Before `griddepcontrol.wait`
 // only weights are read, which the caller knows to be complete; inputs are read and results written after it.
@@ -243,8 +243,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   constexpr int TEAM = PAIRED ? 2 : 1, STEP = TEAM * WARPS;
   int team = blockIdx.x / TEAM, teams = gridDim.x / TEAM, side = blockIdx.x % TEAM, begin = side * WARPS + warp;
   int each = m.tiles / teams, plain = teams - (m.tiles - each * teams), over = team - plain;
-  int first = team * each + max(0, over), last = first + each + (over >= 0), per = last - first;
-  if (!PAIRED && per > R) {
+  int first = team * each + max(0, over), last = first + each + (over >= 0), per = last - first, height = per * 16;
+  if (per > R) {
     int passes = (per + R - 1) / R;
     per = (per + passes - 1) / passes;
   }
@@ -353,7 +353,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   u32 own = SPLIT ? 16 * (t >> 1) + 4 * (t & 1) : 8 * t;
   int wide = m.columns + 32;
   u8* room = shared + WARPS * tokens * SUMS * 4;
-  bool near = WARPS * tokens * SUMS * 4 + tokens * wide * 2 <= BEFORE;
+  int ours = PAIRED ? height * tokens * 4 : 0;  // bytes of the sums of all tiles of a pair
+  bool near = WARPS * tokens * SUMS * 4 + tokens * wide * 2 + ours <= BEFORE;
   if (near) {
     int in_row = COLUMNS / 8 * tokens;  // pieces of 8 columns
     for (int stage = begin; stage < stages; stage += STEP)
@@ -365,7 +366,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   }
   static_assert(WARPS * AREA - 1024 <= BEFORE && T * WIDTH * 4 <= AREA - 1024, "areas");
   constexpr int STILL = I::SLOTS < 5 ? I::SLOTS - 1 : 4;  // groups of copies that may still be under way
-  bool staged = STAGED && EVEN && !near && per == last - first && per > STILL;
+  bool staged = STAGED && EVEN && !PAIRED && !near && per == last - first && per > STILL;
   int pitch = staged ? AREA / 4 : tokens * WIDTH;
   u32 area = (warp < WARPS - 1 ? start + warp * AREA : table + 65536 + WARPS * I::RING) + lane * 16;
   const u16* inputs[TOKEN_TILES];  // columns of a fragment's tokens that are not there are never stored
@@ -447,32 +448,35 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
   };
   Held<BITS, SCALE_BITS, PER_BLOCK, WARPS> held[2];
   if (AHEAD && begin < stages && first < last) take(held[0], first, begin);
+  uint4 b[TOKEN_TILES][U];
   for (int base = first; base < last; base += per) {
     int count = min(per, last - base);
     float acc[R][TOKEN_TILES][4] = {};
     for (int stage = begin; stage < stages; stage += STEP) {
       if (LOW_RANK && !joined && stage != begin) join();
-      uint4 b[TOKEN_TILES][U];
-      bool copied = staged && stage != begin;
-      if (copied) asm volatile("cp.async.wait_group %0;" ::"n"(STILL) : "memory");
+      bool stay = PAIRED && base != first && begin + STEP >= stages;  // of a warp's only stage
+      if (!stay) {
+        bool copied = staged && stage != begin;
+        if (copied) asm volatile("cp.async.wait_group %0;" ::"n"(STILL) : "memory");
 #pragma unroll
-      for (int n = 0; n < TOKEN_TILES; ++n)
+        for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-          int column = stage * COLUMNS + u * 32;
-          const u16* at = inputs[n] + column;
-          if (copied) {
-            b[n][u] = shared_four(area + (n * U + u) * 512);
-          } else if (SPLIT) {
-            uint2 even = make_uint2(0, 0), odd = even;
-            if (EVEN || column + (int)own < m.columns) even = read_two(at);
-            if (EVEN || column + (int)own + 8 < m.columns) odd = read_two(at + 8);
-            b[n][u] = make_uint4(even.x, even.y, odd.x, odd.y);
-          } else {
-            b[n][u] = make_uint4(0, 0, 0, 0);
-            if (EVEN || column + (int)own < m.columns) b[n][u] = read_four(at);
+          for (int u = 0; u < U; ++u) {
+            int column = stage * COLUMNS + u * 32;
+            const u16* at = inputs[n] + column;
+            if (copied) {
+              b[n][u] = shared_four(area + (n * U + u) * 512);
+            } else if (SPLIT) {
+              uint2 even = make_uint2(0, 0), odd = even;
+              if (EVEN || column + (int)own < m.columns) even = read_two(at);
+              if (EVEN || column + (int)own + 8 < m.columns) odd = read_two(at + 8);
+              b[n][u] = make_uint4(even.x, even.y, odd.x, odd.y);
+            } else {
+              b[n][u] = make_uint4(0, 0, 0, 0);
+              if (EVEN || column + (int)own < m.columns) b[n][u] = read_four(at);
+            }
           }
-        }
+      }
       if (staged && stage + STEP < stages) {  // with the next item's copies
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n)
@@ -580,8 +584,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
             float sum = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) sum += sums_at[w * pitch + i];
-            if (PAIRED)  // where the rings were
-              store_shared(table + 65536 + (from / ROUND * WIDTH * tokens + i) * 4, sum);
+            if (PAIRED)
+              store_shared(start + BEFORE - ours + (i / WIDTH * height + row - first * 16) * 4, sum);
             else
               y[(size_t)(i / WIDTH) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
           }
@@ -595,13 +599,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
     cluster_arrive();
     cluster_wait();
     u32 pair = rank_in_cluster() & ~1u;
-    int rows = WIDTH * tokens;  // of a round, every second time by the other block
-    for (int i = side * (WARPS * 32) + threadIdx.x; i < (R + ROUND - 1) / ROUND * rows; i += 2 * WARPS * 32) {
-      int row = first * 16 + i / rows * WIDTH + i % WIDTH;
-      if (row < last * 16 && (EVEN || row < m.rows)) {
-        u32 at = table + 65536 + i * 4;
+    for (int i = side * (WARPS * 32) + threadIdx.x; i < height * tokens; i += STEP * 32) {
+      int row = first * 16 + i % height;
+      if (EVEN || row < m.rows) {
+        u32 at = start + BEFORE - ours + i * 4;
         float sum = read_one_of(at, pair) + read_one_of(at, pair + 1);
-        y[(size_t)(i % rows / WIDTH) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
+        y[(size_t)(i / height) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
       }
     }
     __syncwarp();

@@ -32,10 +32,10 @@ _MOST_BYTES = 1 << 32
 _SETTLED = "_compress_settled"
 """Attribute of a storage: by stream and whether it was captured, the version of its values that a launch waited for."""
 
-_MOST_TILES = 6
-"""That a block takes at once."""
+_MOST_TILES, _MOST_OF_PAIR = 6, 15
+"""That a block takes at once; that a pair has, for the room of their sums."""
 _PAIRS_FROM = 1 << 16
-"""Inputs, tokens times columns, from which passing half of them to a block saves more than adding two blocks' sums costs."""
+"""Inputs, tokens times columns, of which half to a block should save more than adding two blocks' sums costs."""
 
 STREAMS, STREAMS_FACTORS, EARLY, PAIRS = True, True, True, True
 """For comparisons: whether products, and those with factors, are computed here; whether launches begin early; whether
@@ -111,7 +111,7 @@ def plan(index: int, g: Geometry, tokens: int, rank: int, pairs: bool) -> Plan:
     """The plan of a product on a device that is the current one.
 
     Every block, or pair of blocks, has consecutive tiles, some have one more, and takes 2, 4 or 6 of them at a time: as
-    few as will do, because their sums are in registers. Pairs must take all of theirs at once.
+    few as will do, because their sums are in registers.
     """
     most = torch.cuda.get_device_properties(index).multi_processor_count
     wide = tokens * g.columns >= _PAIRS_FROM and g.chunks > STAGE * _WARPS
@@ -121,7 +121,7 @@ def plan(index: int, g: Geometry, tokens: int, rank: int, pairs: bool) -> Plan:
             running = found.cluster * _clusters(index, found.instance, found.cluster)
             if running < found.blocks:
                 found, each = _cut(running, g, tokens, rank, paired) if running else (Plan("", 0, 0), 0)
-        if found.blocks and not (paired and each > _MOST_TILES):
+        if found.blocks and not (paired and each > _MOST_OF_PAIR):
             return found
     return Plan("", 0, 0)
 

@@ -114,9 +114,11 @@ GEOMETRY = Geometry(rows=11008, columns=4096, bits=4, scale_bits=8, block_size=6
         (11008, 4096, 64, 0, 0, 0, 0, False),
         (4096, 11008, 0, 66, 4, 132, 2, True),
         (4096, 11008, 0, 44, 6, 88, 2, True),
-        (4096, 11008, 0, 40, 2, 132, 1, False),  # a pair would have seven
+        (4096, 11008, 0, 40, 6, 80, 2, True),
+        (4096, 11008, 0, 17, 2, 132, 1, False),  # a pair would have sixteen
         (4096, 11008, 0, 0, 2, 132, 1, False),
-        (11008, 11008, 0, 66, 6, 132, 1, False),
+        (11008, 11008, 0, 66, 6, 132, 2, True),
+        (30000, 11008, 0, 66, 6, 132, 1, False),
         (160, 11008, 0, 66, 2, 20, 2, True),
         (4096, 11008, 64, 16, 4, 128, 8, True),
         (160, 11008, 64, 16, 2, 24, 8, True),
@@ -269,7 +271,7 @@ def test_several_tiles_of_a_block(each: int, rank: int, bits: int) -> None:
 @needs_hopper
 @pytest.mark.parametrize(
     ("each", "columns", "bits", "rank"),
-    [(2, 8512, 4, 0), (2, 8448, 2, 40), (3, 4224, 3, 0), (3, 4224, 4, 40), (6, 2560, 4, 40), (6, 2560, 2, 0)],
+    [(2, 8512, 4, 0), (2, 8448, 2, 40), (3, 4224, 3, 0), (6, 4224, 4, 40), (6, 2560, 4, 40), (6, 2560, 2, 0)],
 )
 def test_many_inputs(each: int, columns: int, rank: int, bits: int) -> None:
     """Those of pairs of blocks, with and without rests, and those copied a stage ahead."""
