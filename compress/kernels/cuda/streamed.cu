@@ -70,8 +70,14 @@ __device__ __forceinline__ u32 rank_in_cluster() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ float4 read_of(u32 at, u32 rank) {
   float4 v;
   u32 there;
@@ -412,7 +418,6 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
         }
       }
     }
-    __syncwarp();
   };
   // Once all blocks of the cluster have their sums, which have time until the second stage. Many tokens' stay there until
   // they are needed, for want of registers.
@@ -607,7 +612,6 @@ __global__ void __launch_bounds__(WARPS * 32, 1) streamed(
         y[(size_t)(i / height) * m.rows + row] = (u16)bf16_pair(sum, 0.f);
       }
     }
-    __syncwarp();
   }
   if (PAIRED || LOW_RANK) {
     if (PAIRED || !AHEAD) cluster_arrive();
