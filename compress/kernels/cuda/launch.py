@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress.errors import CompressError
 from compress.kernels.cuda.compiler import build
@@ -21,8 +20,6 @@ from compress.kernels.packed import TiledMatrix
 _NO_CONTEXT = 201
 _MOST_DYNAMIC_SHARED = 8
 """``CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES``."""
-_CLUSTER, _EARLY = 4, 6
-"""``CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`` and ``..._PROGRAMMATIC_STREAM_SERIALIZATION``."""
 
 
 class NativeMatrix(ctypes.Structure):
@@ -31,23 +28,6 @@ class NativeMatrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scale_codes", "steps", "offset", "table")),
         *((name, ctypes.c_int) for name in ("rows", "columns", "tiles", "chunks", "blocks", "shift")),
-    )
-
-
-class _Attribute(ctypes.Structure):
-    """``CUlaunchAttribute``: a name, and a union of 64 bytes."""
-
-    _fields_ = (("name", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16))
-
-
-class _Config(ctypes.Structure):
-    """``CUlaunchConfig``."""
-
-    _fields_ = (
-        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "x", "y", "z", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", ctypes.c_uint),
     )
 
 
@@ -134,8 +114,6 @@ def launch(
     arguments: Sequence[Any],
     *,
     together: bool = False,
-    cluster: int = 1,
-    early: bool = False,
 ) -> None:
     """Launch it on a device that is the current one.
 
@@ -146,65 +124,17 @@ def launch(
         threads: Of a block.
         arguments: ctypes values, in the order of its parameters.
         together: Whether no block may begin before there is room for all of them.
-        cluster: Blocks of a cluster, in the first dimension.
-        early: Whether it may begin before the kernel that precedes it in the stream has ended, as
-            :func:`starts_early` allows; it waits by itself before it reads what that one writes.
 
     Raises:
         CompressError: The driver refuses.
     """
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    if cluster > 1 or early:
-        config = _config(found, grid, threads, cluster, early)
-        config.stream = stream
-        _bound(device, "cuLaunchKernelEx", ctypes.byref(config), found.handle, addresses, None)
-        return
     place = (found.handle, *grid, threads, 1, 1, found.shared, stream, addresses)
     if together:
         _bound(device, "cuLaunchCooperativeKernel", *place)
     else:
         _bound(device, "cuLaunchKernel", *place, None)
-
-
-def _config(found: Kernel, grid: tuple[int, int, int], threads: int, cluster: int, early: bool) -> _Config:
-    wanted = []
-    if cluster > 1:
-        wanted.append(_Attribute(_CLUSTER, 0, (cluster, 1, 1)))
-    if early:
-        wanted.append(_Attribute(_EARLY, 0, (1,)))
-    held = (_Attribute * len(wanted))(*wanted)
-    return _Config(*grid, threads, 1, 1, found.shared, None, held, len(wanted))
-
-
-@cache
-def starts_early() -> bool:
-    """Whether the driver lets kernels begin early, in CUDA graphs too: from CUDA 12.3 on."""
-    version = ctypes.c_int()
-    _check("cuDriverGetVersion", _driver().cuDriverGetVersion(ctypes.byref(version)))
-    return version.value >= 12030
-
-
-def clusters(device: int, found: Kernel, threads: int, cluster: int) -> int:
-    """Clusters of a kernel's blocks that run at the same time on a device that is the current one; 0: none does."""
-    config, count = _config(found, (cluster, 1, 1), threads, cluster, False), ctypes.c_int()
-    try:
-        _bound(
-            device, "cuOccupancyMaxActiveClusters", ctypes.byref(count), found.handle, ctypes.byref(config)
-        )
-    except CompressError:
-        return 0
-    return count.value
-
-
-def integer(value: int) -> ctypes.c_int:
-    """An argument of a kernel."""
-    return ctypes.c_int(value)
-
-
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor begins, null without one, as an argument of a kernel."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def native(matrix: TiledMatrix, shift: int) -> NativeMatrix:

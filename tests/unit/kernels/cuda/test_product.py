@@ -9,7 +9,6 @@ import torch
 
 from compress.errors import UsageError
 from compress.kernels.cuda import product as cuda
-from compress.kernels.cuda import streamed
 from compress.kernels.packed import Geometry
 from compress.kernels.triton.choice import Fused, Slices, Tiles, choose, forget_tables
 from compress.kernels.triton.launch import runs_on
@@ -83,11 +82,7 @@ def test_weights_are_those_of_torch_bit_for_bit(bits: int, block_size: int) -> N
 
 
 @needs_gpu
-@pytest.mark.parametrize("streams", [True, False])
-def test_results_are_the_same_from_call_to_call_and_from_a_graph(
-    streams: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(streamed, "STREAMS", streams)
+def test_results_are_the_same_from_call_to_call_and_from_a_graph() -> None:
     case = random_case(512, 2048, block_size=64, group_size=64)
     matrix = placed(case.matrix)
     factors = tuple(random_input(24, size, dtype=torch.bfloat16).to(DEVICE) for size in (512, 2048))

@@ -21,33 +21,14 @@ FEW = [
     "few_tokens<8, 4, 2, 2, 16, 1, false, true>",
     "few_tokens<2, 2, 1, 2, 16, 2, true, true>",
 ]
-STREAMED = [
-    "streamed<4, 8, 1, 6, 16, 2, true, false, false>",
-    "streamed<2, 8, 1, 6, 16, 2, true, false, false>",
-    "streamed<3, 8, 1, 6, 16, 2, true, false, false>",
-    "streamed<4, 8, 2, 6, 16, 2, true, true, false>",
-    "streamed<4, 8, 2, 4, 16, 2, true, true, true>",
-    "streamed<3, 3, 2, 2, 16, 4, false, true, false>",
-    "streamed<8, 4, 1, 4, 16, 1, false, true, true>",
-]
 MORE = ["more_tokens<4, 8, 8, 2, 2, true>", "more_tokens<3, 8, 4, 2, 1, false>"]
 WEIGHTS = ["dequantize<2, 2>", "dequantize<3, 3>", "dequantize<4, 8>", "dequantize<8, 4>"]
-INSTANCES = {
-    "few_tokens.cu": FEW,
-    "streamed.cu": STREAMED,
-    "more_tokens.cu": MORE,
-    "dequantize.cu": WEIGHTS,
-}
-ARCHITECTURES = [
-    (file, arch)
-    for file in INSTANCES
-    for arch in ("sm_80", "sm_90")
-    if (file, arch) != ("streamed.cu", "sm_80")
-]
+INSTANCES = {"few_tokens.cu": FEW, "more_tokens.cu": MORE, "dequantize.cu": WEIGHTS}
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize(("file", "arch"), ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("file", INSTANCES)
 def test_kernels_compile_without_a_warning(file: str, arch: str, tmp_path: Path) -> None:
     source = tmp_path / "all.cu"
     text = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in ("common.cuh", file))
@@ -70,7 +51,7 @@ def test_kernels_compile_without_a_warning(file: str, arch: str, tmp_path: Path)
 @pytest.mark.skipif(nvrtc() is None, reason="NVRTC is not installed")
 @pytest.mark.parametrize("file", INSTANCES)
 def test_the_run_time_compiler_takes_them_as_they_are(file: str) -> None:
-    code, name = compiled(file, INSTANCES[file][0], "sm_90" if file == "streamed.cu" else "sm_80")
+    code, name = compiled(file, INSTANCES[file][0], "sm_80")
     assert code[:4] == b"\x7fELF"
     assert file.removesuffix(".cu") in name
 
