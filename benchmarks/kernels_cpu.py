@@ -6,8 +6,8 @@ All contestants run in this process, in turns: one call each, then the next roun
 weights that no cache holds any more: copies of more than 128 MB are gone through. A row has the median and the tenth
 and ninetieth percentile of the seconds of each contestant, and of the ratio to ours within the same round.
 Parts: ``linear`` (4-, 3- and 2-bit NormalFloat, blocks of 64, double quantization, bfloat16 input, no gradients),
-``dequantize``, ``training`` (forward and backward of a 4-bit linear with trained factors of rank 64), ``model``
-(SmolLM2-135M, its decoder linears in 3 bits; see kernels_cpu_model.py).
+``dequantize``, ``quantize`` (plain rounding of float32), ``training`` (forward and backward of a 4-bit linear with
+trained factors of rank 64), ``model`` (SmolLM2-135M, its decoder linears in 3 bits; see kernels_cpu_model.py).
 
 Peers come from the environments of ``make peers PEERS="bitsandbytes hqq"``, whose folders are put at the end of this
 process's path: the same torch serves everybody. A peer that is not there is left out, and the row says who was there.
@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from compress.benchmarks.kernels_cpu_cases import (
     add_peers,
     dequantize_case,
     linear_case,
+    quantize_case,
     training_case,
 )
 from compress.benchmarks.kernels_cpu_model import model_case
@@ -48,7 +49,8 @@ NEEDS = ()
 ROUNDS = 21
 TOKENS = (1, 8, 64, 256)
 TRAINING_TOKENS = 256
-PARTS = ("linear", "dequantize", "training", "model")
+PARTS = ("linear", "dequantize", "quantize", "training", "model")
+Make = Callable[[tuple[int, int], Sequence[str]], dict[str, Contestant]]
 QUICK_SHAPES = ((256, 320), (320, 256))
 
 
@@ -120,16 +122,17 @@ def benchmark(rows: Rows, *, parts: Sequence[str], threads: int, peers: Sequence
                 products = tokens * shape[0] * shape[1]
                 ours = {name: account(case[name], products, ceilings) for name in ("nf4", "nf3", "nf2")}
                 rows.put(key, {**row, "peers": list(peers), "account": ours})
-        for part, make in (("dequantize", _dequantize), ("training", _training)):
+        made: Mapping[str, Make] = {
+            "dequantize": dequantize_case,
+            "quantize": quantize_case,
+            "training": _training,
+        }
+        for part, make in made.items():
             key = f"{part}, {size}, {suffix}"
             if part in parts and not rows.has(key):
                 rows.put(key, {**measured(make(shape, peers), ("nf4",), rounds), "peers": list(peers)})
     if "model" in parts and not rows.has(f"model, {suffix}"):
         rows.put(f"model, {suffix}", {**model_case(peers, quick=quick), "peers": list(peers)})
-
-
-def _dequantize(shape: tuple[int, int], peers: Sequence[str]) -> dict[str, Contestant]:
-    return dequantize_case(shape, peers)
 
 
 def _training(shape: tuple[int, int], peers: Sequence[str]) -> dict[str, Contestant]:

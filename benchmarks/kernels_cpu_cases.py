@@ -180,6 +180,17 @@ def dequantize_case(shape: tuple[int, int], peers: Collection[str]) -> dict[str,
     return made
 
 
+def quantize_case(shape: tuple[int, int], peers: Collection[str]) -> dict[str, Contestant]:
+    """Plain rounding of a float32 matrix to 4 bits, blocks of 64, scales in 8 bits, themselves scaled in groups."""
+    weight, config = torch.randn(shape), QuantConfig(bits=4, block_size=GROUP)
+    made = {"nf4": _turns(lambda: partial(quantize_blockwise, weight.clone(), config), weight.nbytes)}
+    if "bitsandbytes" in peers:
+        quantize = import_module("bitsandbytes.functional").quantize_4bit
+        given = {"quant_type": "nf4", "blocksize": GROUP, "compress_statistics": True}
+        made["bitsandbytes"] = _turns(lambda: partial(quantize, weight.clone(), **given), weight.nbytes)
+    return made
+
+
 def training_case(shape: tuple[int, int], tokens: int, peers: Collection[str]) -> dict[str, Contestant]:
     """Forward and backward of one 4-bit linear with factors of rank 64 that train; the input has a gradient too.
 

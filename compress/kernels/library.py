@@ -70,7 +70,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the library cannot be loaded: {error}"
     if abi != _ABI:
         return None, "the library was built from other sources; install compress again"
-    found.ck_linear_floats.restype = ctypes.c_int64
+    address, number = ctypes.c_void_p, ctypes.c_int64
+    found.ck_linear_floats.argtypes, found.ck_linear_floats.restype = (address, number, number), number
+    found.ck_linear.argtypes = (
+        *[address] * 3,
+        number,
+        number,
+        address,
+        address,
+        number,
+        *[address] * 2,
+        number,
+    )
     return found, ""
 
 

@@ -37,10 +37,19 @@ def serves(x: Tensor) -> bool:
 
 
 def _native(matrix: TiledMatrix) -> NativeMatrix:
-    g = matrix.geometry
-    tensors = {name: getattr(matrix, name) for name in ("codes", "scale_codes", "steps", "table", "offset")}
-    return NativeMatrix(
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    """The matrix for the library; made once, and again where a tensor has moved."""
+    m, g = matrix, matrix.geometry
+    places = (
+        m.codes.data_ptr(),
+        m.scale_codes.data_ptr(),
+        m.steps.data_ptr(),
+        m.table.data_ptr(),
+        m.offset.data_ptr(),
+    )
+    if m.made and m.made[0][0] == places:
+        return m.made[0][1]
+    native = NativeMatrix(
+        *places,
         rows=g.rows,
         columns=g.columns,
         blocks=g.blocks,
@@ -50,6 +59,8 @@ def _native(matrix: TiledMatrix) -> NativeMatrix:
         bits=g.bits,
         scale_bits=g.scale_bits,
     )
+    m.made[:] = [(places, native)]
+    return native
 
 
 def dequantize_into(out: Tensor, matrix: TiledMatrix, start: int) -> None:
@@ -133,14 +144,12 @@ def product(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tu
         return _by_slices(x, matrix, factors, y)
     if tokens == 0:
         return y, inner
-    native, library, number = _native(matrix), needed(), ctypes.c_int64
-    threads = number(torch.get_num_threads())
-    floats = library.ck_linear_floats(ctypes.byref(native), number(tokens), threads)
-    workspace = torch.empty(floats)
+    native, library, threads = ctypes.byref(_native(matrix)), needed(), torch.get_num_threads()
+    workspace = torch.empty(library.ck_linear_floats(native, tokens, threads))
+    left, right = (None, None) if factors is None else (factors[0].data_ptr(), factors[1].data_ptr())
     library.ck_linear(
-        *(ctypes.byref(native), address(x), address(y), number(tokens), number(TYPES[x.dtype])),
-        *((None, None) if factors is None else map(address, factors)),
-        *(number(rank), address(inner), address(workspace), threads),
+        *(native, x.data_ptr(), y.data_ptr(), tokens, TYPES[x.dtype], left, right, rank),
+        *(inner.data_ptr(), workspace.data_ptr(), threads),
     )
     return y, inner
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -61,6 +61,16 @@ class Geometry:
         return [self.rows, self.columns, self.bits, self.scale_bits, self.block_size, self.group_size]
 
 
+class Made(list["tuple[tuple[int, ...], NativeMatrix]"]):
+    """What was made of a matrix for the library. It holds addresses, so a copy of the matrix begins without."""
+
+    def __deepcopy__(self, memo: object) -> Made:
+        return Made()
+
+    def __reduce__(self) -> tuple[type[Made], tuple[()]]:
+        return Made, ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiledMatrix:
     """A quantized matrix [O, I] in the packed layout, version 1.
@@ -72,6 +82,7 @@ class TiledMatrix:
         steps: float32 [G], second-level scales over ``2 ** scale_bits - 1``.
         offset: float32 [1].
         table: float32 [2 ** bits].
+        made: What the C library is given for it, with the addresses that this holds; at most one.
     """
 
     geometry: Geometry
@@ -80,6 +91,7 @@ class TiledMatrix:
     steps: Tensor
     offset: Tensor
     table: Tensor
+    made: Made = field(default_factory=lambda: Made(), init=False, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:

@@ -134,7 +134,9 @@ class LQLinear(nn.Linear):
 
     def stored_factors(self, dtype: torch.dtype) -> StoredFactors | None:
         """The factors in use as (L1 [r, O], L2 [r, I]) of ``dtype``, dequantized once and kept; None without."""
-        native = self._native_form()
+        return self._kept_factors(self._native_form(), dtype)
+
+    def _kept_factors(self, native: NativeForm, dtype: torch.dtype) -> StoredFactors | None:
         if self.record.rank == 0 or not self.use_factors:
             return None
         if native.factors is None or native.factors[0].dtype != dtype:
@@ -194,8 +196,19 @@ class LQLinear(nn.Linear):
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        y: torch.Tensor = _Product.apply(input, self)
+        # a decoded token meets hundreds of layers: an autograd function that keeps nothing costs as much as they do
+        if torch.is_grad_enabled() and input.requires_grad:
+            y: torch.Tensor = _Product.apply(input, self)
+        else:
+            y = self.multiplied(input)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiplied(self, input: torch.Tensor) -> torch.Tensor:
+        """``input @ weight.T`` [..., O] of [..., I], without the bias; nothing is recorded for a gradient."""
+        if native_serves(input):
+            native = self._native_form()
+            return native_matmul(input, native.matrix, self._kept_factors(native, input.dtype))
+        return backend().matmul(input, *self.operands(input.dtype))
 
     def reset_parameters(self) -> None:
         """Refuse: codes come from a checkpoint or a decomposition, never from a distribution."""
@@ -232,9 +245,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: LQLinear) -> torch.Tensor:
         ctx.layer = layer
-        if native_serves(x):
-            return native_matmul(x, layer.tiled(), layer.stored_factors(x.dtype))
-        return backend().matmul(x, *layer.operands(x.dtype))
+        return layer.multiplied(x)
 
     @staticmethod
     @once_differentiable

@@ -14,6 +14,7 @@ from compress.benchmarks.kernels_cpu_cases import (
     copies,
     dequantize_case,
     linear_case,
+    quantize_case,
     training_case,
 )
 from compress.benchmarks.kernels_cpu_model import _nf3, replaced, speeds
@@ -59,7 +60,8 @@ def test_both_ways_of_a_width_give_the_same(bits: int) -> None:
 
 
 def test_every_call_of_a_case_runs() -> None:
-    for case in (linear_case(SHAPE, 9, ()), dequantize_case(SHAPE, ()), training_case(SHAPE, 5, ())):
+    cases = linear_case(SHAPE, 9, ()), dequantize_case(SHAPE, ()), quantize_case(SHAPE, ())
+    for case in (*cases, training_case(SHAPE, 5, ())):
         for contestant in case.values():
             for call in contestant.calls:
                 call()

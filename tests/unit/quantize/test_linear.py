@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from compress.kernels.dispatch import native_matmul
+from compress.kernels.library import library
 from compress.quantize.checkpoint import MatrixRecord
 from compress.quantize.config import FACTOR_8BIT, QuantConfig
 from compress.quantize.decompose import decompose
@@ -234,3 +237,35 @@ def test_a_random_start_is_refused() -> None:
 
 def test_repr_names_widths_and_rank() -> None:
     assert "bits=3, block_size=16, rank=5" in repr(layer())
+
+
+def test_a_used_layer_can_be_pickled_and_its_copy_computes_on_tensors_of_its_own() -> None:
+    original = used(layer())
+    other = pickle.loads(pickle.dumps(original))
+    for tensor in (original.weight.data, *original.buffers()):
+        tensor.zero_()  # an address that came along would read these
+    assert_same(other, layer())
+
+
+@pytest.mark.skipif(library() is None, reason="the C library was not built")
+def test_a_matrix_is_found_where_its_tensors_are() -> None:
+    quantized, x = used(layer()), inputs().detach()
+    matrix, factors = quantized.tiled(), quantized.stored_factors(x.dtype)
+    expected = native_matmul(x, matrix, factors)
+    twin = copy.deepcopy(matrix)
+    moved, at = matrix.steps.clone(), matrix.steps.data_ptr()
+    matrix.steps.zero_()
+    torch.testing.assert_close(native_matmul(x, twin, factors), expected, rtol=0, atol=0)
+    matrix.steps.set_(moved)  # type: ignore[call-overload]
+    assert matrix.steps.data_ptr() != at
+    torch.testing.assert_close(native_matmul(x, matrix, factors), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_to_come_changes_no_output(dtype: torch.dtype) -> None:
+    quantized, x = layer(), inputs().detach().to(dtype)
+    plain, recorded = quantized(x), quantized(x.clone().requires_grad_())
+    assert recorded.grad_fn is not None
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(x), recorded, rtol=0, atol=0)
+    torch.testing.assert_close(plain, recorded, rtol=0, atol=0)
