@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -56,6 +57,8 @@ NEEDS = ("wikitext2",)
 
 CALIBRATION = 16_384
 MICRO_BATCH, SEQUENCE = 4, 128
+TURNS = 7
+"""In which speeds are measured."""
 DTYPE = "float32"
 """Of everything, whatever the machine prefers: rows measured on different machines can share a table."""
 RECOVERY: dict[str, Any] = {
@@ -165,13 +168,23 @@ class Bench:
         }
 
     def speed(self, folder: Path) -> dict[str, float]:
-        """Prefill and greedy decoding in tokens a second, batch 1, prompt of 512."""
-        windows = test_windows(load_tokenizer(self.model), length=LENGTH, tokens=LENGTH)
-        found = throughput(self.place.load(folder), windows.ids[:1], decode_tokens=64)
-        return {
-            "prefill_tokens_per_second": found.prefill_tokens_per_second,
-            "decode_tokens_per_second": found.decode_tokens_per_second,
-        }
+        """Prefill and greedy decoding in tokens a second, batch 1, prompt of 512, beside the full model's in turns.
+
+        Medians of :data:`TURNS`; a ratio is the median of those within a turn, which a busy machine moves less.
+        """
+        prompt = test_windows(load_tokenizer(self.model), length=LENGTH, tokens=LENGTH).ids[:1]
+        small, full = self.place.load(folder), self.place.load(self.model)
+        turns = [
+            tuple(throughput(network, prompt, decode_tokens=32, repeats=1) for network in (small, full))
+            for _ in range(TURNS)
+        ]
+        found: dict[str, float] = {"turns": TURNS}
+        for kind in ("prefill", "decode"):
+            pairs = [[getattr(one, f"{kind}_tokens_per_second") for one in turn] for turn in turns]
+            found[f"{kind}_tokens_per_second"] = statistics.median(pair[0] for pair in pairs)
+            found[f"{kind}_tokens_per_second_of_full"] = statistics.median(pair[1] for pair in pairs)
+            found[f"{kind}_ratio"] = statistics.median(pair[0] / pair[1] for pair in pairs)
+        return found
 
 
 def cut(bench: Bench, name: str, ratio: float, out: Path, settings: PruneSettings) -> dict[str, Any]:
@@ -349,7 +362,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as work:
             bench = bench_of(model, source, seed, Path(work) / "run", **sizes)
             if not rows.has("dense"):
-                rows.put("dense", {**bench.measured(model), "speed": bench.speed(model)})
+                rows.put("dense", bench.measured(model))
             control = f"dense {bench.recovery_tokens}{suffixes[seed]}"
             if arguments.control and not rows.has(control):
                 folder = Path(work) / "control"
