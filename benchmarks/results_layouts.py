@@ -56,6 +56,10 @@ _ON_GPU = (
     *("nf4", "nf4 module", "nf4 by Triton", "nf4 + rank 64", "nf3", "nf2", "nf8"),
     *("dense bfloat16", "bitsandbytes"),
 )
+_FEW_TOKENS = (
+    *("package", "ring", "ring, early", "ring, early, rank units", "ring, early, L2"),
+    "cuBLAS bfloat16",
+)
 _KERNELS = ("nf4", "nf3", "nf2", "bitsandbytes", "int4pack", "dense bfloat16", "dense float32")
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
@@ -335,6 +339,34 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 for name in ("host", "batched")
             ),
             note="Weights alone, gradients in the input, matrices with one input, merging and cutting of adapters.",
+        ),
+    ),
+    "few tokens": (
+        Layout(
+            rows=".* tokens.*|layer, .*",
+            columns=_columns("us", floor="floor_seconds")
+            + tuple(
+                Column(header=name, path=("contestants", name, "queued_seconds"), unit="us")
+                for name in _FEW_TOKENS
+            )
+            + tuple(
+                Column(
+                    header=f"{name}, of the floor",
+                    path=("contestants", name, "share_of_floor"),
+                    unit="percent",
+                )
+                for name in ("package", "ring, early, rank units")
+            ),
+            note="Microseconds, medians of two replays queued behind a busy GPU, everybody in turns. "
+            "[GPU kernels](gpu-kernels.md#what-was-tried-for-few-tokens) says what the variants are.",
+        ),
+        Layout(
+            rows="checks, .*",
+            columns=(
+                *_columns("count", products="products", passed="passed"),
+                Column(header="largest error", path=("largest_error",)),
+            ),
+            note="Against float64, and whether calls and replays repeat to the bit.",
         ),
     ),
     "kernels on the CPU": (
