@@ -7,7 +7,8 @@ weights that no cache holds any more: copies of more than 128 MB are gone throug
 and ninetieth percentile of the seconds of each contestant, and of the ratio to ours within the same round.
 Parts: ``linear`` (4-, 3- and 2-bit NormalFloat, blocks of 64, double quantization, bfloat16 input, no gradients),
 ``dequantize``, ``quantize`` (plain rounding of float32), ``training`` (forward and backward of a 4-bit linear with
-trained factors of rank 64), ``model`` (SmolLM2-135M, its decoder linears in 3 bits; see kernels_cpu_model.py).
+trained factors of rank 64), ``model`` and ``memory``
+(SmolLM2-135M, its decoder linears in 3 bits; see kernels_cpu_model.py).
 
 Peers come from the environments of ``make peers PEERS="bitsandbytes hqq"``, whose folders are put at the end of this
 process's path: the same torch serves everybody. A peer that is not there is left out, and the row says who was there.
@@ -38,7 +39,7 @@ from compress.benchmarks.kernels_cpu_cases import (
     quantize_case,
     training_case,
 )
-from compress.benchmarks.kernels_cpu_model import model_case
+from compress.benchmarks.kernels_cpu_model import memory_case, model_case
 from compress.benchmarks.protocol import Rows
 from compress.kernels.ceilings import bandwidth, multiplications
 from compress.kernels.library import LEVELS, status, using
@@ -49,7 +50,7 @@ NEEDS = ()
 ROUNDS = 21
 TOKENS = (1, 8, 64, 256)
 TRAINING_TOKENS = 256
-PARTS = ("linear", "dequantize", "quantize", "training", "model")
+PARTS = ("linear", "dequantize", "quantize", "training", "model", "memory")
 Make = Callable[[tuple[int, int], Sequence[str]], dict[str, Contestant]]
 QUICK_SHAPES = ((256, 320), (320, 256))
 
@@ -131,6 +132,8 @@ def benchmark(rows: Rows, *, parts: Sequence[str], threads: int, peers: Sequence
             key = f"{part}, {size}, {suffix}"
             if part in parts and not rows.has(key):
                 rows.put(key, {**measured(make(shape, peers), ("nf4",), rounds), "peers": list(peers)})
+    if "memory" in parts and not rows.has("memory"):
+        rows.put("memory", {"resident_growth": memory_case(peers), "peers": list(peers)})
     if "model" in parts and not rows.has(f"model, {suffix}"):
         rows.put(f"model, {suffix}", {**model_case(peers, quick=quick), "peers": list(peers)})
 

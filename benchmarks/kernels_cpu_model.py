@@ -2,13 +2,21 @@
 
 SmolLM2-135M with every decoder linear in 3-bit NormalFloat without factors, the same in bitsandbytes' NF4, and dense,
 all in bfloat16. The embedding, the output matrix and the norms are dense everywhere. Models take turns; each turn
-reads a prompt of 512 tokens and decodes greedily after it. Bytes are those of all parameters and buffers after use,
-not the resident memory of the process, which all models share here.
+reads a prompt of 512 tokens and decodes greedily after it. Bytes are those of all parameters and buffers after use.
+
+Resident memory is measured in processes of their own, ``python -m compress.benchmarks.kernels_cpu_model NAME``: by how
+much it has grown from before a model was loaded to after it has read a prompt and decoded; nothing of a checkpoint
+stays mapped.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any
@@ -16,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.benchmarks.kernels_cpu_cases import add_peers
+from compress.benchmarks.process_memory import memory_of
 from compress.evaluate.latency import throughput
 from compress.evaluate.memory import resident_bytes
 from compress.model.load import load_model, resolve
@@ -55,14 +65,60 @@ def replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Mod
     return model
 
 
+MODELS: dict[str, Callable[[nn.Linear], nn.Module] | None] = {
+    "dense": None,
+    "nf3": _nf3,
+    "bitsandbytes nf4": _bitsandbytes,
+}
+"""What becomes of a decoder's linears, by the name of a model."""
+
+
+def made(name: str) -> Any:
+    """One of :data:`MODELS`, with every tensor in memory of its own."""
+    model = load_model(resolve(None), dtype=DTYPE)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    make = MODELS[name]
+    return model if make is None else replaced(model, make)
+
+
+def here(peers: Collection[str]) -> list[str]:
+    """The models that can be made."""
+    return [name for name in MODELS if name.split()[0] in ("dense", "nf3", *peers)]
+
+
 def model_case(peers: Collection[str], *, quick: bool) -> dict[str, Any]:
     """Prefill and decoding in turns: tokens per second (median of the turns), and bytes of each model."""
-    path = resolve(None)
-    made: dict[str, Any] = {"dense": load_model(path, dtype=DTYPE)}
-    made["nf3"] = replaced(load_model(path, dtype=DTYPE), _nf3)
-    if "bitsandbytes" in peers:
-        made["bitsandbytes nf4"] = replaced(load_model(path, dtype=DTYPE), _bitsandbytes)
-    return speeds(made, prompt=32 if quick else PROMPT, new=4 if quick else NEW, turns=1 if quick else TURNS)
+    models = {name: made(name) for name in here(peers)}
+    return speeds(
+        models, prompt=32 if quick else PROMPT, new=4 if quick else NEW, turns=1 if quick else TURNS
+    )
+
+
+def memory_case(peers: Collection[str]) -> dict[str, int]:
+    """By how many bytes a process that has nothing else to do grows with each model, by its name."""
+    found = {}
+    for name in here(peers):
+        command = [sys.executable, "-P", "-m", "compress.benchmarks.kernels_cpu_model", name]
+        found[name] = int(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+        )
+    return found
+
+
+def grown_by(make: Callable[[], Any], *, prompt: int = PROMPT, new: int = NEW) -> int:
+    """Resident bytes of this process after a model was made, read and wrote, over those before."""
+    before = _resident()
+    model = make()
+    throughput(model, torch.zeros(1, prompt, dtype=torch.int64), decode_tokens=new, repeats=1)
+    return _resident() - before
+
+
+def _resident() -> int:
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is nobody's
+    return memory_of(os.getpid())[0]
 
 
 def speeds(models: dict[str, Any], *, prompt: int, new: int, turns: int) -> dict[str, Any]:
@@ -84,3 +140,8 @@ def speeds(models: dict[str, Any], *, prompt: int, new: int, turns: int) -> dict
         "decode_tokens_per_second": {name: statistics.median(found) for name, found in written.items()},
         "bytes": {name: resident_bytes(model) for name, model in models.items()},
     }
+
+
+if __name__ == "__main__":
+    add_peers()
+    print(grown_by(lambda: made(sys.argv[1])))

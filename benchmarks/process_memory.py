@@ -86,7 +86,7 @@ def _sample(root: int, peak: Peak, done: threading.Event) -> None:
         resident = anonymous = 0
         family = _family(root)
         for pid in family:
-            own = _memory(pid)
+            own = memory_of(pid)
             resident += own[0]
             anonymous += own[1]
         peak.resident = max(peak.resident, resident)
@@ -105,7 +105,7 @@ def _family(root: int) -> list[int]:
     return found
 
 
-def _memory(pid: int) -> tuple[int, int]:
+def memory_of(pid: int) -> tuple[int, int]:
     """Resident and anonymous bytes; zeros for a process that has ended."""
     fields = dict(
         line.split(":", 1) for line in _text(Path(f"/proc/{pid}/status")).splitlines() if ":" in line

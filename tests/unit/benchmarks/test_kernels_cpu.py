@@ -17,7 +17,7 @@ from compress.benchmarks.kernels_cpu_cases import (
     quantize_case,
     training_case,
 )
-from compress.benchmarks.kernels_cpu_model import _nf3, replaced, speeds
+from compress.benchmarks.kernels_cpu_model import _nf3, grown_by, here, replaced, speeds
 from compress.benchmarks.protocol import Rows
 from compress.kernels.library import library
 from compress.quantize.linear import LQLinear
@@ -123,3 +123,15 @@ def test_a_model_is_quantized_but_for_its_ends_and_measured() -> None:
     )
     assert found["bytes"]["nf3"] < found["bytes"]["dense"]
     assert all(speed > 0 for speed in found["decode_tokens_per_second"].values())
+
+
+def test_memory_is_what_a_model_holds_and_not_what_was_freed_on_the_way() -> None:
+    def made() -> torch.nn.Module:
+        torch.ones(48 << 20, dtype=torch.uint8)
+        model = tiny_model("llama_gqa")
+        model.register_buffer("held", torch.ones(24 << 20, dtype=torch.uint8))
+        return model
+
+    assert 24 << 20 <= grown_by(made, prompt=5, new=2) < 60 << 20
+    assert here(("hqq",)) == ["dense", "nf3"]
+    assert here(("bitsandbytes",)) == ["dense", "nf3", "bitsandbytes nf4"]

@@ -98,7 +98,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "scale.json"
     assert scale.main(["--quick", "--work", str(tmp_path / "work"), "--out", str(out)]) == 0
     stages = json.loads(out.read_text())["stages"]
-    assert list(stages) == list(scale.STAGES)
+    assert list(stages) == sorted(scale.STAGES)  # as a JSON file of ours has them
     for stage in stages.values():
         assert stage["within_limit"]
         assert 0 < stage["peak"]["anonymous"] <= stage["peak"]["resident"]
