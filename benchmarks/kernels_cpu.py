@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from compress.benchmarks import kernels_cpu_cases
 from compress.benchmarks.kernels_cpu_cases import (
     DTYPE,
     SHAPES,
@@ -191,6 +192,8 @@ def main() -> int:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "dtype": str(DTYPE),
     }
+    if arguments.quick:
+        kernels_cpu_cases.ROTATED = 1 << 20  # of small matrices, 128 MB would be thousands
     torch.set_num_threads(max(arguments.threads or (1, 2)))
     with tempfile.TemporaryDirectory() as folder, using(level):
         rows = Rows(arguments.out or Path(folder) / "kernels-cpu.json", identity)
