@@ -3,8 +3,7 @@
 ``python -m compress.benchmarks.loram [--quick] [--part table|masks] [--ratio 0.5] [--align-steps 400]
 [--train-steps 200] [--seeds 0] [--only NAMES]``
 
-Protocol. Model SmolLM2-135M-Instruct (dequantized baseline), float32 on every machine (with
-``--tf32`` a GPU multiplies in TF32). All adapters see the same
+Protocol. Model SmolLM2-135M-Instruct (dequantized baseline), float32 on every machine. All adapters see the same
 windows of the same rows of Dolly (training split; loss on the responses), with the same steps, rank 8, alpha 16, on
 every decoder linear. The small models lose ``--ratio`` of the decoder linear weights; the first four and last two
 layers stay whole. "rand" prunes at random, "stru" by gradients (taylor), without any repair; "aligned" goes on

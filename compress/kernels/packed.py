@@ -91,7 +91,7 @@ class TiledMatrix:
     steps: Tensor
     offset: Tensor
     table: Tensor
-    made: Made = field(default_factory=lambda: Made(), init=False, repr=False, compare=False)
+    made: Made = field(default_factory=Made, init=False, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
