@@ -4,9 +4,8 @@ SmolLM2-135M with every decoder linear in 3-bit NormalFloat without factors, the
 all in bfloat16. The embedding, the output matrix and the norms are dense everywhere. Models take turns; each turn
 reads a prompt of 512 tokens and decodes greedily after it. Bytes are those of all parameters and buffers after use.
 
-Resident memory is measured in processes of their own, ``python -m compress.benchmarks.kernels_cpu_model NAME``: by how
-much it has grown from before a model was loaded to after it has read a prompt and decoded; nothing of a checkpoint
-stays mapped.
+Resident memory is measured in processes of their own: by how much it has grown from before a model was loaded to after
+it has read a prompt and decoded; nothing of a checkpoint stays mapped.
 """
 
 from __future__ import annotations
@@ -99,11 +98,17 @@ def memory_case(peers: Collection[str]) -> dict[str, int]:
     """By how many bytes a process that has nothing else to do grows with each model, by its name."""
     found = {}
     for name in here(peers):
-        command = [sys.executable, "-P", "-m", "compress.benchmarks.kernels_cpu_model", name]
+        command = [sys.executable, "-P", "-c", f"from {__name__} import print_grown; print_grown({name!r})"]
         found[name] = int(
             subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
         )
     return found
+
+
+def print_grown(name: str) -> None:
+    """What a process of :func:`memory_case` does: how many bytes it grows by with one of :data:`MODELS`."""
+    add_peers()
+    print(grown_by(lambda: made(name)))
 
 
 def grown_by(make: Callable[[], Any], *, prompt: int = PROMPT, new: int = NEW) -> int:
@@ -140,8 +145,3 @@ def speeds(models: dict[str, Any], *, prompt: int, new: int, turns: int) -> dict
         "decode_tokens_per_second": {name: statistics.median(found) for name, found in written.items()},
         "bytes": {name: resident_bytes(model) for name, model in models.items()},
     }
-
-
-if __name__ == "__main__":
-    add_peers()
-    print(grown_by(lambda: made(sys.argv[1])))
