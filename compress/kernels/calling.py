@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.kernels.gpu import on_gpu
 from compress.kernels.library import library
+from compress.kernels.packed import needed
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -36,7 +37,7 @@ def call(name: str, *tensors: Tensor | None, sizes: Sequence[int]) -> None:
     """
     addresses = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    if getattr(library(), name)(*addresses, numbers, ctypes.c_int(torch.get_num_threads())):
+    if getattr(needed(), name)(*addresses, numbers, ctypes.c_int(torch.get_num_threads())):
         raise CompressError(
             "There is not enough memory to round a matrix.", "Close other programs, or take a smaller model."
         )

@@ -23,7 +23,7 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "COMPRESS_KERNELS"
 TRITON = "triton"
 
-_ABI = 2
+_ABI = 3
 _FILE = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 
 
@@ -71,7 +71,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if abi != _ABI:
         return None, "the library was built from other sources; install compress again"
     address, number = ctypes.c_void_p, ctypes.c_int64
-    found.ck_linear_floats.argtypes, found.ck_linear_floats.restype = (address, number, number), number
+    found.ck_linear_floats.argtypes, found.ck_linear_floats.restype = (
+        (address, number, number, number),
+        number,
+    )
     found.ck_linear.argtypes = (
         *[address] * 3,
         number,

@@ -1,8 +1,8 @@
 """Products with a tiled matrix by the C library, and its weights; the same as torch operations with autograd rules.
 
-Few tokens: codes are decoded in registers, or a tile at a time into the cache. Many: a slice of rows is dequantized
-into a bounded workspace and torch multiplies it. Sums are float32 whatever the type of the input. Where the processor
-multiplies bfloat16, weights are rounded to it before they meet more than a few tokens of that type.
+Few tokens: codes are decoded in registers, or a tile at a time into the cache. Many, and gradients: a slice is
+dequantized into a bounded workspace and torch multiplies it. Sums are float32 whatever the type of the input. Where
+the processor multiplies bfloat16, inputs of that type meet table entries rounded to it, or rounded weights in slices.
 
 Shapes: O out, I in, T tokens, r rank. Types: float32, bfloat16, float16.
 """
@@ -17,12 +17,16 @@ from torch import Tensor
 from compress.errors import UsageError
 from compress.kernels.library import LEVELS
 from compress.kernels.packed import NativeMatrix, TiledMatrix, address, check, needed
+from compress.kernels.pages import empty
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of inputs and results, by their number in the library."""
 
 DENSE_FROM = {"scalar": 6, "avx2": 160, "avx512": 160, "avx512_bf16": 160}
 """Tokens from which a slice of dequantized rows times torch's product is faster than the tiles, by level."""
+
+NARROW_FROM = 1024
+"""The same for bfloat16 at the level avx512_bf16. Before it the tiles are as fast, without rounding whole weights."""
 
 _SLICE = 1 << 20
 """Weights of the workspace that slices are dequantized into."""
@@ -63,18 +67,20 @@ def _native(matrix: TiledMatrix) -> NativeMatrix:
     return native
 
 
-def dequantize_into(out: Tensor, matrix: TiledMatrix, start: int) -> None:
-    """Write weights of the rows from ``start`` on: table entry times scale in float32, rounded once.
+def dequantize_into(out: Tensor, matrix: TiledMatrix, start: int, first_column: int = 0) -> None:
+    """Write weights of the rows and columns from some on: table entry times scale in float32, rounded once.
 
     Args:
-        out: [rows, I], contiguous, of a type in :data:`TYPES`.
+        out: [rows, columns], contiguous, of a type in :data:`TYPES`.
         matrix: The tiled matrix.
         start: First row.
+        first_column: A multiple of 32.
     """
     number = ctypes.c_int64
     needed().ck_dequantize(
         ctypes.byref(_native(matrix)),
         *(number(start), number(start + out.shape[0])),
+        *(number(first_column), number(first_column + out.shape[1])),
         address(out),
         *(number(TYPES[out.dtype]), number(torch.get_num_threads())),
     )
@@ -96,7 +102,7 @@ def dequantize(
     end = g.rows if stop is None else stop
     if not 0 <= start <= end <= g.rows:
         raise UsageError(f"Rows {start} to {end} were asked for.", f"The matrix has rows 0 to {g.rows}.")
-    out = torch.empty(end - start, g.columns, dtype=dtype)
+    out = empty(end - start, g.columns, dtype=dtype)
     if out.numel():
         dequantize_into(out, matrix, start)
     return out
@@ -112,6 +118,16 @@ def _check(name: str, x: Tensor, width: int, matrix: TiledMatrix, factors: Store
 
 def _level() -> str:
     return LEVELS[needed().ck_level()]
+
+
+def multiplies_narrow(dtype: torch.dtype) -> bool:
+    """Whether products of this type of input are made of bfloat16 weights."""
+    return dtype == torch.bfloat16 and _level() == "avx512_bf16"
+
+
+def dense_from(dtype: torch.dtype) -> int:
+    """Tokens of a type of input from which torch multiplies slices."""
+    return NARROW_FROM if multiplies_narrow(dtype) else DENSE_FROM[_level()]
 
 
 def _slices(matrix: TiledMatrix) -> list[tuple[int, int]]:
@@ -140,12 +156,12 @@ def product(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tu
     tokens, rank = x.shape[0], 0 if factors is None else factors[0].shape[0]
     inner = torch.empty(tokens, rank)
     y = torch.empty(tokens, matrix.geometry.rows, dtype=x.dtype)
-    if tokens >= DENSE_FROM[_level()]:
-        return _by_slices(x, matrix, factors, y)
+    if tokens >= dense_from(x.dtype):
+        return (_by_narrow_slices if multiplies_narrow(x.dtype) else _by_slices)(x, matrix, factors, y)
     if tokens == 0:
         return y, inner
     native, library, threads = ctypes.byref(_native(matrix)), needed(), torch.get_num_threads()
-    workspace = torch.empty(library.ck_linear_floats(native, tokens, threads))
+    workspace = torch.empty(library.ck_linear_floats(native, tokens, TYPES[x.dtype], threads))
     left, right = (None, None) if factors is None else (factors[0].data_ptr(), factors[1].data_ptr())
     library.ck_linear(
         *(native, x.data_ptr(), y.data_ptr(), tokens, TYPES[x.dtype], left, right, rank),
@@ -157,8 +173,6 @@ def product(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tu
 def _by_slices(
     x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if x.dtype == torch.bfloat16 and _level() == "avx512_bf16":
-        return _by_narrow_slices(x, matrix, factors, y)
     wide = x.float()
     sums = y if y.dtype == torch.float32 else torch.empty(y.shape)
     inner = wide.new_empty(x.shape[0], 0) if factors is None else wide @ factors[1].float().T
@@ -176,20 +190,22 @@ def _by_slices(
 def _by_narrow_slices(
     x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same in bfloat16 throughout: the low-rank part is rounded, and the sum once more."""
-    inner = torch.empty(x.shape[0], 0) if factors is None else x.float() @ factors[1].float().T
+    """The same in bfloat16: the low-rank part is more columns of the slices, met by its rounded half of the product."""
+    columns = x.shape[1]
+    inner, wide = torch.empty(x.shape[0], 0), x
     if factors is not None:
-        y.copy_(inner @ factors[0].float())
+        inner = x.float() @ factors[1].float().T
+        wide = torch.cat([x, inner.to(x.dtype)], dim=1)
     slices = _slices(matrix)
-    workspace = torch.empty(slices[0][1], x.shape[1], dtype=x.dtype)
+    workspace = torch.empty(slices[0][1], wide.shape[1], dtype=x.dtype)
+    dense = workspace if factors is None else torch.empty(slices[0][1], columns, dtype=x.dtype)
     for start, stop in slices:
-        weights = workspace[: stop - start]
+        weights = dense[: stop - start]
         dequantize_into(weights, matrix, start)
-        part = y[:, start:stop]
-        if factors is None:
-            torch.mm(x, weights.T, out=part)
-        else:
-            torch.addmm(part, x, weights.T, out=part)
+        if factors is not None:
+            workspace[: stop - start, :columns] = weights
+            workspace[: stop - start, columns:] = factors[0][:, start:stop].T
+        torch.mm(wide, workspace[: stop - start].T, out=y[:, start:stop])
     return y, inner
 
 
@@ -208,6 +224,8 @@ def product_transposed(grad: Tensor, matrix: TiledMatrix, factors: StoredFactors
         UsageError: Sizes or types do not fit, or the library is not in use.
     """
     _check("the gradient", grad, matrix.geometry.rows, matrix, factors)
+    if multiplies_narrow(grad.dtype):
+        return _transposed_by_narrow_slices(grad, matrix, factors)
     wide = grad.float()
     slices = _slices(matrix)
     sums = torch.zeros(grad.shape[0], matrix.geometry.columns)
@@ -219,3 +237,22 @@ def product_transposed(grad: Tensor, matrix: TiledMatrix, factors: StoredFactors
     if factors is not None:
         sums.addmm_(wide @ factors[0].float().T, factors[1].float())
     return sums.to(grad.dtype)
+
+
+def _transposed_by_narrow_slices(grad: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> Tensor:
+    """In bfloat16 by slices of columns, so that no sum crosses two; the low-rank part is more rows of each."""
+    rows, columns = matrix.geometry.rows, matrix.geometry.columns
+    wide = grad
+    if factors is not None:
+        wide = torch.cat([grad, grad @ factors[0].T], dim=1)
+    y = torch.empty(grad.shape[0], columns, dtype=grad.dtype)
+    step = max(32, _SLICE // wide.shape[1] // 32 * 32)
+    workspace = torch.empty(wide.shape[1] * min(step, columns), dtype=grad.dtype)
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        weights = workspace[: wide.shape[1] * (stop - start)].view(-1, stop - start)
+        dequantize_into(weights[:rows], matrix, 0, start)
+        if factors is not None:
+            weights[rows:] = factors[1][:, start:stop]
+        torch.mm(wide, weights, out=y[:, start:stop])
+    return y

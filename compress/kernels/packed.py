@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.kernels.library import library
+from compress.kernels.team import join
 
 LAYOUT_VERSION = 1
 TILE = 16
@@ -131,6 +132,7 @@ def needed() -> ctypes.CDLL:
         raise UsageError(
             "The C kernels are not in use.", "Install with a C compiler, or use backend 'torch'."
         )
+    join(found)
     return found
 
 

@@ -22,7 +22,7 @@
 #endif
 
 /* Changed with every change of an exported signature, a structure or the packed layout; library.py has the same. */
-#define CK_ABI 2
+#define CK_ABI 3
 
 /* Instruction-set levels, each a superset of the one before. */
 enum { CK_SCALAR = 0, CK_AVX2 = 1, CK_AVX512 = 2, CK_AVX512_BF16 = 3 };

@@ -15,8 +15,8 @@ typedef struct {
     const void *raw;           /* x [tokens, columns] of `type` */
     void *y;                   /* [tokens, rows] of `type` */
     int64_t type, tokens;
-    const float *x;            /* x as `widen` leaves it: [sets of tokens][octets][tokens of the set][8], or [4] for
-                                * pairs of bfloat16 */
+    const float *x;            /* x as `widen` leaves it: [sets of tokens][octets][tokens of the set][8], or [4] words
+                                * of two where pairs of bfloat16 are multiplied */
     const ck_factors *factors; /* NULL without */
     const float *inner;        /* [tokens, rank]: x times right transposed */
     float *workspace;          /* of the panel kernel, `threads` times ck_panel_floats */
@@ -26,23 +26,26 @@ typedef struct {
 
 static inline int64_t ck_size(int64_t type) { return type == CK_F32 ? 4 : 2; }
 
+/* Rows and columns first to last (not included); first_column is a multiple of CK_CHUNK. */
+typedef struct { int64_t first_row, last_row, first_column, last_column; } ck_part;
+
 typedef struct {
-    int64_t most_direct, most_direct_bf16; /* the second for bfloat16, never above the first */
-    /* y of tiles begin to end for at most `most_direct` tokens: codes are decoded in registers. */
+    int pairs; /* bfloat16 inputs are held as words of two */
+    /* Whether `direct` serves a product; `panel` serves the others. */
+    int (*is_direct)(const ck_matrix *m, int64_t tokens, int64_t type);
+    /* y of tiles begin to end for few tokens: codes are decoded in registers. */
     void (*direct)(const ck_product *p, int64_t begin, int64_t end);
     /* The same for any number of tokens: a panel of decoded weights in the cache, times blocks of tokens.
      * begin and end count groups of `tiles_at_once` tiles. */
     void (*panel)(const ck_product *p, float *workspace, int64_t begin, int64_t end);
-    /* Weights of tiles begin to end as rows of `type`, [rows, columns]; rows before `first_row` and from `last_row`
-     * on are left out, and `out` is where first_row goes. */
-    void (*dequantize)(const ck_matrix *m, int64_t begin, int64_t end, int64_t first_row, int64_t last_row,
-                       void *out, int type);
+    /* Weights of tiles begin to end that lie in a part, as rows of `type`; `out` is where first_row goes. */
+    void (*dequantize)(const ck_matrix *m, int64_t begin, int64_t end, const ck_part *part, void *out, int type);
     /* inner[:, begin to end] of the factors. */
     void (*inner)(const ck_product *p, float *inner, int64_t begin, int64_t end);
     /* Tokens begin to end of x as the two products read them. */
     void (*widen)(const ck_product *p, float *to, int64_t begin, int64_t end);
-    /* 192 multiplications and additions a round, for the account of a benchmark. */
-    float (*peak)(int64_t rounds);
+    /* 192 multiplications and additions a round (twice as many with pairs), for the account of a benchmark. */
+    float (*peak)(int64_t rounds, int64_t type);
 } ck_kernels;
 
 extern const ck_kernels ck_kernels_scalar, ck_kernels_avx2, ck_kernels_avx512, ck_kernels_avx512_bf16;

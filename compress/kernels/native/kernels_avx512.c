@@ -9,5 +9,5 @@
 
 CK_END_OF_LEVEL
 
-const ck_kernels ck_kernels_avx512 = {MOST_DIRECT, MOST_DIRECT_BF16, direct, panel, dequantize, inner, widen, peak};
+const ck_kernels ck_kernels_avx512 = CK_KERNELS;
 #endif

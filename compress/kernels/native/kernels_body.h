@@ -1,8 +1,17 @@
 /* The kernels over vectors of 16 rows, written once; kernels_LEVEL.c includes this after vector_LEVEL.h. */
 #include "kernels_dequantize.h"
 #include "kernels_panel.h"
+#ifdef BF16_PAIRS
+#include "kernels_pairs.h"
+#endif
 
 INLINE void inner_tokens(const ck_product *p, float *found, int64_t r, int64_t first, int tokens) {
+#ifdef BF16_PAIRS
+    if (p->type == CK_BF16) {
+        inner_pairs(p, found, r, first, tokens);
+        return;
+    }
+#endif
     const ck_factors *f = p->factors;
     int64_t columns = p->matrix->columns, size = ck_size(p->type);
     const char *row = (const char *)f->right + r * columns * size, *x = (const char *)p->raw + first * columns * size;
@@ -29,27 +38,14 @@ static void inner(const ck_product *p, float *found, int64_t begin, int64_t end)
     }
 }
 
-/* Tokens begin to end of x into the order of the panels, four pairs an octet. */
-static void widen_pairs(const ck_product *p, float *to, int64_t begin, int64_t end) {
-    int64_t width = p->matrix->blocks * p->matrix->block_size, columns = p->matrix->columns;
-    for (int64_t t = begin; t < end; t++) {
-        int64_t first = t / PANEL_TOKENS * PANEL_TOKENS, together = ck_min(PANEL_TOKENS, p->tokens - first);
-        float *place = to + first * width / 2 + (t - first) * 4;
-        const char *from = (const char *)p->raw + t * columns * 2;
-        for (int64_t k = 0; k < width; k += 8, place += 4 * together) {
-            int64_t count = columns - k < 0 ? 0 : ck_min(8, columns - k);
-            memset(place, 0, 16);
-            memcpy(place, from + k * 2, (size_t)count * 2);
-        }
-    }
-}
-
 /* Tokens begin to end of x as float32 (or as pairs) into the order of the product's kernel. */
 static void widen(const ck_product *p, float *to, int64_t begin, int64_t end) {
-    if (by_pairs(p) && p->tokens > MOST_DIRECT_BF16) {
+#ifdef BF16_PAIRS
+    if (p->type == CK_BF16) {
         widen_pairs(p, to, begin, end);
         return;
     }
+#endif
     int64_t width = p->matrix->blocks * p->matrix->block_size, columns = p->matrix->columns, size = ck_size(p->type);
     int64_t most = p->tokens <= MOST_DIRECT ? p->tokens : PANEL_TOKENS;
     for (int64_t t = begin; t < end; t++) {
@@ -63,12 +59,20 @@ static void widen(const ck_product *p, float *to, int64_t begin, int64_t end) {
     }
 }
 
-/* Multiply and add in registers, 192 of them a round: how fast the processor can be at most. */
-static float peak(int64_t rounds) {
+/* Multiply and add in registers, 192 of them a round, of bfloat16 as pairs: how fast the processor can be at most. */
+static float peak(int64_t rounds, int64_t type) {
     v16 sums[12], factor = v_set(0.5f);
     UNROLL
     for (int i = 0; i < 12; i++) sums[i] = v_set((float)i);
-    for (int64_t round = 0; round < rounds; round++) {
+#ifdef BF16_PAIRS
+    for (; type == CK_BF16 && rounds > 0; rounds--) {
+        UNROLL
+        for (int i = 0; i < 12; i++) sums[i] = v_dot_pairs(factor, factor, sums[i]);
+    }
+#else
+    (void)type;
+#endif
+    for (; rounds > 0; rounds--) {
         UNROLL
         for (int i = 0; i < 12; i++) sums[i] = v_fma(sums[i], factor, factor);
     }
@@ -76,3 +80,30 @@ static float peak(int64_t rounds) {
     for (int i = 0; i < 12; i++) total += v_sum(sums[i]);
     return total;
 }
+
+static void any_direct(const ck_product *p, int64_t begin, int64_t end) {
+#ifdef BF16_PAIRS
+    if (p->type == CK_BF16) {
+        direct_by_pairs(p, begin, end);
+        return;
+    }
+#endif
+    direct(p, begin, end);
+}
+
+static void any_panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
+#ifdef BF16_PAIRS
+    if (p->type == CK_BF16) {
+        panel_by_pairs(p, workspace, begin, end);
+        return;
+    }
+#endif
+    panel(p, workspace, begin, end);
+}
+
+#ifdef BF16_PAIRS
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
+#define CK_KERNELS {HAS_PAIRS, is_direct, any_direct, any_panel, dequantize, inner, widen, peak}

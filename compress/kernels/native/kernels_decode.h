@@ -26,7 +26,8 @@
 typedef struct {
     const ck_matrix *m;
     const uint8_t *codes;
-    places at;
+    places at;          /* at the block where `left` was found */
+    int32_t left, next; /* blocks until a lane enters another group, then and now */
     v16 steps, offset;
 } scale_walk;
 
@@ -43,6 +44,7 @@ INLINE scale_walk walk_scales(const ck_matrix *m, int64_t tile) {
         if (r >= size) r -= size, g++;
     }
     scale_walk walk = {.m = m, .codes = ck_block_scales(m, tile, 0), .at = places_load(rest, group)};
+    walk.left = walk.next = places_left(&walk.at, (int32_t)size);
     walk.steps = places_steps(&walk.at, m->steps, (int32_t)m->groups);
     walk.offset = v_set(m->offset[0]);
     return walk;
@@ -53,8 +55,11 @@ INLINE v16 next_scales(scale_walk *walk) {
     const ck_matrix *m = walk->m;
     v16 scale = v_add(v_mul(scale_codes(walk->codes, (int)m->scale_bits), walk->steps), walk->offset);
     walk->codes += 2 * m->scale_bits;
-    if (places_step(&walk->at, (int32_t)m->group_size))
+    if (--walk->next == 0) {
+        places_step(&walk->at, walk->left, (int32_t)m->group_size);
+        walk->left = walk->next = places_left(&walk->at, (int32_t)m->group_size);
         walk->steps = places_steps(&walk->at, m->steps, (int32_t)m->groups);
+    }
     return scale;
 }
 

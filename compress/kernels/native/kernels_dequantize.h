@@ -36,25 +36,27 @@ INLINE void write_rows(char *out, int64_t pitch, const v16 rows[16], int64_t fro
     }
 }
 
-INLINE void dequantize_tile(const ck_matrix *m, int bits, int64_t tile, int64_t first_row, int64_t last_row, char *out,
-                            int type) {
-    int64_t size = ck_size(type), pitch = m->columns * size;
+INLINE void dequantize_tile(const ck_matrix *m, int bits, int64_t tile, const ck_part *part, char *out, int type) {
+    int64_t size = ck_size(type), pitch = (part->last_column - part->first_column) * size;
+    int64_t first_row = part->first_row, last_row = part->last_row;
     scale_walk walk = walk_scales(m, tile);
     small_table table = matrix_table(m, bits);
     v16 scale = v_zero(), rows[16];
+    for (int64_t column = 0; column < part->first_column; column += m->block_size) scale = next_scales(&walk);
     const uint32_t *codes = m->codes + tile * ck_tile_words(m);
     int64_t from = first_row > tile * CK_TILE ? first_row - tile * CK_TILE : 0;
     int64_t to = ck_min(CK_TILE, last_row - tile * CK_TILE);
     out += (tile * CK_TILE - first_row) * pitch;
     if (type == CK_F32) {
-        for (int64_t column = 0; column < m->columns; column += 16) {
+        for (int64_t column = part->first_column; column < part->last_column; column += 16, out += 16 * size) {
             decode_16(m, bits, table, codes, column, &walk, &scale, rows);
             v_transpose(rows);
-            write_rows(out + column * size, pitch, rows, from, to, (m->columns - column) * size);
+            write_rows(out, pitch, rows, from, to, (part->last_column - column) * size);
         }
         return;
     }
-    for (int64_t column = 0; column < m->columns; column += 32) { /* pairs of columns share a word */
+    for (int64_t column = part->first_column; column < part->last_column; column += 32, out += 32 * size) {
+        /* pairs of columns share a word */
         v16 columns[16];
         UNROLL
         for (int half = 0; half < 2; half++) {
@@ -63,13 +65,12 @@ INLINE void dequantize_tile(const ck_matrix *m, int bits, int64_t tile, int64_t 
             for (int i = 0; i < 8; i++) rows[8 * half + i] = v_halves(columns[2 * i], columns[2 * i + 1], type);
         }
         v_transpose(rows);
-        write_rows(out + column * size, pitch, rows, from, to, (m->columns - column) * size);
+        write_rows(out, pitch, rows, from, to, (part->last_column - column) * size);
     }
 }
 
-static void dequantize(const ck_matrix *m, int64_t begin, int64_t end, int64_t first_row, int64_t last_row, void *out,
-                       int type) {
-    for (int64_t tile = begin; tile < end; tile++) BY_BITS(m, dequantize_tile, tile, first_row, last_row, out, type);
+static void dequantize(const ck_matrix *m, int64_t begin, int64_t end, const ck_part *part, void *out, int type) {
+    for (int64_t tile = begin; tile < end; tile++) BY_BITS(m, dequantize_tile, tile, part, out, type);
 }
 
 #endif

@@ -4,21 +4,44 @@
 
 #include "kernels_decode.h"
 
-/* Add the low-rank part to a token's sums, and write them. */
-static __attribute__((noinline)) void finish(const ck_product *p, int64_t tile, int64_t token, v16 sum) {
+static int is_direct(const ck_matrix *m, int64_t tokens, int64_t type) {
+#ifdef BF16_PAIRS
+    if (type == CK_BF16) return m->bits < 8 && tokens <= 2 * MOST_DIRECT; /* 8-bit look-ups are dear, wherever done */
+#else
+    (void)m, (void)type;
+#endif
+    return tokens <= MOST_DIRECT;
+}
+
+/* Add the low-rank part to the sums of some tokens, `pitch` floats apart, and write them. */
+INLINE void finish_some(const ck_product *p, int64_t tile, int64_t token, int tokens, const float *sums, int64_t pitch) {
     const ck_factors *f = p->factors;
     int lanes = lanes_of(p->matrix, tile);
     int64_t row = tile * CK_TILE, rows = p->matrix->rows, size = ck_size(p->type);
+    v16 s[4];
+    UNROLL
+    for (int t = 0; t < tokens; t++) s[t] = v_load(sums + t * pitch);
     if (f) {
         const char *left = (const char *)f->left + row * size;
         const float *inner = p->inner + token * f->rank;
-        for (int64_t r = 0; r < f->rank; r++)
-            sum = v_fma(v_read(left + r * rows * size, (int)p->type, lanes), v_set(inner[r]), sum);
+        for (int64_t r = 0; r < f->rank; r++) {
+            v16 factor = v_read(left + r * rows * size, (int)p->type, lanes);
+            UNROLL
+            for (int t = 0; t < tokens; t++) s[t] = v_fma(factor, v_set(inner[t * f->rank + r]), s[t]);
+        }
     }
-    v_write((char *)p->y + (token * rows + row) * size, (int)p->type, lanes, sum);
+    UNROLL
+    for (int t = 0; t < tokens; t++) v_write((char *)p->y + ((token + t) * rows + row) * size, (int)p->type, lanes, s[t]);
 }
 
-#define PREFETCHED 1024 /* words: a single token is done with a cache line sooner than memory brings the next */
+static __attribute__((noinline)) void finish(const ck_product *p, int64_t tile, int64_t token, int64_t tokens,
+                                             const float *sums, int64_t pitch) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) finish_some(p, tile, token + t, 4, sums + t * pitch, pitch);
+    for (; t < tokens; t++) finish_some(p, tile, token + t, 1, sums + t * pitch, pitch);
+}
+
+#define PREFETCHED 512 /* words: a single token is done with a cache line sooner than memory brings the next */
 
 /* Add an octet's products to the sums of its block: octet q of a chunk, `octet` in the row. */
 INLINE void direct_octet(const ck_product *p, int bits, small_table table, const uint32_t *chunk, int64_t octet, int q,
@@ -80,8 +103,10 @@ INLINE void direct_tiles(const ck_matrix *m, int bits, const ck_product *p, int6
                 sums[t] = v_fma(whole, scale, sums[t]);
             }
         }
+        float found[MOST_DIRECT * CK_TILE];
         UNROLL
-        for (int t = 0; t < tokens; t++) finish(p, tile, t, sums[t]);
+        for (int t = 0; t < tokens; t++) v_store(found + t * CK_TILE, sums[t]);
+        finish(p, tile, 0, tokens, found, CK_TILE);
     }
 }
 
@@ -127,7 +152,11 @@ INLINE void pair_tiles(const ck_product *p, int64_t first, int tiles) {
         UNROLL
         for (int n = 0; n < tiles; n++) sums[n] = v_fma(part[n], next_scales(&walks[n]), sums[n]);
     }
-    for (int n = 0; n < tiles; n++) finish(p, first + n, 0, sums[n]);
+    for (int n = 0; n < tiles; n++) {
+        float found[CK_TILE];
+        v_store(found, sums[n]);
+        finish(p, first + n, 0, 1, found, CK_TILE);
+    }
 }
 
 static void direct_pairs(const ck_product *p, int64_t begin, int64_t end) {

@@ -4,20 +4,9 @@
 
 #include "kernels_direct.h"
 
-#ifdef BF16_PAIRS
-#define MULTIPLY_ADD(w, x, sum) (pairs ? v_dot_pairs(w, x, sum) : v_fma(w, x, sum))
-#else
-#define BF16_PAIRS 0
-#define MOST_DIRECT_BF16 MOST_DIRECT
-#define MULTIPLY_ADD(w, x, sum) v_fma(w, x, sum)
-#endif
-
-/* Whether this product goes by pairs: bfloat16 weights, two columns in a word, as many words as there are pairs. */
-static inline int by_pairs(const ck_product *p) { return BF16_PAIRS && p->type == CK_BF16; }
-
 /* Decode octets first to last of a tile; the walk stands at the block of `first` with `scale` its scales. */
 INLINE void decode(const ck_matrix *m, int bits, const uint32_t *tile, int64_t first, int64_t last, scale_walk *walk,
-                   v16 *scale, float *to, int64_t pitch, int pairs) {
+                   v16 *scale, float *to, int64_t pitch) {
     small_table table = matrix_table(m, bits);
     int64_t octets = m->block_size / 8;
     for (int64_t octet = first; octet < last; octet++) {
@@ -26,39 +15,28 @@ INLINE void decode(const ck_matrix *m, int bits, const uint32_t *tile, int64_t f
         octet_values(m, tile, bits, table, octet, values);
         UNROLL
         for (int f = 0; f < 8; f++) values[f] = v_mul(values[f], *scale);
-#if BF16_PAIRS
-        if (pairs) {
-            UNROLL
-            for (int f = 0; f < 4; f++)
-                v_store(to + ((octet - first) * 4 + f) * pitch, v_pair(values[2 * f], values[2 * f + 1]));
-            continue;
-        }
-#else
-        (void)pairs;
-#endif
         UNROLL
         for (int f = 0; f < 8; f++) v_store(to + ((octet - first) * 8 + f) * pitch, values[f]);
     }
 }
 
-/* sums[tokens, tiles] += x[octets, tokens, 8] weights[8 * octets, tiles]; with pairs 4 words for 8 columns. */
-INLINE void multiply(const float *x, int64_t octets, const float *weights, float *sums, int tokens, int pairs) {
-    int words = pairs ? 4 : 8;
+/* sums[tokens, tiles] += x[octets, tokens, 8] weights[8 * octets, tiles]. */
+INLINE void multiply(const float *x, int64_t octets, const float *weights, float *sums, int tokens) {
     v16 s[PANEL_TOKENS][PANEL_TILES];
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
         for (int n = 0; n < PANEL_TILES; n++) s[t][n] = v_load(sums + (t * PANEL_TILES + n) * CK_TILE);
-    for (int64_t octet = 0; octet < octets; octet++, x += words * tokens)
-        for (int f = 0; f < words; f++, weights += PANEL_TILES * CK_TILE) {
+    for (int64_t octet = 0; octet < octets; octet++, x += 8 * tokens)
+        for (int f = 0; f < 8; f++, weights += PANEL_TILES * CK_TILE) {
             v16 w[PANEL_TILES];
             UNROLL
             for (int n = 0; n < PANEL_TILES; n++) w[n] = v_load(weights + n * CK_TILE);
             UNROLL
             for (int t = 0; t < tokens; t++) {
-                v16 value = v_set(x[t * words + f]);
+                v16 value = v_set(x[t * 8 + f]);
                 UNROLL
-                for (int n = 0; n < PANEL_TILES; n++) s[t][n] = MULTIPLY_ADD(w[n], value, s[t][n]);
+                for (int n = 0; n < PANEL_TILES; n++) s[t][n] = v_fma(w[n], value, s[t][n]);
             }
         }
     UNROLL
@@ -68,9 +46,9 @@ INLINE void multiply(const float *x, int64_t octets, const float *weights, float
 }
 
 #define MULTIPLY(tokens) \
-    case tokens: multiply(x, octets, weights, sums, tokens, pairs); break;
+    case tokens: multiply(x, octets, weights, sums, tokens); break;
 
-INLINE void multiply_any(const float *x, int64_t octets, const float *weights, float *sums, int64_t tokens, int pairs) {
+INLINE void multiply_any(const float *x, int64_t octets, const float *weights, float *sums, int64_t tokens) {
     switch (tokens) {
         MULTIPLY(1)
         MULTIPLY(2)
@@ -87,15 +65,15 @@ INLINE void multiply_any(const float *x, int64_t octets, const float *weights, f
         MULTIPLY(10)
         MULTIPLY(11)
 #endif
-        default: multiply(x, octets, weights, sums, PANEL_TOKENS, pairs);
+        default: multiply(x, octets, weights, sums, PANEL_TOKENS);
     }
 }
 
 /* A panel is [sets of PANEL_TILES tiles][columns][PANEL_TILES][16], sums are [sets][tokens][PANEL_TILES][16]. */
-INLINE void panel_of(const ck_product *p, float *workspace, int64_t begin, int64_t end, int pairs) {
+static void panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
     const ck_matrix *m = p->matrix;
     int64_t width = PANEL_TILES * CK_TILE, most = p->tiles_at_once, octets = m->blocks * m->block_size / 8;
-    int64_t per_set = CK_PANEL_COLUMNS * width, words = pairs ? 4 : 8, step = CK_PANEL_COLUMNS / 8;
+    int64_t per_set = CK_PANEL_COLUMNS * width, step = CK_PANEL_COLUMNS / 8;
     float *sums = workspace + most * CK_TILE * CK_PANEL_COLUMNS;
     scale_walk walks[8];
     v16 scales[8];
@@ -111,29 +89,20 @@ INLINE void panel_of(const ck_product *p, float *workspace, int64_t begin, int64
             for (int64_t i = 0; i < tiles; i++) {
                 float *to = workspace + i / PANEL_TILES * per_set + i % PANEL_TILES * CK_TILE;
                 const uint32_t *codes = m->codes + (first + i) * ck_tile_words(m);
-                BY_BITS(m, decode, codes, octet, last, &walks[i], &scales[i], to, width, pairs);
+                BY_BITS(m, decode, codes, octet, last, &walks[i], &scales[i], to, width);
             }
             for (int64_t t = 0; t < p->tokens; t += PANEL_TOKENS) {
                 int64_t together = ck_min(PANEL_TOKENS, p->tokens - t);
-                const float *x = p->x + (t * octets + octet * together) * words;
+                const float *x = p->x + (t * octets + octet * together) * 8;
                 for (int64_t set = 0; set < sets; set++)
                     multiply_any(x, last - octet, workspace + set * per_set, sums + (set * p->tokens + t) * width,
-                                 together, pairs);
+                                 together);
             }
         }
         for (int64_t i = 0; i < tiles; i++)
-            for (int64_t t = 0; t < p->tokens; t++) {
-                float *from = sums + (i / PANEL_TILES * p->tokens + t) * width + i % PANEL_TILES * CK_TILE;
-                finish(p, first + i, t, v_load(from));
-            }
+            finish(p, first + i, 0, p->tokens,
+                   sums + i / PANEL_TILES * p->tokens * width + i % PANEL_TILES * CK_TILE, width);
     }
-}
-
-static void panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
-    if (by_pairs(p))
-        panel_of(p, workspace, begin, end, 1);
-    else
-        panel_of(p, workspace, begin, end, 0);
 }
 
 #endif

@@ -6,4 +6,4 @@
 
 #include "kernels_body.h"
 
-const ck_kernels ck_kernels_scalar = {MOST_DIRECT, MOST_DIRECT_BF16, direct, panel, dequantize, inner, widen, peak};
+const ck_kernels ck_kernels_scalar = CK_KERNELS;

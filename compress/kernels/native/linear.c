@@ -42,12 +42,18 @@ static void panel_groups(void *argument, int64_t begin, int64_t end) {
     call->kernels->panel(p, p->workspace + slot * ck_panel_floats(p->tokens, p->tiles_at_once), begin, end);
 }
 
+/* Floats that hold x as `widen` leaves it. */
+static int64_t widened_floats(const ck_matrix *m, int64_t tokens, int64_t type) {
+    return tokens * m->blocks * m->block_size / (type == CK_BF16 && kernels()->pairs ? 2 : 1);
+}
+
 static int64_t tiles_at_once(int64_t tokens) { return tokens > 32 ? 8 : 4; }
 
 /* Floats of workspace for ck_linear. */
-CK_EXPORT int64_t ck_linear_floats(const ck_matrix *m, int64_t tokens, int64_t threads) {
-    int64_t panels = tokens > kernels()->most_direct_bf16 ? threads * ck_panel_floats(tokens, tiles_at_once(tokens)) : 0;
-    return tokens * m->blocks * m->block_size + panels;
+CK_EXPORT int64_t ck_linear_floats(const ck_matrix *m, int64_t tokens, int64_t type, int64_t threads) {
+    int direct = kernels()->is_direct(m, tokens, type);
+    int64_t panels = direct ? 0 : threads * ck_panel_floats(tokens, tiles_at_once(tokens));
+    return widened_floats(m, tokens, type) + panels;
 }
 
 /* y [tokens, rows] = x [tokens, columns] (Q + left^T right)^T, all dense ones of `type`, sums in float32.
@@ -62,7 +68,7 @@ CK_EXPORT void ck_linear(const ck_matrix *m, const void *x, void *y, int64_t tok
     product_call call = {.kernels = k, .product = &p};
     if (type != CK_F32 || width != m->columns || tokens > 1) { /* one token of float32 lies as it must */
         p.x = call.x = workspace;
-        workspace += tokens * width;
+        workspace += widened_floats(m, tokens, type);
         ck_parallel(tokens, 1, tokens * width < 1 << 16 ? 1 : (int)threads, widen_tokens, &call);
     }
     if (rank) {
@@ -70,7 +76,7 @@ CK_EXPORT void ck_linear(const ck_matrix *m, const void *x, void *y, int64_t tok
         ck_parallel(rank, 1, rank * width * tokens < 1 << 16 ? 1 : (int)threads, inner_ranks, &call);
     }
     if (m->rows * width * tokens < 1 << 17) threads = 1; /* less work than waking a thread */
-    if (tokens <= (type == CK_BF16 ? k->most_direct_bf16 : k->most_direct)) {
+    if (k->is_direct(m, tokens, type)) {
         ck_parallel(ck_tiles(m), 1, (int)threads, direct_tiles, &call);
         return;
     }
@@ -82,27 +88,27 @@ CK_EXPORT void ck_linear(const ck_matrix *m, const void *x, void *y, int64_t tok
 typedef struct {
     const ck_kernels *kernels;
     const ck_matrix *matrix;
-    int64_t first_row, last_row;
+    ck_part part;
     void *out;
     int type;
 } dequantize_call;
 
 static void dequantize_tiles(void *argument, int64_t begin, int64_t end) {
     const dequantize_call *call = argument;
-    int64_t skipped = call->first_row / CK_TILE;
-    call->kernels->dequantize(call->matrix, begin + skipped, end + skipped, call->first_row, call->last_row,
-                              call->out, call->type);
+    int64_t skipped = call->part.first_row / CK_TILE;
+    call->kernels->dequantize(call->matrix, begin + skipped, end + skipped, &call->part, call->out, call->type);
 }
 
-/* Weights of rows first_row to last_row, [rows, columns] of `type`: table entry times scale, rounded once. */
-CK_EXPORT void ck_dequantize(const ck_matrix *m, int64_t first_row, int64_t last_row, void *out, int64_t type,
-                             int64_t threads) {
-    dequantize_call call = {.kernels = kernels(), .matrix = m, .first_row = first_row, .last_row = last_row,
-                            .out = out, .type = (int)type};
+/* Weights of a part, [rows, columns] of `type`: table entry times scale, rounded once. */
+CK_EXPORT void ck_dequantize(const ck_matrix *m, int64_t first_row, int64_t last_row, int64_t first_column,
+                             int64_t last_column, void *out, int64_t type, int64_t threads) {
+    dequantize_call call = {.kernels = kernels(), .matrix = m, .out = out, .type = (int)type,
+                            .part = {first_row, last_row, first_column, last_column}};
     int64_t tiles = ck_ceil_div(last_row, CK_TILE) - first_row / CK_TILE;
-    if (tiles * CK_TILE * m->columns < 1 << 15) threads = 1;
+    if (tiles * CK_TILE * (last_column - first_column) < 1 << 15) threads = 1;
     ck_parallel(tiles, 1, (int)threads, dequantize_tiles, &call);
 }
 
-/* Rounds of 192 multiplications and additions in registers on one thread; the sum keeps them from being left out. */
-CK_EXPORT float ck_peak(int64_t rounds) { return kernels()->peak(rounds); }
+/* Rounds of 192 (384 of bfloat16 where pairs of it are multiplied) multiplications and additions in registers on one
+ * thread; the sum keeps them from being left out. */
+CK_EXPORT float ck_peak(int64_t rounds, int64_t type) { return kernels()->peak(rounds, type); }

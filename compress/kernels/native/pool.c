@@ -1,7 +1,9 @@
-/* A small pool of threads that sleep between calls.
+/* Threads for a call: torch's own, where they can be had, or a small pool of threads that sleep between calls.
  *
- * Threads are made on the first call that asks for them and never end. A forked child has none of its parent's
- * threads, so it starts with an empty pool.
+ * Threads of OpenMP spin for a while after their work. Beside torch, a second set of threads would wait for those to
+ * give up their processors, so work goes through the OpenMP that torch runs on (ck_set_team). Threads of the pool are
+ * made on the first call that asks for them and never end. A forked child has none of its parent's threads and OpenMP
+ * does not make new ones there, so it starts with an empty pool and uses nothing else.
  */
 #include "common.h"
 
@@ -22,6 +24,10 @@ static ck_task job;
 static void *job_argument;
 static int64_t job_count, job_share;
 static pthread_once_t watch_forks = PTHREAD_ONCE_INIT;
+
+typedef void (*team_start)(void (*task)(void *), void *argument, unsigned threads, unsigned flags);
+static team_start start_team = NULL; /* GOMP_parallel */
+static int (*place_in_team)(void), (*size_of_team)(void);
 
 static void run_share(int64_t place, ck_task task, void *argument, int64_t count, int64_t share) {
     int64_t begin = place * share;
@@ -55,6 +61,7 @@ static void forget_threads(void) {
     pthread_cond_init(&begun, NULL);
     pthread_cond_init(&ended, NULL);
     made = helpers = waited_for = 0;
+    start_team = NULL;
 }
 
 static void register_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
@@ -76,6 +83,26 @@ static void grow(int wanted) {
     pthread_attr_destroy(&detached);
 }
 
+/* Run through an OpenMP from now on: its GOMP_parallel, omp_get_thread_num and omp_get_num_threads. */
+CK_EXPORT void ck_set_team(void *start, void *place, void *size) {
+    pthread_once(&watch_forks, register_forks);
+    memcpy(&start_team, &start, sizeof start);
+    memcpy(&place_in_team, &place, sizeof place);
+    memcpy(&size_of_team, &size, sizeof size);
+}
+
+typedef struct {
+    ck_task task;
+    void *argument;
+    int64_t count, shares, grain;
+} team_call;
+
+static void run_in_team(void *argument) {
+    const team_call *of = argument;
+    int64_t share = ck_ceil_div(of->shares, size_of_team()) * of->grain;
+    run_share(place_in_team(), of->task, of->argument, of->count, share);
+}
+
 void ck_parallel(int64_t count, int64_t grain, int threads, ck_task task, void *argument) {
     int64_t shares = ck_ceil_div(count, grain);
     if (threads > MOST_THREADS) threads = MOST_THREADS;
@@ -84,6 +111,12 @@ void ck_parallel(int64_t count, int64_t grain, int threads, ck_task task, void *
     pthread_once(&watch_forks, register_forks);
     if (threads < 2 || pthread_mutex_trylock(&calls)) {
         task(argument, 0, count);
+        return;
+    }
+    if (start_team) {
+        team_call of = {.task = task, .argument = argument, .count = count, .shares = shares, .grain = grain};
+        start_team(run_in_team, &of, (unsigned)threads, 0);
+        pthread_mutex_unlock(&calls);
         return;
     }
     pthread_mutex_lock(&state);

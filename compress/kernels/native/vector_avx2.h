@@ -130,16 +130,20 @@ static inline places places_load(const int32_t *rest, const int32_t *group) {
     return r;
 }
 
-static inline int places_step(places *at, int32_t size) {
-    int entered = 0;
+static inline int32_t places_left(const places *at, int32_t size) {
+    __m256i most = _mm256_max_epi32(at->rest[0], at->rest[1]);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return size - _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+static inline void places_step(places *at, int32_t count, int32_t size) {
     for (int i = 0; i < 2; i++) {
-        at->rest[i] = _mm256_add_epi32(at->rest[i], _mm256_set1_epi32(1));
+        at->rest[i] = _mm256_add_epi32(at->rest[i], _mm256_set1_epi32(count));
         __m256i over = _mm256_cmpeq_epi32(at->rest[i], _mm256_set1_epi32(size));
         at->rest[i] = _mm256_andnot_si256(over, at->rest[i]);
         at->group[i] = _mm256_sub_epi32(at->group[i], over);
-        entered |= _mm256_movemask_epi8(over);
     }
-    return entered;
 }
 
 static inline v16 places_steps(const places *at, const float *steps, int32_t groups) {

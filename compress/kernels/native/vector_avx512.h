@@ -87,7 +87,7 @@ static inline v16 scale_codes(const uint8_t *p, int bits) {
     return _mm512_cvtepi32_ps(code);
 }
 
-/* Each lane's place among the groups of scales: step one block on, and say whether a lane entered a group. */
+/* Each lane's place among the groups of scales: blocks of its group that lie behind it, and the group. */
 typedef struct { __m512i rest, group; } places;
 
 static inline places places_load(const int32_t *rest, const int32_t *group) {
@@ -95,12 +95,15 @@ static inline places places_load(const int32_t *rest, const int32_t *group) {
     return found;
 }
 
-static inline int places_step(places *at, int32_t size) {
-    at->rest = _mm512_add_epi32(at->rest, _mm512_set1_epi32(1));
+/* Blocks until the first lane enters another group. */
+static inline int32_t places_left(const places *at, int32_t size) { return size - _mm512_reduce_max_epi32(at->rest); }
+
+/* As many blocks on. */
+static inline void places_step(places *at, int32_t count, int32_t size) {
+    at->rest = _mm512_add_epi32(at->rest, _mm512_set1_epi32(count));
     __mmask16 over = _mm512_cmpeq_epi32_mask(at->rest, _mm512_set1_epi32(size));
     at->rest = _mm512_maskz_mov_epi32((__mmask16)~over, at->rest);
     at->group = _mm512_mask_add_epi32(at->group, over, at->group, _mm512_set1_epi32(1));
-    return over != 0;
 }
 
 /* The groups' steps; places after the last group, where padded rows are, take the last one's. */

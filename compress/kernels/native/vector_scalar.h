@@ -113,15 +113,18 @@ static inline places places_load(const int32_t *rest, const int32_t *group) {
     return r;
 }
 
-static inline int places_step(places *at, int32_t size) {
-    int entered = 0;
+static inline int32_t places_left(const places *at, int32_t size) {
+    int32_t most = 0;
+    EACH most = at->rest[i] > most ? at->rest[i] : most;
+    return size - most;
+}
+
+static inline void places_step(places *at, int32_t count, int32_t size) {
     EACH {
-        int over = ++at->rest[i] == size;
+        int over = (at->rest[i] += count) == size;
         at->rest[i] = over ? 0 : at->rest[i];
         at->group[i] += over;
-        entered |= over;
     }
-    return entered;
 }
 
 static inline v16 places_steps(const places *at, const float *steps, int32_t groups) {

@@ -6,20 +6,24 @@ from dataclasses import dataclass
 
 import torch
 
+from compress.kernels.native_product import NARROW_FROM
 from compress.kernels.packed import Geometry, TiledMatrix, tile
 from compress.quantize.packing import pack
 
-DIRECT_BF16 = 4
-"""Tokens up to which the level avx512_bf16 multiplies weights that are not rounded."""
+LEVEL_BF16 = "avx512_bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A tiled matrix, and what it stands for: by the definition of docs/artifacts.md, in float32 and float64."""
+    """A tiled matrix, and what it stands for: by the definition of docs/artifacts.md, in float32 and float64.
+
+    ``paired`` are table entries rounded to bfloat16 times scales, in float64.
+    """
 
     matrix: TiledMatrix
     weights: torch.Tensor
     exact: torch.Tensor
+    paired: torch.Tensor
 
 
 def random_case(
@@ -68,13 +72,15 @@ def random_case(
         matrix=matrix,
         weights=(table[codes] * wide).view(rows, -1)[:, :columns],
         exact=(table.double()[codes] * wide.double()).view(rows, -1)[:, :columns],
+        paired=(table.bfloat16().double()[codes] * wide.double()).view(rows, -1)[:, :columns],
     )
 
 
 def multiplied(case: Case, level: str, dtype: torch.dtype, tokens: int) -> torch.Tensor:
-    """The weights that a product on ``level`` is defined by, float64: rounded where it goes by pairs of bfloat16."""
-    pairs = level == "avx512_bf16" and dtype == torch.bfloat16 and tokens > DIRECT_BF16
-    return case.weights.bfloat16().double() if pairs else case.exact
+    """The weights that a product on ``level`` is defined by, float64: rounded in a way where it multiplies bfloat16."""
+    if level != LEVEL_BF16 or dtype != torch.bfloat16:
+        return case.exact
+    return case.paired if tokens < NARROW_FROM else case.weights.bfloat16().double()
 
 
 def random_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:

@@ -12,10 +12,10 @@ int ck_best_level(void);
 int ck_set_level(int level);
 void ck_pack(const uint8_t *, const uint8_t *, uint32_t *, uint8_t *, int64_t, int64_t, int64_t, int, int, int);
 void ck_unpack(uint8_t *, uint8_t *, const uint32_t *, const uint8_t *, int64_t, int64_t, int64_t, int, int, int);
-int64_t ck_linear_floats(const ck_matrix *, int64_t, int64_t);
+int64_t ck_linear_floats(const ck_matrix *, int64_t, int64_t, int64_t);
 void ck_linear(const ck_matrix *, const void *, void *, int64_t, int64_t, const void *, const void *, int64_t, float *,
                float *, int64_t);
-void ck_dequantize(const ck_matrix *, int64_t, int64_t, void *, int64_t, int64_t);
+void ck_dequantize(const ck_matrix *, int64_t, int64_t, int64_t, int64_t, void *, int64_t, int64_t);
 
 static uint32_t state = 1;
 static int wrong = 0;
@@ -57,25 +57,18 @@ static int64_t plain_bytes(int64_t count, int64_t bits) {
     return bits == 3 ? ck_ceil_div(count, 4) + ck_ceil_div(count, 8) : ck_ceil_div(count * bits, 8);
 }
 
-/* Where there are instructions for pairs of bfloat16, weights are rounded to it before they are multiplied. */
-static int rounds_weights(int64_t tokens, int64_t type) {
-#if CK_HAS_BF16
-    if (ck_level() == CK_AVX512_BF16)
-        return type == CK_BF16 && tokens > ck_kernels_avx512_bf16.most_direct_bf16;
-#endif
-    (void)tokens, (void)type;
-    return 0;
-}
+/* Where there are instructions for pairs of bfloat16, table entries are rounded to it before they are multiplied. */
+static int rounds_entries(int64_t type) { return type == CK_BF16 && ck_level() == CK_AVX512_BF16; }
 
-static void product(const ck_matrix *m, const float *weights, int64_t tokens, int64_t type, int64_t rank, int threads) {
+static void product(const ck_matrix *m, const double *weights, int64_t tokens, int64_t type, int64_t rank, int threads) {
     float *x = floats(tokens * m->columns), *left = floats(rank * m->rows), *right = floats(rank * m->columns);
     int64_t size = ck_size(type);
-    int wide = type == CK_F32, rounded = rounds_weights(tokens, type);
+    int wide = type == CK_F32;
     uint16_t *x16 = halves(x, tokens * m->columns, !wide), *left16 = halves(left, rank * m->rows, !wide);
     uint16_t *right16 = halves(right, rank * m->columns, !wide);
     void *y = malloc((size_t)(tokens * m->rows * size));
     float *inner = malloc((size_t)(tokens * rank) * 4 + 1);
-    float *workspace = malloc((size_t)ck_linear_floats(m, tokens, threads) * 4);
+    float *workspace = malloc((size_t)ck_linear_floats(m, tokens, type, threads) * 4);
     ck_linear(m, wide ? (void *)x : x16, y, tokens, type, wide ? (void *)left : left16, wide ? (void *)right : right16,
               rank, inner, workspace, threads);
     double worst = 0; /* over what float32 sums and a rounding to the type may lose */
@@ -84,8 +77,7 @@ static void product(const ck_matrix *m, const float *weights, int64_t tokens, in
             int64_t at = t * m->rows + o;
             double sum = 0, found = wide ? ((float *)y)[at] : ck_from_bf16(((uint16_t *)y)[at]);
             for (int64_t i = 0; i < m->columns; i++) {
-                float stored = weights[o * m->columns + i];
-                double weight = rounded ? ck_from_bf16(ck_to_bf16(stored)) : stored;
+                double weight = weights[o * m->columns + i];
                 for (int64_t r = 0; r < rank; r++) weight += left[r * m->rows + o] * right[r * m->columns + i];
                 sum += x[t * m->columns + i] * weight;
             }
@@ -121,6 +113,7 @@ static void matrix(int64_t rows, int64_t columns, int64_t block_size, int64_t gr
     expect(same, "the way back of the scales", &m, 0);
 
     float *weights = malloc((size_t)(rows * columns) * 4), *found = malloc((size_t)(rows * columns) * 4);
+    double *exact = malloc((size_t)(rows * columns) * 8), *paired = malloc((size_t)(rows * columns) * 8);
     for (int64_t o = 0; o < rows; o++)
         for (int64_t i = 0; i < columns; i++) {
             int64_t block = o * blocks + i / block_size;
@@ -128,16 +121,24 @@ static void matrix(int64_t rows, int64_t columns, int64_t block_size, int64_t gr
                           steps[block / group_size];
             unsigned code = ck_plain_code(plain, (int)bits, rows * width, o * width + i);
             weights[o * columns + i] = table[code] * (above + offset[0]);
+            exact[o * columns + i] = weights[o * columns + i];
+            paired[o * columns + i] = (double)ck_from_bf16(ck_to_bf16(table[code])) * (above + offset[0]);
         }
-    ck_dequantize(&m, 0, rows, found, CK_F32, threads);
+    ck_dequantize(&m, 0, rows, 0, columns, found, CK_F32, threads);
     expect(!memcmp(found, weights, (size_t)(rows * columns) * 4), "the weights", &m, 0);
     uint16_t *half = malloc((size_t)columns * 2);
-    for (int64_t type = CK_BF16; type <= CK_F16; type++) ck_dequantize(&m, rows - 1, rows, half, type, 1);
+    for (int64_t type = CK_BF16; type <= CK_F16; type++) {
+        ck_dequantize(&m, rows - 1, rows, 0, columns, half, type, 1);
+        if (columns > 32) ck_dequantize(&m, rows - 1, rows, 32, columns, half + 32, type, 1);
+    }
 
-    int64_t tokens[] = {1, 2, 3, 4, 5, 8, 13, 38};
-    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
-        product(&m, weights, tokens[i], i % 2 ? CK_BF16 : CK_F32, i % 3 ? 3 : 0, threads);
-    void *all[] = {plain, plain_scales, codes, scales, table, steps, offset, back, back_scales, weights, found, half};
+    int64_t tokens[] = {1, 2, 3, 4, 5, 8, 9, 16, 13, 7, 38, 17, 3, 38};
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) {
+        int64_t type = i % 2 ? CK_BF16 : CK_F32;
+        product(&m, rounds_entries(type) ? paired : exact, tokens[i], type, i % 3 ? 3 : 0, threads);
+    }
+    void *all[] = {plain, plain_scales, codes, scales, table, steps, offset, back, back_scales, weights, found, half,
+                   exact, paired};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 

@@ -10,6 +10,7 @@ import pytest
 from compress.errors import UsageError
 from compress.kernels.ceilings import multiplications
 from compress.kernels.library import LEVELS, library, status, using
+from compress.kernels.native_product import TYPES, multiplies_narrow
 from compress.kernels.packed import needed
 from tests.fresh import ForkServer
 
@@ -64,9 +65,12 @@ def test_the_peak_is_measured_on_real_sums() -> None:
     run.restype = ctypes.c_float
     for level in status().available[1:]:
         with using(level):
-            assert run(ctypes.c_int64(0)) == 16 * sum(range(12))
-            assert run(ctypes.c_int64(1)) == 16 * sum(0.5 * i + 0.5 for i in range(12))
-            assert multiplications(rounds=1000, repeats=1) > 0
+            for dtype, number in TYPES.items():
+                assert run(ctypes.c_int64(0), ctypes.c_int64(number)) == 16 * sum(range(12))
+                narrow = multiplies_narrow(dtype)  # there the word of 0.5 is a pair of 0 and 0.5
+                last = [i + 0.25 if narrow else 0.5 * i + 0.5 for i in range(12)]
+                assert run(ctypes.c_int64(1), ctypes.c_int64(number)) == pytest.approx(16 * sum(last))
+                assert multiplications(dtype, rounds=1000, repeats=1) > 0
 
 
 @needs_library
@@ -91,3 +95,27 @@ for _ in range(3):
 """
     done = fork_server.run(script)
     assert done.returncode == 0, done.stderr
+
+
+@needs_library
+def test_work_goes_to_the_threads_that_torch_has(fork_server: ForkServer) -> None:
+    """A second set of threads would wait for torch's, which spin for a while after their work."""
+    script = """
+import os, torch
+from compress.kernels.packed import Geometry, needed, tile, untile
+from compress.kernels.team import join, loaded_openmp
+torch.set_num_threads(2)
+torch.ones(1 << 20).add_(1)  # makes torch's threads
+before = len(os.listdir("/proc/self/task"))
+g = Geometry(rows=512, columns=1024, bits=4, scale_bits=8, block_size=64, group_size=16)
+plain = torch.arange(512 * 512).to(torch.uint8)
+made = tile(g, codes=plain, scale_codes=plain[:8192], scale_max=torch.ones(512), offset=torch.zeros(1),
+            table=torch.zeros(16))
+assert torch.equal(untile(g, made.codes, made.scale_codes)[0], plain)
+print(loaded_openmp() is not None, join(needed()), len(os.listdir("/proc/self/task")) - before)
+"""
+    done = fork_server.run(script)
+    assert done.returncode == 0, done.stderr
+    openmp, joined, more = done.stdout.split()
+    assert openmp == joined
+    assert int(more) == (0 if joined == "True" else 1)
