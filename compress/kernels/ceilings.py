@@ -28,7 +28,7 @@ def bandwidth(*, repeats: int = 5) -> float:
 
 
 def multiplications(
-    dtype: torch.dtype = torch.float32, *, rounds: int = 1_000_000, repeats: int = 5
+    dtype: torch.dtype = torch.float32, *, rounds: int = 10_000_000, repeats: int = 5
 ) -> float:
     """Multiplications (each with an addition) per second at the level in force, on as many threads as torch has.
 

@@ -246,7 +246,7 @@ def _transposed_by_narrow_slices(grad: Tensor, matrix: TiledMatrix, factors: Sto
     if factors is not None:
         wide = torch.cat([grad, grad @ factors[0].T], dim=1)
     y = torch.empty(grad.shape[0], columns, dtype=grad.dtype)
-    step = max(32, _SLICE // wide.shape[1] // 32 * 32)
+    step = max(32, 2 * _SLICE // wide.shape[1] // 32 * 32)  # as many bytes as slices of float32
     workspace = torch.empty(wide.shape[1] * min(step, columns), dtype=grad.dtype)
     for start in range(0, columns, step):
         stop = min(start + step, columns)

@@ -47,12 +47,18 @@ static int64_t widened_floats(const ck_matrix *m, int64_t tokens, int64_t type) 
     return tokens * m->blocks * m->block_size / (type == CK_BF16 && kernels()->pairs ? 2 : 1);
 }
 
-static int64_t tiles_at_once(int64_t tokens) { return tokens > 32 ? 8 : 4; }
+static int64_t most_tiles_at_once(int64_t tokens) { return tokens > 32 ? 8 : 4; }
+
+/* As many that threads get about equally many groups of them; even, as panels hold two. */
+static int64_t tiles_at_once(const ck_matrix *m, int64_t tokens, int64_t threads) {
+    int64_t tiles = ck_ceil_div(ck_tiles(m), threads), groups = ck_ceil_div(tiles, most_tiles_at_once(tokens));
+    return ck_ceil_div(ck_ceil_div(tiles, groups), 2) * 2;
+}
 
 /* Floats of workspace for ck_linear. */
 CK_EXPORT int64_t ck_linear_floats(const ck_matrix *m, int64_t tokens, int64_t type, int64_t threads) {
     int direct = kernels()->is_direct(m, tokens, type);
-    int64_t panels = direct ? 0 : threads * ck_panel_floats(tokens, tiles_at_once(tokens));
+    int64_t panels = direct ? 0 : threads * ck_panel_floats(tokens, most_tiles_at_once(tokens));
     return widened_floats(m, tokens, type) + panels;
 }
 
@@ -81,7 +87,7 @@ CK_EXPORT void ck_linear(const ck_matrix *m, const void *x, void *y, int64_t tok
         return;
     }
     p.workspace = workspace;
-    p.tiles_at_once = tiles_at_once(tokens);
+    p.tiles_at_once = tiles_at_once(m, tokens, threads);
     ck_parallel(ck_ceil_div(ck_tiles(m), p.tiles_at_once), 1, (int)threads, panel_groups, &call);
 }
 
