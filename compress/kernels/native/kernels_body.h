@@ -81,29 +81,20 @@ static float peak(int64_t rounds, int64_t type) {
     return total;
 }
 
-static void any_direct(const ck_product *p, int64_t begin, int64_t end) {
-#ifdef BF16_PAIRS
-    if (p->type == CK_BF16) {
-        direct_by_pairs(p, begin, end);
-        return;
-    }
-#endif
-    direct(p, begin, end);
-}
-
-static void any_panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
-#ifdef BF16_PAIRS
-    if (p->type == CK_BF16) {
-        panel_by_pairs(p, workspace, begin, end);
-        return;
-    }
-#endif
-    panel(p, workspace, begin, end);
-}
-
 #ifdef BF16_PAIRS
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
+#define direct_by_pairs direct
+#define panel_by_pairs panel
 #endif
+
+static void any_direct(const ck_product *p, int64_t begin, int64_t end) {
+    (p->type == CK_BF16 ? direct_by_pairs : direct)(p, begin, end);
+}
+
+static void any_panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
+    (p->type == CK_BF16 ? panel_by_pairs : panel)(p, workspace, begin, end);
+}
+
 #define CK_KERNELS {HAS_PAIRS, is_direct, any_direct, any_panel, dequantize, inner, widen, peak}

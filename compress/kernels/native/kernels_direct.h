@@ -14,7 +14,8 @@ static int is_direct(const ck_matrix *m, int64_t tokens, int64_t type) {
 }
 
 /* Add the low-rank part to the sums of some tokens, `pitch` floats apart, and write them. */
-INLINE void finish_some(const ck_product *p, int64_t tile, int64_t token, int tokens, const float *sums, int64_t pitch) {
+INLINE void finish_some(const ck_product *p, int64_t tile, int64_t token, int tokens, const float *sums,
+                        int64_t pitch) {
     const ck_factors *f = p->factors;
     int lanes = lanes_of(p->matrix, tile);
     int64_t row = tile * CK_TILE, rows = p->matrix->rows, size = ck_size(p->type);
@@ -31,7 +32,8 @@ INLINE void finish_some(const ck_product *p, int64_t tile, int64_t token, int to
         }
     }
     UNROLL
-    for (int t = 0; t < tokens; t++) v_write((char *)p->y + ((token + t) * rows + row) * size, (int)p->type, lanes, s[t]);
+    for (int t = 0; t < tokens; t++)
+        v_write((char *)p->y + ((token + t) * rows + row) * size, (int)p->type, lanes, s[t]);
 }
 
 static __attribute__((noinline)) void finish(const ck_product *p, int64_t tile, int64_t token, int64_t tokens,

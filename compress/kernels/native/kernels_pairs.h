@@ -2,7 +2,8 @@
  *
  * A word of 32 bits holds two columns of an octet, f and f + 4: their codes lie in the two halves of a word of codes,
  * so one permutation looks both up, and one instruction multiplies and adds both. A block's sum is multiplied by its
- * scale. Inputs are widened in the same order, [sets of tokens][octets][tokens of the set][4 words].
+ * scale. Inputs are widened in the same order, [pieces][sets of tokens][octets of a piece][tokens of a set][4 words]:
+ * a piece is all octets where codes are decoded in registers, and the columns of a panel otherwise.
  */
 #ifndef CK_KERNELS_PAIRS_H
 #define CK_KERNELS_PAIRS_H
@@ -251,40 +252,30 @@ INLINE void multiply_any_pairs(const float *x, int64_t first, int64_t last, int6
     }
 }
 
-/* As the panels of floats, [sets of PANEL_TILES tiles][columns / 2][PANEL_TILES][16]; the room that pairs leave of a
- * set holds scales, [blocks][PANEL_TILES][16]. */
+/* A panel has half as many words as one of floats; the room that this leaves of a set holds scales,
+ * [blocks][PANEL_TILES][16]. */
 static void panel_by_pairs(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
     const ck_matrix *m = p->matrix;
-    int64_t width = PANEL_TILES * CK_TILE, most = p->tiles_at_once, per_block = m->block_size / 8;
-    int64_t octets = m->blocks * per_block, per_set = CK_PANEL_COLUMNS * width, step = CK_PANEL_COLUMNS / 8;
-    float *sums = workspace + most * CK_TILE * CK_PANEL_COLUMNS;
-    scale_walk walks[8];
-    v16 scales[8];
+    int64_t per_block = m->block_size / 8, octets = m->blocks * per_block, step = CK_PANEL_COLUMNS / 8;
+    panel_group g;
     for (int64_t group = begin; group < end; group++) {
-        int64_t first = group * most, tiles = ck_min(most, ck_tiles(m) - first);
-        int64_t sets = ck_ceil_div(tiles, PANEL_TILES);
-        if (tiles % PANEL_TILES) /* the last set is not full: what is missing counts as zeros */
-            memset(workspace + (sets - 1) * per_set, 0, (size_t)per_set * sizeof(float));
-        memset(sums, 0, (size_t)(sets * p->tokens * width) * sizeof(float));
-        for (int64_t i = 0; i < tiles; i++) walks[i] = walk_scales(m, first + i);
+        begin_group(&g, p, workspace, group);
         for (int64_t octet = 0; octet < octets; octet += step) {
             int64_t last = ck_min(octet + step, octets);
-            for (int64_t i = 0; i < tiles; i++) {
-                float *to = workspace + i / PANEL_TILES * per_set + i % PANEL_TILES * CK_TILE;
-                const uint32_t *codes = m->codes + (first + i) * ck_tile_words(m);
-                BY_BITS(m, decode_pairs, codes, octet, last, &walks[i], &scales[i], to, to + per_set / 2, width);
+            for (int64_t i = 0; i < g.tiles; i++) {
+                float *to = place_of(&g, i);
+                BY_BITS(m, decode_pairs, codes_of(&g, m, i), octet, last, &g.walks[i], &g.scales[i], to,
+                        to + g.per_set / 2, g.width);
             }
-            for (int64_t set = 0; set < sets; set++)
+            for (int64_t set = 0; set < g.sets; set++)
                 for (int64_t t = 0; t < p->tokens; t += PAIR_TOKENS) {
                     int64_t together = ck_min(PAIR_TOKENS, p->tokens - t);
-                    const float *panel = workspace + set * per_set;
+                    const float *from = g.panel + set * g.per_set;
                     multiply_any_pairs(p->x + (octet * p->tokens + t * (last - octet)) * 4, octet, last, per_block,
-                                       panel, panel + per_set / 2, sums + (set * p->tokens + t) * width, together);
+                                       from, from + g.per_set / 2, g.sums + (set * p->tokens + t) * g.width, together);
                 }
         }
-        for (int64_t i = 0; i < tiles; i++)
-            finish(p, first + i, 0, p->tokens,
-                   sums + i / PANEL_TILES * p->tokens * width + i % PANEL_TILES * CK_TILE, width);
+        end_group(&g, p);
     }
 }
 

@@ -69,39 +69,66 @@ INLINE void multiply_any(const float *x, int64_t octets, const float *weights, f
     }
 }
 
-/* A panel is [sets of PANEL_TILES tiles][columns][PANEL_TILES][16], sums are [sets][tokens][PANEL_TILES][16]. */
-static void panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
-    const ck_matrix *m = p->matrix;
-    int64_t width = PANEL_TILES * CK_TILE, most = p->tiles_at_once, octets = m->blocks * m->block_size / 8;
-    int64_t per_set = CK_PANEL_COLUMNS * width, step = CK_PANEL_COLUMNS / 8;
-    float *sums = workspace + most * CK_TILE * CK_PANEL_COLUMNS;
+/* What a group of tiles needs while it is multiplied: a panel, [sets of PANEL_TILES tiles][columns][PANEL_TILES][16],
+ * and sums, [sets][tokens][PANEL_TILES][16]. */
+typedef struct {
+    int64_t first, tiles, sets; /* the first tile, and how many there are */
+    int64_t width, per_set;     /* floats of a column and of a set of the panel */
+    float *panel, *sums;
     scale_walk walks[8];
     v16 scales[8];
+} panel_group;
+
+INLINE void begin_group(panel_group *g, const ck_product *p, float *workspace, int64_t group) {
+    const ck_matrix *m = p->matrix;
+    int64_t most = p->tiles_at_once;
+    g->first = group * most;
+    g->tiles = ck_min(most, ck_tiles(m) - g->first);
+    g->sets = ck_ceil_div(g->tiles, PANEL_TILES);
+    g->width = PANEL_TILES * CK_TILE;
+    g->per_set = CK_PANEL_COLUMNS * g->width;
+    g->panel = workspace;
+    g->sums = workspace + most * CK_TILE * CK_PANEL_COLUMNS;
+    if (g->tiles % PANEL_TILES) /* the last set is not full: what is missing counts as zeros */
+        memset(g->panel + (g->sets - 1) * g->per_set, 0, (size_t)g->per_set * sizeof(float));
+    memset(g->sums, 0, (size_t)(g->sets * p->tokens * g->width) * sizeof(float));
+    for (int64_t i = 0; i < g->tiles; i++) g->walks[i] = walk_scales(m, g->first + i);
+}
+
+/* Where the panel has a tile of the group. */
+INLINE float *place_of(const panel_group *g, int64_t tile) {
+    return g->panel + tile / PANEL_TILES * g->per_set + tile % PANEL_TILES * CK_TILE;
+}
+
+INLINE const uint32_t *codes_of(const panel_group *g, const ck_matrix *m, int64_t tile) {
+    return m->codes + (g->first + tile) * ck_tile_words(m);
+}
+
+INLINE void end_group(const panel_group *g, const ck_product *p) {
+    for (int64_t i = 0; i < g->tiles; i++)
+        finish(p, g->first + i, 0, p->tokens,
+               g->sums + i / PANEL_TILES * p->tokens * g->width + i % PANEL_TILES * CK_TILE, g->width);
+}
+
+static void panel(const ck_product *p, float *workspace, int64_t begin, int64_t end) {
+    const ck_matrix *m = p->matrix;
+    int64_t octets = m->blocks * m->block_size / 8, step = CK_PANEL_COLUMNS / 8;
+    panel_group g;
     for (int64_t group = begin; group < end; group++) {
-        int64_t first = group * most, tiles = ck_min(most, ck_tiles(m) - first);
-        int64_t sets = ck_ceil_div(tiles, PANEL_TILES);
-        if (tiles % PANEL_TILES) /* the last set is not full: what is missing counts as zeros */
-            memset(workspace + (sets - 1) * per_set, 0, (size_t)per_set * sizeof(float));
-        memset(sums, 0, (size_t)(sets * p->tokens * width) * sizeof(float));
-        for (int64_t i = 0; i < tiles; i++) walks[i] = walk_scales(m, first + i);
+        begin_group(&g, p, workspace, group);
         for (int64_t octet = 0; octet < octets; octet += step) {
             int64_t last = ck_min(octet + step, octets);
-            for (int64_t i = 0; i < tiles; i++) {
-                float *to = workspace + i / PANEL_TILES * per_set + i % PANEL_TILES * CK_TILE;
-                const uint32_t *codes = m->codes + (first + i) * ck_tile_words(m);
-                BY_BITS(m, decode, codes, octet, last, &walks[i], &scales[i], to, width);
-            }
+            for (int64_t i = 0; i < g.tiles; i++)
+                BY_BITS(m, decode, codes_of(&g, m, i), octet, last, &g.walks[i], &g.scales[i], place_of(&g, i), g.width);
             for (int64_t t = 0; t < p->tokens; t += PANEL_TOKENS) {
                 int64_t together = ck_min(PANEL_TOKENS, p->tokens - t);
                 const float *x = p->x + (t * octets + octet * together) * 8;
-                for (int64_t set = 0; set < sets; set++)
-                    multiply_any(x, last - octet, workspace + set * per_set, sums + (set * p->tokens + t) * width,
-                                 together);
+                for (int64_t set = 0; set < g.sets; set++)
+                    multiply_any(x, last - octet, g.panel + set * g.per_set,
+                                 g.sums + (set * p->tokens + t) * g.width, together);
             }
         }
-        for (int64_t i = 0; i < tiles; i++)
-            finish(p, first + i, 0, p->tokens,
-                   sums + i / PANEL_TILES * p->tokens * width + i % PANEL_TILES * CK_TILE, width);
+        end_group(&g, p);
     }
 }
 
