@@ -43,7 +43,10 @@ def trained_pissa(pair: Pair, folder: Path, **options: Any) -> tuple[Any, Path]:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["llama_gqa", "phi3", "gpt2"])
 def test_pissa_starts_where_the_model_was(kind: str, rslora: bool) -> None:
-    """The outputs are the model's own; the delta is the best of its rank, by a decomposition in float64."""
+    """The outputs are the model's own; no matrix of its rank is nearer than the delta, by singular values in float64.
+
+    Not its entries: where two singular values are close, those of a decomposition in float32 depend on the processor.
+    """
     model, plain = tiny_model(kind), tiny_model(kind)
     arch = model_architecture(model)
     adapted, initial = attach_pissa(model, arch, rank=3, alpha=5, rank_stabilized=rslora)
@@ -53,10 +56,11 @@ def test_pissa_starts_where_the_model_was(kind: str, rslora: bool) -> None:
         name = arch.module_name(0, spec)
         weight = plain.get_submodule(name).weight.detach().double()
         weight = weight.T if spec.transposed else weight
-        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        values = torch.linalg.svdvals(weight)
         delta = lora_delta(adapted, name)
         assert delta is not None
-        torch.testing.assert_close(delta.double(), u[:, :3] @ torch.diag(s[:3]) @ v[:3], rtol=1e-4, atol=1e-5)
+        assert float(torch.linalg.svdvals(delta.double())[3]) <= 1e-6 * float(values[0])
+        assert float((weight - delta.double()).norm()) <= (1 + 1e-6) * float(values[3:].norm())
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gpt2"])
