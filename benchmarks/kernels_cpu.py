@@ -7,8 +7,8 @@ weights that no cache holds any more: copies of more than 128 MB are gone throug
 and ninetieth percentile of the seconds of each contestant, and of the ratio to ours within the same round.
 Parts: ``linear`` (4-, 3- and 2-bit NormalFloat, blocks of 64, double quantization, bfloat16 input, no gradients),
 ``dequantize``, ``quantize`` (plain rounding of float32), ``training`` (forward and backward of a 4-bit linear with
-trained factors of rank 64), ``model`` and ``memory``
-(SmolLM2-135M, its decoder linears in 3 bits; see kernels_cpu_model.py).
+trained factors of rank 64), ``model`` and ``memory`` (SmolLM2-135M, its decoder linears in 3 bits; see
+kernels_cpu_model.py).
 
 Peers come from the environments of ``make peers PEERS="bitsandbytes hqq"``, whose folders are put at the end of this
 process's path: the same torch serves everybody. A peer that is not there is left out, and the row says who was there.

@@ -25,8 +25,9 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DENSE_FROM = {"scalar": 6, "avx2": 160, "avx512": 160, "avx512_bf16": 160}
 """Tokens from which a slice of dequantized rows times torch's product is faster than the tiles, by level."""
 
-NARROW_FROM = 1024
-"""The same for bfloat16 at the level avx512_bf16. Before it the tiles are as fast, without rounding whole weights."""
+NARROW_FROM = 160 if torch.cpu._is_amx_tile_supported() else 1024
+"""The same for bfloat16 at the level avx512_bf16. Before it the tiles are as fast, without rounding whole weights; but
+not as torch is with AMX."""
 
 _SLICE = 1 << 20
 """Weights of the workspace that slices are dequantized into."""

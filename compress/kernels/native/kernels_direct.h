@@ -4,6 +4,7 @@
 
 #include "kernels_decode.h"
 
+/* Whether so few tokens that codes are decoded in registers. */
 static int is_direct(const ck_matrix *m, int64_t tokens, int64_t type) {
 #ifdef BF16_PAIRS
     if (type == CK_BF16) return m->bits < 8 && tokens <= 2 * MOST_DIRECT; /* 8-bit look-ups are dear, wherever done */
