@@ -9,11 +9,10 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from compress.adapters.loss import TokenLoss
 from compress.data.stream import conversation_stream
@@ -30,6 +29,9 @@ from compress.pipelines.stage import Context
 from compress.pipelines.text import read_text
 from compress.pipelines.way import WHOLE, Way
 from compress.pipelines.workspace import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WINDOWS = {"quick": 8, "standard": 32, "paper": 64}
 LENGTH = 512

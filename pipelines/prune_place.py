@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from compress.model.load import load_model
 from compress.pipelines.stage import Context
 from compress.pipelines.way import WHOLE, Way
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH = 4
 """Windows per forward pass of the calibration."""

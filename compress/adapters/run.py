@@ -10,7 +10,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -96,6 +95,10 @@ class Run:
     @contextmanager
     def _compute(self) -> Iterator[None]:
         """Bfloat16 where chosen; without the second context PEFT copies each input to float32 and back."""
+        from peft.helpers import (
+            disable_input_dtype_casting,  # takes seconds to load, and `plan` comes by here
+        )
+
         with (
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16),
             disable_input_dtype_casting(self.model, active=self.bfloat16),

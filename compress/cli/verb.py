@@ -26,6 +26,8 @@ from compress.stopping import Stop, Stopped
 if TYPE_CHECKING:
     from compress.pipelines.team import Team
 
+PROGRAM = "compress"
+HELP = ("-h", "--help")
 ORDER = (
     "plan",
     "init",
@@ -75,6 +77,10 @@ class _Verbs(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **more: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **more)
+        asked = self._help_of_verb(sys.argv[1:] if args is None else list(args))
+        if asked is not None:
+            typer.echo(asked)
+            sys.exit(0)
         try:
             code = super().main(args, standalone_mode=False, **more)
         except WrongUsage as error:
@@ -88,14 +94,26 @@ class _Verbs(TyperGroup):
             sys.exit(error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
 
+    def _help_of_verb(self, args: list[str]) -> str | None:
+        """The help of the verb that ``args`` ask it of, without reading its options; None: they ask for something else.
+
+        Reading them loads what converts values, which takes longer than all the rest of a help.
+        """
+        before = args[: args.index("--")] if "--" in args else args
+        command = self.commands.get(args[0]) if args else None
+        if command is None or not set(HELP) & set(before) or f"_{PROGRAM.upper()}_COMPLETE" in os.environ:
+            return None
+        above = typer.Context(self, info_name=PROGRAM, **self.context_settings)  # type: ignore[arg-type]
+        return typer.Context(command, info_name=args[0], parent=above).get_help()  # type: ignore[arg-type]
+
 
 app = typer.Typer(
-    name="compress",
+    name=PROGRAM,
     cls=_Verbs,
     help="Make language models small and keep them good: prune, quantize, train small, recover onto the full model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": list(HELP)},
     epilog="Start with: compress prune --ratio 0.5, compress quantize --budget 2.75bit, compress recover, "
     "compress eval",
 )

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.errors import CompressError, out_of_memory
 from compress.model.architecture import architecture_of
@@ -29,6 +29,9 @@ from compress.model.quiet import quiet_transformers
 from compress.model.uneven import is_uneven, plain_config
 from compress.model.uneven_model import uneven_class
 from compress.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "EMBEDDED",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError
 from compress.model.architecture import Architecture, architecture_of
@@ -21,6 +20,9 @@ from compress.model.resident import Feeder, Slot, Unit
 from compress.model.states import Room
 from compress.model.uneven import is_uneven
 from compress.model.uneven_model import uneven_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def stream_model(
@@ -83,6 +85,8 @@ def _skeleton(checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype) ->
     ):
         model: PreTrainedModel = build(config, dtype=dtype)
     if declared is not None:
+        from transformers.quantizers.auto import AutoHfQuantizer  # loads whole models' code, for seconds
+
         quantizer = AutoHfQuantizer.from_config(declared, pre_quantized=True)
         files = sorted({str(file) for file in checkpoint.files})
         quantizer.preprocess_model(model=model, dtype=dtype, checkpoint_files=files)

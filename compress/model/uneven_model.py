@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from compress.model.config import build_config
 from compress.model.layout import Architecture, LinearSpec
 from compress.model.uneven import CLASS_PREFIX, plain_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def uneven_class(config: Mapping[str, Any], arch: Architecture) -> type[PreTrainedModel]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,37 @@ def test_every_help_ends_with_examples_that_are_taken(verb: str, monkeypatch: py
         assert parsed(example).verb == verb
     lines = [line.strip() for line in cli(verb, "--help").out.splitlines() if line.strip()]
     assert lines[-len(EXAMPLES[verb]) - 1 :] == ["Examples:", *EXAMPLES[verb]]
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_the_short_way_to_a_help_says_what_the_long_way_says(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    group().main(["eval", option], prog_name="compress", standalone_mode=False)
+    long_way = capsys.readouterr().out
+    for line in (["eval", option], ["eval", "model-a", "--json", option, "--windows"]):
+        with pytest.raises(SystemExit) as end:
+            group().main(line, prog_name="compress")
+        assert end.value.code == 0
+        assert capsys.readouterr().out == long_way
+    assert "Usage: compress eval" in long_way
+
+
+def test_a_help_loads_nothing_that_reads_values() -> None:
+    code = (
+        "import sys\nfrom compress.__main__ import main\nsys.argv = ['compress', 'prune', '--help']\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'transformers', 'pydantic'} & set(sys.modules)), file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.splitlines()[-1] == "[]"
+    assert "Usage: compress prune" in ran.stdout
+
+
+def test_what_only_looks_like_asking_for_help_is_no_help() -> None:
+    ran = cli("generate", "--", "--help", "--max-tokens")
+    assert "Usage:" not in ran.out
 
 
 def test_examples_are_of_verbs_that_exist() -> None:
