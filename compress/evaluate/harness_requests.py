@@ -12,6 +12,8 @@ from compress.evaluate.continuation import Pair, begun, encode_pair
 
 NEW_TOKENS = 256
 """Tokens that an answer may have where the task does not say."""
+UNVERSIONED = "Yaml"
+"""What lm-eval gives as the version of a task file that has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +149,8 @@ def harness_rows(
 def _measured(answer: Mapping[str, Any], task: str) -> str:
     """A task with its version, examples and rows, as far as lm-eval says them: of a group it does not."""
     parts = [task]
-    if (version := answer.get("versions", {}).get(task)) is not None:
+    version = answer.get("versions", {}).get(task)
+    if version not in (None, UNVERSIONED):
         parts[0] += f" version {version}"
     if isinstance(rows := answer.get("n-samples", {}).get(task), Mapping):
         parts.append(f"{rows.get('effective')} of {rows.get('original')} rows")

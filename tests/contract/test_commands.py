@@ -109,6 +109,18 @@ def test_a_help_loads_nothing_that_reads_values() -> None:
     assert "Usage: compress prune" in ran.stdout
 
 
+@pytest.mark.parametrize(("words", "code"), [(["prun"], 2), (["init", "--help"], 0)])
+def test_the_quick_end_keeps_exit_codes_and_what_waits_for_the_exit(words: list[str], code: int) -> None:
+    start = (
+        "import atexit, sys\nfrom compress.__main__ import main\n"
+        f"atexit.register(print, 'last words')\nsys.argv = ['compress', *{words!r}]\nmain()"
+    )
+    ran = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
+    assert ran.returncode == code
+    assert ran.stdout.endswith("last words\n")
+    assert ("There is no command 'prun'." in ran.stderr) == (code == 2)
+
+
 def test_what_only_looks_like_asking_for_help_is_no_help() -> None:
     ran = cli("generate", "--", "--help", "--max-tokens")
     assert "Usage:" not in ran.out

@@ -113,7 +113,7 @@ def test_results_become_records() -> None:
     }
     answer = {
         "results": results | {"whole": {"acc,none": 0.5}},
-        "versions": {"mine": 1.0},
+        "versions": {"mine": 1.0, "whole": "Yaml"},
         "n-shot": {"mine": 5},
         "n-samples": {"mine": {"original": 300, "effective": 20}},
     }
