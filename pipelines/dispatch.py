@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -230,8 +231,11 @@ def default_effort() -> str:
 
 def quiet_libraries() -> None:
     """Keep other libraries' bars and notices out of our output; errors still come through."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # PEFT loads it where it is, for layers never made here
     warnings.filterwarnings("ignore", module=r"(peft|transformers|accelerate|torch|huggingface_hub)(\.|$)")

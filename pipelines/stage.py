@@ -108,6 +108,8 @@ def run_stage(
             f"{done.path} was made with other settings ({changed}).",
             "Give --redo to replace it and drop the stages after it, or start another chain with --run DIR.",
         )
+    if context.common.data is None and (note := _other_text(workspace, verb, config)):
+        reporter.say(note)
     if context.common.dry_run:
         show_plan(reporter, verb, config)
         return Outcome(stage=None, fresh=False, plan={"verb": verb, "config": dict(config)})
@@ -216,6 +218,20 @@ def _peaks(record: Mapping[str, Any]) -> str:
     if not device or host is None:
         return f"{record['peak_memory_bytes'] / 1e9:.2f} GB"
     return f"{device / 1e9:.2f} GB on the GPU, {host / 1e9:.2f} GB on the host"
+
+
+def _other_text(workspace: Workspace, verb: str, config: Mapping[str, Any]) -> str | None:
+    """A note that the stages before read a text that was named to them, while this one has the default."""
+    if "data" not in config:
+        return None
+    for stage in reversed(workspace.stages):
+        before = stage.record["config"].get("data", config["data"])
+        if stage.verb != verb and before != config["data"]:
+            return (
+                f"note: {stage.path.name} read {before}. No text is named here, so {verb} reads {config['data']}: "
+                f"--data {before} would go on with the same."
+            )
+    return None
 
 
 def show_plan(reporter: Reporter, verb: str, config: Mapping[str, Any]) -> None:

@@ -325,3 +325,36 @@ def test_a_dry_run_plans_and_does_nothing(chain: Chain) -> None:
     assert chain.make("prune", dry_run=True).stage is not None
     assert chain.make("prune", v=1, redo=True, dry_run=True).stage is None
     assert chain.worked == ["prune"]
+
+
+@pytest.mark.parametrize(
+    ("named", "first", "second", "told"),
+    [
+        (None, "notes.txt", "pydoc", True),
+        ("pydoc", "notes.txt", "pydoc", False),  # asked for
+        (None, "pydoc", "pydoc", False),
+        (None, "notes.txt", None, False),  # reads no text
+    ],
+)
+def test_a_stage_says_that_the_one_before_read_a_text_that_was_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    named: str | None,
+    first: str,
+    second: str | None,
+    *,
+    told: bool,
+) -> None:
+    workspace = Workspace(tmp_path / "run")
+    for verb, text, given in (("prune", first, first), ("recover", None, None), ("quantize", second, named)):
+        common = Common(run=workspace.root, effort="quick", data=given)
+        context = Context(common=common, workspace=workspace, reporter=Reporter())
+        with workspace.locked():
+            workspace.set_model(MODEL)
+            config = {"v": 0} if text is None else {"v": 0, "data": text}
+            run_stage(context, verb, config=config, inputs={"model": "f0"}, work=lambda _: {})
+    found = capsys.readouterr()
+    notes = [line for line in (found.out + found.err).splitlines() if line.startswith("note:")]
+    assert len(notes) == told
+    if told:
+        assert "01-prune read notes.txt" in notes[0]
