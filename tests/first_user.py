@@ -49,7 +49,7 @@ STEPS = (
     Step(
         title="Install, and see it work",
         prose="One command installs everything into `.venv` and runs a short form of the chain on the default model: "
-        "half of the decoder goes, the rest is quantized, an adapter is trained on that and put back onto the full model.",
+        "half of the decoder goes, the rest is quantized, an adapter is trained and put back onto the full model.",
         command="make demo",
     ),
     Step(
