@@ -15,6 +15,7 @@ from compress.importance.base import criterion_config
 from compress.importance.gram_store import GramStore
 from compress.kept import Kept
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
+from compress.pipelines.engines import require_processors
 from compress.pipelines.measure import (
     MEASURES,
     check_length,
@@ -65,6 +66,8 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             model's positions.
         CompressError: The ratio cannot be reached with these targets, or the model cannot be pruned.
     """
+    if context.common.engine != "local" and not _shares_work(settings):
+        context.reporter.say("prune: nothing here is for a cluster; it is computed on this machine.")
     if settings.shape in MASKED:
         return thin(context, settings)
     targets = parse_targets(settings.targets)
@@ -75,6 +78,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     multiple = settings.multiple or default_multiple(model.architecture.channels)
     goal = goal_of(model, settings, targets, multiple)
     device, dtype = device_and_dtype(context.common)
+    require_processors(context.common, device)
     source = context.common.data or default_source()
     place = Place(
         context=context,
@@ -148,6 +152,12 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
     return outcome
+
+
+def _shares_work(settings: PruneSettings) -> bool:
+    """Whether other machines could have a part in this."""
+    measures = settings.criterion == "obs" or settings.shape == "allocated"
+    return settings.shape not in MASKED and (measures or settings.repair == "refit")
 
 
 def check_settings(settings: PruneSettings) -> None:

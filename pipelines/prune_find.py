@@ -76,6 +76,7 @@ def find_structure(place: Place, goal: Goal, state_dir: Path, store: GramStore) 
     kept = Kept(state_dir)
     if isinstance(criterion, ObsCriterion):
         criterion.kept = kept
+        criterion.engine = place.context.engine
     if criterion.needs == "adapters":
         return _train(place, goal, lambda: place.load_whole(model.path), criterion, state_dir, store, kept)
     trains = settings.repair == "lora"
@@ -155,6 +156,7 @@ def _measured(place: Place, goal: Goal, scores: GroupScores, kept: Kept = NOTHIN
             batch=min(BATCH, len(windows)),
             ranked=scores,
             kept=kept,
+            engine=place.context.engine,
             progress=progress,
         )
 

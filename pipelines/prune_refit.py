@@ -76,6 +76,7 @@ def refitted(
         store,
         into=into,
         kept=kept,
+        engine=place.context.engine,
         progress=progress,
     )
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,17 +133,19 @@ def page(happened: Sequence[Happened], clone: Path, commit: str) -> str:
     total = sum(each.seconds for each in happened)
     parts = [
         "# The first ten minutes\n",
-        "What a first user types and sees, from an empty folder on. Nothing is edited but the name of that folder: "
-        f"`python -m tests.first_user` ran all of it on {os.cpu_count()} cores without a GPU and wrote this page "
-        f"(commit {commit}, {total / 60:.1f} minutes in all). `my-model` is a Llama of 260 thousand parameters that "
-        f"writes children's stories, `notes.txt` {NOTES} questions with their answers.\n",
+        _wrapped(
+            "What a first user types and sees, from an empty folder on. Nothing is edited but the folder's name: "
+            f"`python -m tests.first_user` ran all of it on {os.cpu_count()} cores without a GPU and wrote this page "
+            f"(commit {commit}, {total / 60:.1f} minutes in all). `my-model` is a Llama of 260 thousand parameters "
+            f"that writes children's stories, `notes.txt` {NOTES} questions with their answers."
+        ),
         "```text\n$ git clone COMPRESS ~/compress && cd ~/compress && export PATH=$PWD/.venv/bin:$PATH\n```\n",
     ]
     for each in happened:
         if each.step.title:
             parts.append(f"## {each.step.title}\n")
         if each.step.prose:
-            parts.append(f"{each.step.prose}\n")
+            parts.append(_wrapped(each.step.prose))
         language = "console" if each.step.code == 0 else "text"
         lines = [line.rstrip() for line in each.output.replace(str(clone), "~/compress").splitlines()]
         text = "\n".join(lines).strip("\n")
@@ -151,6 +154,10 @@ def page(happened: Sequence[Happened], clone: Path, commit: str) -> str:
             f"({each.seconds:.1f} s" + (f", exit code {each.step.code})\n" if each.step.code else ")\n")
         )
     return "\n".join(parts)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
 
 def _own(clone: Path, data: Path) -> None:

@@ -77,7 +77,7 @@ MemoryLimit = Annotated[
 Engine = Annotated[
     str,
     typer.Option(
-        help="Who quantizes matrices: local (the threads of this machine) or ray (the workers of a Ray cluster).",
+        help="Who computes matrices: local (the threads of this machine) or ray (the workers of a Ray cluster).",
         autocompletion=complete.among(ENGINES),
         rich_help_panel=COMMON,
     ),

@@ -10,7 +10,7 @@ from compress.cli.options import ADAPTER, CLUSTER, EVERYWHERE, LOOP
 from compress.cli.verb import verb
 
 
-@verb("prune", LOOP, ADAPTER, EVERYWHERE)
+@verb("prune", LOOP, ADAPTER, CLUSTER, EVERYWHERE)
 def prune(
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of the decoder linear parameters to remove (default 0.5).")

@@ -12,6 +12,7 @@ CRITERIA: Registry[type[Any]] = Registry(
     helpers=(
         "activations",
         "base",
+        "branches",
         "collect",
         "gram_store",
         "input_norms",

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from compress.engine import LocalEngine
+from compress.engine import Engine, LocalEngine, single_thread
 from compress.errors import UsageError
 from compress.importance import CRITERIA
-from compress.importance.base import CriterionConfig, GroupScores, LayerRise, LayerScores, Loss
+from compress.importance.base import CriterionConfig, GroupScores, Loss
+from compress.importance.branches import Branch, Results, ranked_branch, untouched
 from compress.importance.gram_store import GramStore
 from compress.importance.modules import decoder_linear, merged_rows, plain_model
 from compress.importance.moments import OUTPUTS, MomentCriterion, OutputGradients, require_finite
-from compress.importance.surgeon import (
-    RemovalOrder,
-    block_order,
-    column_order,
-    damage_along,
-    damped_inverse,
-    remove,
-)
 from compress.kept import NOTHING_KEPT, Kept
-from compress.model.architecture import Architecture
+from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
 from compress.progress import Progress
 
+LOCAL = LocalEngine()
 WIDE = 4096
 """Inputs beyond which factorizations are divided among threads, though their last bits then depend on the number."""
 
@@ -79,6 +72,8 @@ class ObsCriterion(MomentCriterion):
     """Where to keep the second moments of the inputs, for the repair; None: nowhere."""
     kept: Kept = NOTHING_KEPT
     """Where an interrupted run finds the layers that it had scored."""
+    engine: Engine = LOCAL
+    """Who ranks the groups of a branch."""
 
     def measure(
         self, model: nn.Module, ids_NS: Tensor, *, loss: Loss, batch: int, progress: Progress | None = None
@@ -93,6 +88,7 @@ class ObsCriterion(MomentCriterion):
             batch=batch,
             store=self.store,
             kept=self.kept,
+            engine=self.engine,
             progress=progress,
         )
         if self._counted(found):
@@ -111,6 +107,7 @@ def rank_groups(
     ranked: GroupScores | None = None,
     store: GramStore | None = None,
     kept: Kept = NOTHING_KEPT,
+    engine: Engine = LOCAL,
     progress: Progress | None = None,
 ) -> GroupScores:
     """Rank the groups of every layer, and measure what every number of kept groups costs.
@@ -125,6 +122,8 @@ def rank_groups(
         ranked: Keep this ranking and only measure what it costs; None: the greedy order.
         store: Keep the second moments there; None: nowhere.
         kept: Has the layers that an interrupted run of the same call has ranked; the model still runs through them.
+        engine: Ranks branches, of several layers side by side where it is a cluster. One that is on a GPU, or so wide
+            that threads share it, is ranked here by whoever runs the model.
         progress: Called after every batch of the backward passes and after every layer.
 
     Raises:
@@ -144,12 +143,15 @@ def rank_groups(
     walk = LayerWalk(plain_model(model), arch, ids_NS, batch=batch)
     tokens = len(ids_NS) // batch * batch * ids_NS.shape[1]
 
-    def rank(index: int) -> dict[str, Tensor]:
+    results = Results(kept)
+
+    def look(index: int) -> dict[LinearSpec, tuple[Tensor, Tensor]]:
+        """Run the model through a layer: weight and second moment of the inputs of what is to be ranked there."""
+        if results.known(index):
+            walk.advance(index)
+            return {}
         outputs = [spec for spec in arch.linears_at(index) if spec.role in OUTPUTS]
         layer = walk.layers[index]
-        scores, rise = _untouched(arch)
-        if ranked is not None:
-            scores = ranked.layers[index]
         with resident(layer):
             with gathered_grams(layer, dict.fromkeys(outputs)) as grams:
                 walk.advance(index)
@@ -164,195 +166,58 @@ def rank_groups(
             require_finite(gram_CC, f"The inputs of {arch.module_name(index, spec)}")
         if store is not None:
             store.put(index, grams)
-        found: dict[str, tuple[LayerScores, LayerRise]] = {}
+        return {spec: (weight, grams[spec]) for spec, weight in weights.items()}
 
-        def branches() -> Iterator[_Branch]:
-            for spec in sorted(weights, key=lambda spec: -len(grams[spec])):
-                yield _Branch(
-                    role="o" if spec.role == "o" else "down",
-                    weight_KC=gradients.root(index, spec) @ weights[spec].double(),
-                    gram_CC=grams.pop(spec).div_(tokens),
-                    arch=arch,
-                    config=config,
-                    scores=scores,
-                    rise=rise,
-                    greedy=ranked is None,
-                )
-
-        def keep(branch: _Branch, result: tuple[LayerScores, LayerRise]) -> None:
-            found[branch.role] = result
-
-        if device.type == "cpu" and max(len(gram) for gram in grams.values()) <= WIDE:
-            LocalEngine(2).run(_ranked, branches(), keep)
-        else:
-            for branch in branches():
-                keep(branch, _ranked(branch))
-        return _joined(found, scores, rise).to_tensors()
-
-    layers: list[LayerScores] = []
-    rises: list[LayerRise] = []
-    for index in range(arch.layers):
-        name = f"layer-{index:04d}"
-        if kept.has(name):
-            walk.advance(index)
-        found = GroupScores.from_tensors(kept.tensors(name, partial(rank, index)))
-        layers += found.layers if ranked is None else [ranked.layers[index]]
-        rises += found.rises or ()
-        if progress is not None:
-            progress(index + 1, arch.layers, f"layer {index}")
-    return GroupScores(layers=tuple(layers), rises=tuple(rises))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Branch:
-    """Attention or MLP of a layer, to be ranked: what goes in, and what is known of the layer without it."""
-
-    role: Literal["o", "down"]
-    weight_KC: Tensor
-    gram_CC: Tensor
-    arch: Architecture
-    config: ObsConfig
-    scores: LayerScores
-    rise: LayerRise
-    greedy: bool
-
-
-def _ranked(branch: _Branch) -> tuple[LayerScores, LayerRise]:
-    inverse_CC = damped_inverse(branch.gram_CC, branch.config.damping)
-    given = branch.weight_KC, inverse_CC
-    if branch.role == "o":
-        return _heads(*given, branch.arch, branch.scores, branch.rise, greedy=branch.greedy)
-    return _channels(*given, branch.config, branch.scores, branch.rise, greedy=branch.greedy)
-
-
-def _joined(
-    found: Mapping[str, tuple[LayerScores, LayerRise]], scores: LayerScores, rise: LayerRise
-) -> GroupScores:
-    """Heads of the one branch, channels of the other; of one that was not ranked, what was known before."""
-    heads, heads_rise = found.get("o", (scores, rise))
-    channels, channels_rise = found.get("down", (scores, rise))
-    both = LayerScores(kv_groups=heads.kv_groups, channels=channels.channels, query_heads=heads.query_heads)
-    return GroupScores(
-        layers=(both,),
-        rises=(LayerRise(attention=heads_rise.attention, channels=channels_rise.channels),),
-    )
-
-
-def head_order(weight_KC: Tensor, inverse_CC: Tensor, arch: Architecture) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of the KV groups and query heads of one layer, and what every number of them kept costs.
-
-    Groups are ranked by a greedy order of whole groups. Heads inside groups are ranked by one in which every
-    group loses a head before any loses the next.
-
-    Args:
-        weight_KC: Root of the output curvature times the weight of o, float64.
-        inverse_CC: Damped inverse of the second moment of its inputs.
-        arch: The architecture.
-
-    Returns:
-        Scores [kv_heads], scores [heads], and the rise table of :class:`LayerRise`.
-    """
-    queries, width = arch.queries_per_group, arch.head_dim
-    columns = torch.arange(arch.heads * width, device=weight_KC.device)
-    groups = block_order(weight_KC, inverse_CC, list(columns.split(queries * width)))
-    rise = torch.full((arch.kv_heads + 1, queries + 1), float(groups.damage[-1]), dtype=torch.float64)
-    heads = torch.zeros(arch.heads, dtype=torch.float64)
-    for gone in range(arch.kv_heads):
-        kept = arch.kv_heads - gone
-        rise[kept, queries] = groups.damage[gone]
-        if queries > 1:
-            sets = [list(range(group * queries, (group + 1) * queries)) for group in range(kept)]
-            order = block_order(
-                weight_KC, inverse_CC, list(columns[: kept * queries * width].split(width)), sets
+    def branches(index: int, seen: dict[LinearSpec, tuple[Tensor, Tensor]]) -> Iterator[Branch]:
+        """What there is to rank, the larger branch first."""
+        if results.known(index):
+            return
+        scores, rise = untouched(arch)
+        if ranked is not None:
+            scores = ranked.layers[index]
+        results.expect(index, len(seen), scores, rise)
+        for spec in sorted(seen, key=lambda spec: -len(seen[spec][1])):
+            weight_OC, gram_CC = seen.pop(spec)
+            yield Branch(
+                index=index,
+                role="o" if spec.role == "o" else "down",
+                weight_KC=gradients.root(index, spec) @ weight_OC.double(),
+                gram_CC=gram_CC.div_(tokens),
+                arch=arch,
+                damping=config.damping,
+                parts=config.parts,
+                scores=scores,
+                rise=rise,
+                greedy=ranked is None,
             )
-            rise[kept, 1:queries] = groups.damage[gone] + order.damage[kept : kept * queries : kept].flip(0)
-            if gone == 0:
-                heads[order.units] = _steps(order)
-        if kept > 1:
-            place = sorted(groups.units[gone:].tolist()).index(int(groups.units[gone]))
-            first = place * queries * width
-            _, weight_KC, inverse_CC = remove(weight_KC, inverse_CC, columns[first : first + queries * width])
-    scores = unit_scores(groups)
-    return scores, scores if queries == 1 else heads, rise
 
+    def everywhere() -> Iterator[Branch]:
+        """Branches of layer after layer, as far as somebody has time for them."""
+        for index in range(arch.layers):
+            seen = look(index)
+            with single_thread():  # as here, where one ranks
+                given = list(branches(index, seen))
+            while given:
+                yield given.pop(0)
+            if progress is not None:
+                progress(index + 1, arch.layers, f"layer {index}")
 
-def unit_scores(order: RemovalOrder) -> Tensor:
-    """Score of every unit, float64 [U]: the cost of its step, never below an earlier one's, so that ranks nest."""
-    scores = torch.zeros(len(order.units), dtype=torch.float64)
-    scores[order.units] = _steps(order)
-    return scores
-
-
-def _steps(order: RemovalOrder) -> Tensor:
-    steps = order.damage.diff().cummax(dim=0).values
-    return steps * (1 + 1e-9 * torch.arange(1, len(steps) + 1, dtype=torch.float64))
-
-
-def _heads(
-    weight_KC: Tensor,
-    inverse_CC: Tensor,
-    arch: Architecture,
-    scores: LayerScores,
-    rise: LayerRise,
-    *,
-    greedy: bool,
-) -> tuple[LayerScores, LayerRise]:
-    if greedy:
-        kv_groups, query_heads, attention = head_order(weight_KC, inverse_CC, arch)
-        scores = LayerScores(kv_groups=kv_groups, channels=scores.channels, query_heads=query_heads)
+    widest = max(arch.linear_shape(spec)[1] for spec in arch.linears if spec.role in OUTPUTS)
+    apart = device.type == "cpu" and widest <= WIDE
+    if apart and not isinstance(engine, LocalEngine):
+        engine.run(ranked_branch, everywhere(), results.keep)
     else:
-        attention = _ranked_heads(weight_KC, inverse_CC, arch, scores)
-    return scores, LayerRise(attention=attention, channels=rise.channels)
-
-
-def _ranked_heads(weight_KC: Tensor, inverse_CC: Tensor, arch: Architecture, scores: LayerScores) -> Tensor:
-    """The rise table [K + 1, Q + 1] where groups, and heads inside them, go by ``scores``."""
-    queries, width = arch.queries_per_group, arch.head_dim
-    table = torch.zeros(arch.kv_heads + 1, queries + 1, dtype=torch.float64)
-    groups = scores.kv_groups.sort(descending=True, stable=True).indices
-    heads = scores.query_heads.view(arch.kv_heads, queries).sort(dim=1, descending=True, stable=True).indices
-    every = torch.arange(arch.heads * width).view(arch.kv_heads, queries, width)
-    for kept in range(arch.kv_heads + 1):
-        for each in range(queries + 1):
-            gone = torch.ones(arch.kv_heads, queries, dtype=torch.bool)
-            for group in groups[:kept].tolist():
-                gone[group, heads[group, :each]] = False
-            columns = every[gone].flatten().to(weight_KC.device)
-            table[kept, each] = damage_along(weight_KC, inverse_CC, columns)[-1]
-    return table
-
-
-def _channels(
-    weight_KC: Tensor,
-    inverse_CC: Tensor,
-    config: ObsConfig,
-    scores: LayerScores,
-    rise: LayerRise,
-    *,
-    greedy: bool,
-) -> tuple[LayerScores, LayerRise]:
-    if greedy:
-        order = column_order(weight_KC, inverse_CC, block=max(1, weight_KC.shape[1] // config.parts))
-        damage = order.damage
-        scores = LayerScores(
-            kv_groups=scores.kv_groups, channels=unit_scores(order), query_heads=scores.query_heads
-        )
-    else:
-        worst_first = scores.channels.sort(descending=True, stable=True).indices.flip(0)
-        damage = damage_along(weight_KC, inverse_CC, worst_first.to(weight_KC.device))
-    return scores, LayerRise(attention=rise.attention, channels=damage.flip(0))
-
-
-def _untouched(arch: Architecture) -> tuple[LayerScores, LayerRise]:
-    """Zeros, for branches that cannot be pruned."""
-    return (
-        LayerScores(
-            kv_groups=torch.zeros(arch.kv_heads, dtype=torch.float64),
-            channels=torch.zeros(arch.channels, dtype=torch.float64),
-            query_heads=torch.zeros(arch.heads, dtype=torch.float64),
-        ),
-        LayerRise(
-            attention=torch.zeros(arch.kv_heads + 1, arch.queries_per_group + 1, dtype=torch.float64),
-            channels=torch.zeros(arch.channels + 1, dtype=torch.float64),
-        ),
+        for index in range(arch.layers):
+            seen = look(index)
+            if apart:
+                engine.at_most(2).run(ranked_branch, branches(index, seen), results.keep)
+            else:
+                for branch in branches(index, seen):
+                    results.keep(branch, ranked_branch(branch))
+            if progress is not None:
+                progress(index + 1, arch.layers, f"layer {index}")
+    found = results.in_order()
+    return GroupScores(
+        layers=tuple(layer for each in found for layer in each.layers) if ranked is None else ranked.layers,
+        rises=tuple(rise for each in found for rise in each.rises or ()),
     )

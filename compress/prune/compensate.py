@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from compress.engine import LocalEngine, single_thread
+from compress.engine import Engine, LocalEngine, single_thread
 from compress.errors import UsageError
 from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS, require_finite
@@ -29,6 +29,7 @@ from compress.model.resident import Unit, enclosing_unit, resident
 from compress.progress import Progress
 from compress.structure import LayerStructure, StructureMap, kept_columns
 
+LOCAL = LocalEngine()
 REFITS = 2
 """Matrices that are refitted at once."""
 DAMPING = 0.02
@@ -157,6 +158,7 @@ def refit_from_store(
     damping: float = DAMPING,
     into: MutableMapping[str, Tensor] | None = None,
     kept: Kept = NOTHING_KEPT,
+    engine: Engine = LOCAL,
     progress: Progress | None = None,
 ) -> MutableMapping[str, Tensor]:
     """What :func:`compensate` gives, from second moments that were gathered before; no model is run.
@@ -169,6 +171,7 @@ def refit_from_store(
         damping: See :func:`refit`.
         into: As for :func:`compensate`.
         kept: Has the layers that an interrupted run for the same structure has refitted.
+        engine: Solves the systems; in this process at most ``REFITS`` at once.
         progress: Called after every layer.
 
     Raises:
@@ -194,7 +197,7 @@ def refit_from_store(
         kept.put(system.name, {"kept": weight_OK})
         found[system.name] = _widened(weight_OK, system.columns, system.width)
 
-    LocalEngine(REFITS).run(_solved, systems(), keep)
+    engine.at_most(REFITS).run(_solved, systems(), keep)
     return {name: found[name] for name in _names(arch, structure) if name in found} if into is None else found
 
 

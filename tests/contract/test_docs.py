@@ -130,6 +130,7 @@ def test_nothing_is_described_that_is_not_there() -> None:
         "--write-table",
         "--peer",
         "--ranks",
+        "--rato",  # the typing error of the first ten minutes
     }  # pip's and the benchmarks'
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", documents)) - foreign <= known
 

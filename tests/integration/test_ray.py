@@ -1,4 +1,4 @@
-"""Matrices that a Ray cluster quantizes have the bytes of those quantized here, whatever becomes of workers."""
+"""What a Ray cluster prunes and quantizes has the bytes of what is made here, whatever becomes of workers."""
 
 from __future__ import annotations
 
@@ -143,6 +143,35 @@ def test_bytes_are_those_of_this_machine_alone(tmp_path: Path, objective: str) -
         given = {"budget": "5bit", "objective": objective, "rank": "4", "calibration_tokens": 512}
         stages.append(contents(Path(run_verb("quantize", common, given, quiet=True)["path"])))
     assert stages[0] == stages[1]
+
+
+@pytest.mark.usefixtures("two_nodes", "forked_reopen")
+@pytest.mark.parametrize("given", [{}, {"shape": "allocated"}, {"criterion": "wanda"}])
+def test_a_model_is_pruned_to_the_bytes_of_this_machine_alone(
+    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[str] = []
+    run = RayEngine.run
+
+    def counted(self: RayEngine, work: Any, jobs: Any, keep: Any) -> None:
+        handed.append(work.__name__)
+        run(self, work, jobs, keep)
+
+    monkeypatch.setattr(RayEngine, "run", counted)
+    model = tiny_checkpoint("llama_gqa", tmp_path / "tiny")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Line {i} of a text that has no other purpose. " * 20 for i in range(60)))
+    stages = []
+    for engine in ("local", "ray"):
+        common = Common(
+            run=tmp_path / engine, model=str(model), data=str(text), dtype="float32", threads=1, engine=engine
+        )
+        asked = {"ratio": 0.4, "calibration_tokens": 1024, "trials": 2, "repair_steps": 2, **given}
+        stages.append(contents(Path(run_verb("prune", common, asked, quiet=True)["path"])))
+    assert stages[0] == stages[1]
+    ranks = given.get("criterion", "obs") == "obs" or given.get("shape") == "allocated"
+    assert ("ranked_branch" in handed) == ranks
+    assert "_solved" in handed
 
 
 def test_other_versions_are_refused(two_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
