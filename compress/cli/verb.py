@@ -103,8 +103,8 @@ class _Verbs(TyperGroup):
         command = self.commands.get(args[0]) if args else None
         if command is None or not set(HELP) & set(before) or f"_{PROGRAM.upper()}_COMPLETE" in os.environ:
             return None
-        above = typer.Context(self, info_name=PROGRAM, **self.context_settings)  # type: ignore[arg-type]
-        return typer.Context(command, info_name=args[0], parent=above).get_help()  # type: ignore[arg-type]
+        above = typer.Context(self, info_name=PROGRAM, **self.context_settings)
+        return typer.Context(command, info_name=args[0], parent=above).get_help()
 
 
 app = typer.Typer(
