@@ -129,20 +129,26 @@ def test_work_that_kills_every_worker_ends(engine: RayEngine, monkeypatch: pytes
         engine.run(die, [0], lambda job, result: None)
 
 
+def made_by_both(folder: Path, verb: str, given: dict[str, Any]) -> list[Any]:
+    """What a stage leaves on the disk: made by this machine, and by the cluster."""
+    model = tiny_checkpoint("llama_gqa", folder / "tiny")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(f"Line {i} of a text that has no other purpose. " * 20 for i in range(60)))
+    found = []
+    for engine in ("local", "ray"):
+        common = Common(
+            run=folder / engine, model=str(model), data=str(text), dtype="float32", threads=1, engine=engine
+        )
+        found.append(contents(Path(run_verb(verb, common, given, quiet=True)["path"])))
+    return found
+
+
 @pytest.mark.usefixtures("two_nodes", "forked_reopen")
 @pytest.mark.parametrize("objective", ["frobenius", "fisher", "hessian"])
 def test_bytes_are_those_of_this_machine_alone(tmp_path: Path, objective: str) -> None:
-    model = tiny_checkpoint("llama_gqa", tmp_path / "tiny")
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"Line {i} of a text that has no other purpose. " * 20 for i in range(60)))
-    stages = []
-    for engine in ("local", "ray"):
-        common = Common(
-            run=tmp_path / engine, model=str(model), data=str(text), dtype="float32", threads=1, engine=engine
-        )
-        given = {"budget": "5bit", "objective": objective, "rank": "4", "calibration_tokens": 512}
-        stages.append(contents(Path(run_verb("quantize", common, given, quiet=True)["path"])))
-    assert stages[0] == stages[1]
+    given = {"budget": "5bit", "objective": objective, "rank": "4", "calibration_tokens": 512}
+    here, there = made_by_both(tmp_path, "quantize", given)
+    assert here == there
 
 
 @pytest.mark.usefixtures("two_nodes", "forked_reopen")
@@ -158,17 +164,9 @@ def test_a_model_is_pruned_to_the_bytes_of_this_machine_alone(
         run(self, work, jobs, keep)
 
     monkeypatch.setattr(RayEngine, "run", counted)
-    model = tiny_checkpoint("llama_gqa", tmp_path / "tiny")
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"Line {i} of a text that has no other purpose. " * 20 for i in range(60)))
-    stages = []
-    for engine in ("local", "ray"):
-        common = Common(
-            run=tmp_path / engine, model=str(model), data=str(text), dtype="float32", threads=1, engine=engine
-        )
-        asked = {"ratio": 0.4, "calibration_tokens": 1024, "trials": 2, "repair_steps": 2, **given}
-        stages.append(contents(Path(run_verb("prune", common, asked, quiet=True)["path"])))
-    assert stages[0] == stages[1]
+    asked = {"ratio": 0.4, "calibration_tokens": 1024, "trials": 2, "repair_steps": 2, **given}
+    here, there = made_by_both(tmp_path, "prune", asked)
+    assert here == there
     ranks = given.get("criterion", "obs") == "obs" or given.get("shape") == "allocated"
     assert ("ranked_branch" in handed) == ranks
     assert "_solved" in handed
