@@ -100,6 +100,10 @@ class LocalEngine:
                 in_turns(jobs, keep, most=workers, begin=begin, ended=_ended, result=Future.result)
 
 
+LOCAL = LocalEngine()
+"""The threads of this process."""
+
+
 def in_turns(
     jobs: Iterable[J],
     keep: Callable[[J, R], None],

@@ -235,7 +235,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # PEFT loads it where it is, for layers never made here
+    # PEFT loads it where it is installed, for layers that are never made here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|transformers|accelerate|torch|huggingface_hub)(\.|$)")

@@ -12,8 +12,11 @@ from compress.data.sources import default_source
 from compress.errors import UsageError, choose
 from compress.importance import CRITERIA
 from compress.importance.base import criterion_config
-from compress.importance.gram_store import GramStore
+from compress.importance.gram_store import GramStore, fits
+from compress.importance.moments import OUTPUTS
+from compress.importance.obs import is_ranked_apart
 from compress.kept import Kept
+from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
 from compress.pipelines.engines import require_processors
 from compress.pipelines.measure import (
@@ -56,6 +59,7 @@ from compress.structure import StructureMap, composed
 
 MEASURED = "measured.json"
 DONE = "done.json"
+NOT_SHARED = "prune: nothing here is for a cluster; it is computed on this machine."
 
 
 def prune(context: Context, settings: PruneSettings) -> Outcome:
@@ -66,9 +70,9 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
             model's positions.
         CompressError: The ratio cannot be reached with these targets, or the model cannot be pruned.
     """
-    if context.common.engine != "local" and not _shares_work(settings):
-        context.reporter.say("prune: nothing here is for a cluster; it is computed on this machine.")
     if settings.shape in MASKED:
+        if context.common.engine != "local":
+            context.reporter.say(NOT_SHARED)
         return thin(context, settings)
     targets = parse_targets(settings.targets)
     check_settings(settings)
@@ -79,6 +83,8 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     goal = goal_of(model, settings, targets, multiple)
     device, dtype = device_and_dtype(context.common)
     require_processors(context.common, device)
+    if context.common.engine != "local" and not shares_work(settings, model.architecture):
+        context.reporter.say(NOT_SHARED)
     source = context.common.data or default_source()
     place = Place(
         context=context,
@@ -154,10 +160,10 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     return outcome
 
 
-def _shares_work(settings: PruneSettings) -> bool:
-    """Whether other machines could have a part in this."""
-    measures = settings.criterion == "obs" or settings.shape == "allocated"
-    return settings.shape not in MASKED and (measures or settings.repair == "refit")
+def shares_work(settings: PruneSettings, arch: Architecture) -> bool:
+    """Whether a cluster has a part in this: in ranking with ``obs``, or in refits from moments that are kept."""
+    ranks = settings.criterion == "obs" or settings.shape == "allocated"
+    return (ranks and is_ranked_apart(arch)) or (settings.repair == "refit" and fits(arch, OUTPUTS))
 
 
 def check_settings(settings: PruneSettings) -> None:

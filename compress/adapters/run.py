@@ -95,9 +95,8 @@ class Run:
     @contextmanager
     def _compute(self) -> Iterator[None]:
         """Bfloat16 where chosen; without the second context PEFT copies each input to float32 and back."""
-        from peft.helpers import (
-            disable_input_dtype_casting,  # takes seconds to load, and `plan` comes by here
-        )
+        # Here, as it takes seconds to load and `plan` comes by this module.
+        from peft.helpers import disable_input_dtype_casting
 
         with (
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16),

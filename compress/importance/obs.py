@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.engine import Engine, LocalEngine, single_thread
+from compress.engine import LOCAL, Engine, LocalEngine, single_thread
 from compress.errors import UsageError
 from compress.importance import CRITERIA
 from compress.importance.base import CriterionConfig, GroupScores, Loss
@@ -23,7 +23,6 @@ from compress.model.layerwise import LayerWalk, gathered_grams
 from compress.model.resident import resident
 from compress.progress import Progress
 
-LOCAL = LocalEngine()
 WIDE = 4096
 """Inputs beyond which factorizations are divided among threads, though their last bits then depend on the number."""
 
@@ -93,6 +92,11 @@ class ObsCriterion(MomentCriterion):
         )
         if self._counted(found):
             self._scores = found
+
+
+def is_ranked_apart(arch: Architecture) -> bool:
+    """Whether each branch is a piece of work for one thread; wider ones need several."""
+    return max(arch.linear_shape(spec)[1] for spec in arch.linears if spec.role in OUTPUTS) <= WIDE
 
 
 @torch.no_grad()
@@ -202,8 +206,7 @@ def rank_groups(
             if progress is not None:
                 progress(index + 1, arch.layers, f"layer {index}")
 
-    widest = max(arch.linear_shape(spec)[1] for spec in arch.linears if spec.role in OUTPUTS)
-    apart = device.type == "cpu" and widest <= WIDE
+    apart = device.type == "cpu" and is_ranked_apart(arch)
     if apart and not isinstance(engine, LocalEngine):
         engine.run(ranked_branch, everywhere(), results.keep)
     else:

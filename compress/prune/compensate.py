@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from compress.engine import Engine, LocalEngine, single_thread
+from compress.engine import LOCAL, Engine, single_thread
 from compress.errors import UsageError
 from compress.importance.gram_store import GramStore
 from compress.importance.moments import OUTPUTS, require_finite
@@ -29,7 +29,6 @@ from compress.model.resident import Unit, enclosing_unit, resident
 from compress.progress import Progress
 from compress.structure import LayerStructure, StructureMap, kept_columns
 
-LOCAL = LocalEngine()
 REFITS = 2
 """Matrices that are refitted at once."""
 DAMPING = 0.02

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.optimize import nnls
 
 from compress.prune.shape import Shape
 
@@ -36,7 +37,5 @@ def next_trial(shapes: Sequence[Shape], rises: Mapping[int, float]) -> int:
         return min(left, key=lambda at: (known[at][0], at))
     measured = {at: max(rise, LEAST_RISE) for at, rise in rises.items()}
     rows = np.asarray([known[at] for at in measured]) / np.asarray(list(measured.values()))[:, None]
-    from scipy.optimize import nnls
-
     scales, _ = nnls(rows, np.ones(len(measured)))
     return min(left, key=lambda at: (float(scales @ np.asarray(known[at])), at))
