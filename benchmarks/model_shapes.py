@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from compress.benchmarks.protocol import write_json
+from compress.benchmarks.protocol import Rows
 from compress.model.architecture import Architecture, architecture_of
 from compress.model.config import build_config, meta_model
 from compress.prune.counts import (
@@ -233,7 +233,9 @@ def main() -> int:
     cases = [case for case in CASES if not arguments.quick or case.model == "LLaMA-2-7B"]
     rows = [row_of(case) for case in cases]
     if arguments.out is not None:
-        write_json(arguments.out, {"format_version": 1, "rows": [asdict(row) for row in rows]})
+        record = Rows(arguments.out, {"benchmark": "model_shapes", "quick": arguments.quick})
+        for row in rows:
+            record.put(f"{row.model} {row.ratio:.2f}", asdict(row))
     print(table(rows))
     return 0 if all(row.agrees for row in rows) else 1
 

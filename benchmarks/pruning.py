@@ -7,11 +7,12 @@ WikiText-2 train (one seed) and keeps the same number of groups in all layers, e
 the ratio heads and channels bear is its own choice too, except for the peer, whose pruner sets limits. "0 tokens" is
 the model as the method leaves it, with what belongs to it (FLAP's bias, our refit). "100k tokens" is that model after
 LoRA training on the same windows of WikiText-2 train with the same settings, loss of the text, merged ("ours,
-distilled": half the text, half the full model's predictions). LoRAPrune is trained while it prunes: its 100k tokens are
-those, with the paper's schedule; its row at 0 tokens ranks by scores gathered while as many tokens as the others see
-for calibration are trained, and cuts the untrained model at once. ``--control``: the model that is not pruned after the
-same training, which no pruned model can be expected to pass. Test: raw WikiText-2 test, blank lines kept, joined by two
-line ends, no BOS, consecutive windows, first 20,480 tokens. Nothing is chosen by it.
+distilled": half the text, half the full model's predictions; "only": these alone, as ``prune`` repairs by default;
+"features": half and half, with the distance of the hidden states added). LoRAPrune is trained while it prunes: its 100k
+tokens are those, with the paper's schedule; its row at 0 tokens ranks by scores gathered while as many tokens as the
+others see for calibration are trained, and cuts the untrained model at once. ``--control``: the model that is not
+pruned after the same training, which no pruned model can be expected to pass. Test: raw WikiText-2 test, blank lines
+kept, joined by two line ends, no BOS, consecutive windows, first 20,480 tokens. Nothing is chosen by it.
 
 The part headline: the two best of ``--table`` at its ratios after recovery, with three seeds, calibration and training
 on C4, whole test at 2048.
@@ -93,6 +94,7 @@ METHODS: dict[str, Method] = {
     "random": Method(prune={"criterion": "random", **PLAIN}),
     "magnitude": Method(prune={"criterion": "magnitude", **PLAIN}),
     "taylor (vector)": Method(prune={"criterion": "taylor", "criterion_options": "form=vector", **PLAIN}),
+    "taylor (element)": Method(prune={"criterion": "taylor", "criterion_options": "form=element", **PLAIN}),
     "wanda-sp": Method(prune={"criterion": "wanda", **PLAIN}),
     "wanda-sp (o and down)": Method(
         prune={"criterion": "wanda", "criterion_options": "linears=outputs", **PLAIN}
@@ -107,6 +109,13 @@ METHODS: dict[str, Method] = {
     "ours": Method(prune={"criterion": "obs", "repair": "refit"}),
     "ours, distilled": Method(
         prune={"criterion": "obs", "repair": "refit"}, recovery={"repair_loss": "both"}
+    ),
+    "ours, distilled only": Method(
+        prune={"criterion": "obs", "repair": "refit"}, recovery={"repair_loss": "distill"}
+    ),
+    "ours, distilled, features": Method(
+        prune={"criterion": "obs", "repair": "refit"},
+        recovery={"repair_loss": "both", "repair_features": 1.0},
     ),
     "ours, allocated": Method(prune={"criterion": "obs", "repair": "refit", "shape": "allocated"}),
     "wanda-sp (o and down) + refit": Method(

@@ -212,7 +212,11 @@ def limit_in_bits(
             else f"{math.ceil((smallest / 8 + rest) / 1e5) / 10:.1f}MB"
         )
         other = ", or prune the model first."
-        if budget.kind == "bytes" and settings.embeddings != "menu":
+        if (
+            fixed_rank and settings.budget_includes == "factors"
+        ):  # pruned matrices would give factors a larger share
+            other = ", a lower --rank or --rank auto, or leave the factors out (--budget-includes none)."
+        elif budget.kind == "bytes" and settings.embeddings != "menu":
             other = ", or let the embeddings be quantized too (--embeddings menu)."
         raise CompressError(
             f"The budget {budget.text} is below the smallest this model can be stored in ({least_text}).",

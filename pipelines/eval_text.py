@@ -75,7 +75,7 @@ def readings(
     for key, model in zip(keys, models, strict=True):
         if key not in cut:
             tokenizer = load_tokenizer(model)
-            windows = token_windows(text, tokenizer, length=length, count=count, bos=bos)
+            windows = token_windows(text, tokenizer, length=length, count=count, bos=bos, option="--sequence")
             cut[key] = (tokenizer, windows, token_ends(text, tokenizer))
     first = next(iter(cut.values()))[1]
     alike = all(torch.equal(windows.ids, first.ids) for _, windows, _ in cut.values())

@@ -66,7 +66,9 @@ def evaluate(context: Context, settings: EvalSettings, *, out: Path | None = Non
     def work(folder: Path) -> Mapping[str, Any]:
         text = read_text(context, source, "test", full.path)
         read = readings_of(text, entries, reference, settings, tokenizer=full.path)
-        held_out = validation_windows(context, full.path, training_source, length=settings.sequence)
+        held_out = validation_windows(
+            context, full.path, training_source, length=settings.sequence, option="--sequence"
+        )
         finished = folder / "rows"
         finished.mkdir(exist_ok=True)
         metrics = measure_all(bench, entries, reference, read, held_out, finished)

@@ -56,7 +56,12 @@ def training_windows(
     text = read_text(context, source, "train", model)
     count = max(1, settings.steps * settings.micro_batch * settings.accumulation)
     return token_windows(
-        text, tokenizer, length=settings.sequence, count=count, seed=context.common.seed + offset
+        text,
+        tokenizer,
+        length=settings.sequence,
+        count=count,
+        seed=context.common.seed + offset,
+        option="--sequence",
     )
 
 
@@ -112,12 +117,16 @@ def windows_record(windows: Windows) -> dict[str, Any]:
     return {**windows.protocol, "ids_sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
 
 
-def validation_windows(context: Context, model: Path, source: str, *, length: int = LENGTH) -> Windows:
+def validation_windows(
+    context: Context, model: Path, source: str, *, length: int = LENGTH, option: str | None = None
+) -> Windows:
     """The first windows of the source's validation split, no longer than the model's positions."""
     effort = context.common.effort or "quick"
     tokenizer = load_tokenizer(model)
     text = read_text(context, source, "validation", model)
-    return token_windows(text, tokenizer, length=min(length, positions(model)), count=WINDOWS[effort])
+    return token_windows(
+        text, tokenizer, length=min(length, positions(model)), count=WINDOWS[effort], option=option
+    )
 
 
 def positions(model: Path) -> int:

@@ -244,22 +244,34 @@ def requested_goal(
             head_unit=settings.head_unit,
         )
     elif settings.size is not None:
-        budget = parse_budget(settings.size)
-        if budget.kind != "bytes":
-            raise UsageError(
-                f"--size {settings.size} is no file size.", "Give bytes, such as 150MB or 0.5GiB."
-            )
+        size = _file_size(settings.size)
         itemsize = checkpoint.dtype(arch.tensor_name(0, arch.linears[0])).itemsize
         ratio = ratio_for_bytes(
             checkpoint.bytes + itemsize * biases,
             itemsize,
             arch,
-            budget.value,
+            size,
             targets=targets,
             multiple=multiple,
             head_unit=settings.head_unit,
         )
     return Goal(model=model, ratio=ratio, settings=settings, targets=targets, multiple=multiple)
+
+
+def _file_size(text: str) -> float:
+    """``150MB`` in bytes.
+
+    Raises:
+        UsageError: It is no size of a file.
+    """
+    remedy = "Give bytes with a unit, such as 500kB, 150MB or 0.5GiB."
+    try:
+        budget = parse_budget(text)
+    except UsageError as error:
+        raise UsageError(f"--size {text} is no file size.", remedy) from error
+    if budget.kind != "bytes":
+        raise UsageError(f"--size {text} is no file size.", remedy)
+    return budget.value
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -61,4 +61,8 @@ def show(context: Context, metrics: Mapping[str, Any]) -> None:
             ),
         ],
     )
+    if metrics["shape"] is None:
+        context.reporter.say(
+            "prune: layers differ in size, so this model opens with compress.load_model; other runtimes refuse it."
+        )
     context.reporter.out.print(f"perplexity: {after['protocol_line']}", markup=False)

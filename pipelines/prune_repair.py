@@ -25,6 +25,9 @@ from compress.pipelines.settings import PruneSettings
 from compress.pipelines.training import announced, fit_config, train_model, training_metrics
 from compress.structure import StructureMap
 
+FEW, ENOUGH = 8, 16
+"""Calibration tokens for each channel that stays: below the first a refit may do harm on other text."""
+
 TEXT_SHARE = {"distill": 0.0, "both": 0.5, "text": 1.0}
 """Share of the text itself in the targets of repair training."""
 
@@ -33,6 +36,7 @@ def refit_deltas(
     place: Place, model: ModelInput, structure: StructureMap, store: GramStore, tokens: int, kept: Kept
 ) -> Deltas:
     """What refitting o and down to the model's own activations adds to their weights, by module."""
+    _say_if_few(place, model, structure, tokens)
     with place.context.reporter.bar("refit o and down") as progress:
         weights = refitted(place, model, structure, store, tokens=tokens, kept=kept, progress=progress)
 
@@ -44,6 +48,17 @@ def refit_deltas(
         )
 
     return delta
+
+
+def _say_if_few(place: Place, model: ModelInput, structure: StructureMap, tokens: int) -> None:
+    """Say it where the calibration text is short for the widest matrix that is refitted."""
+    counts = [len(layer.channels) for layer in structure.layers]
+    most = max((count for count in counts if count < model.architecture.channels), default=0)
+    if tokens < FEW * most:
+        place.context.reporter.say(
+            f"prune: the refit reads {tokens / most:.1f} calibration tokens for every channel that stays; "
+            f"{ENOUGH} or more are safe (--calibration-tokens {ENOUGH * most})."
+        )
 
 
 def train_repair(

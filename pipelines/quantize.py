@@ -33,7 +33,7 @@ from compress.pipelines.matrices import left_dense_of, matrices_of
 from compress.pipelines.measure import known_perplexity, measured_once, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype
 from compress.pipelines.prove import record_and_score
-from compress.pipelines.quantize_tables import show, show_left_out
+from compress.pipelines.quantize_tables import show, show_left_out, singular_hessians
 from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import QuantizeSettings
 from compress.pipelines.small_files import carry
@@ -193,6 +193,7 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
             "squared_error": sum(record["squared_error"] for record in records),
             "calibration": calibration,
             "matrices": records,
+            "singular": singular_hessians(records),
             "left_dense": left_dense,
             "lower_ranks": lower_ranks,
             "reopened_relative_error": reopened,
@@ -213,7 +214,12 @@ def quantize(context: Context, settings: QuantizeSettings) -> Outcome:
         disk=disk,
     )
     if outcome.fresh and outcome.stage is not None:
-        show(context, outcome.stage.record["metrics"], embeddings=settings.embeddings == "menu")
+        show(
+            context,
+            outcome.stage.record["metrics"],
+            embeddings=settings.embeddings == "menu",
+            counted_apart=settings.budget_includes == "none",
+        )
     return outcome
 
 

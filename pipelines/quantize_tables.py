@@ -7,9 +7,12 @@ from typing import Any
 
 from compress.pipelines.reporter import human_bytes, human_count
 from compress.pipelines.stage import Context
+from compress.quantize.hessian import DAMPING
 
 NEAR = 0.8
 """Budgets at most so many bits away are printed."""
+NEARLY = 0.9
+"""A budget of bits that is used less than this is worth a word."""
 NAMED = 3
 """At most so many matrices are named; their number is told."""
 
@@ -38,8 +41,50 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
-def show(context: Context, metrics: Mapping[str, Any], *, embeddings: bool) -> None:
-    """Print before and after, the certificate and near budgets; ``embeddings``: the budget counts them too."""
+def singular_hessians(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many matrices have inputs that are always zero, how many inputs these are, and how many needed more damping.
+
+    Args:
+        records: One per matrix; those without ``damping`` were not rounded against a Hessian.
+
+    Returns:
+        Empty when there is nothing to tell.
+    """
+    known = [record for record in records if "damping" in record]
+    found = {
+        "matrices": len(known),
+        "matrices_with_dead_inputs": sum(record["dead_inputs"] > 0 for record in known),
+        "dead_inputs": sum(record["dead_inputs"] for record in known),
+        "matrices_damped_more": sum(record["damping"] > DAMPING for record in known),
+    }
+    return found if found["dead_inputs"] or found["matrices_damped_more"] else {}
+
+
+def _singular(found: Mapping[str, int]) -> str:
+    parts = []
+    if found["dead_inputs"]:
+        parts.append(
+            f"{found['dead_inputs']} inputs of {found['matrices_with_dead_inputs']} matrices are zero on all of the "
+            "calibration text"
+        )
+    if found["matrices_damped_more"]:
+        parts.append(
+            f"{found['matrices_damped_more']} of {found['matrices']} Hessians were singular and damped more than usual"
+        )
+    return "; ".join(parts)
+
+
+def show(
+    context: Context, metrics: Mapping[str, Any], *, embeddings: bool, counted_apart: bool = False
+) -> None:
+    """Print before and after, the certificate and near budgets.
+
+    Args:
+        context: Where to print.
+        metrics: Of the stage.
+        embeddings: The budget counts them too.
+        counted_apart: The budget leaves the factors out, so that what is stored does not compare with it.
+    """
     before, after = metrics["before"], metrics["after"]
     certificate = metrics["allocation"]
     context.reporter.table(
@@ -66,6 +111,14 @@ def show(context: Context, metrics: Mapping[str, Any], *, embeddings: bool) -> N
         f"allocation: {certificate['solver']}, gap {certificate['gap']:.1e}, {certificate['seconds']:.1f} s",
         markup=False,
     )
+    budget, used = metrics["budget"], metrics["stored_bits_per_weight"]
+    if budget["kind"] == "bits" and used < NEARLY * budget["value"] and not counted_apart:
+        context.reporter.say(
+            f"quantize: {budget['value'] - used:.2f} bits a weight of the budget stay unused: no better choice that "
+            "fits is offered."
+        )
+    if singular := metrics["singular"]:
+        context.reporter.say(f"quantize: {_singular(singular)}.")
     own = certificate["objective"]
     near = [
         f"{point['bits_per_weight']:.2f} bits {point['cost'] / own:.3g}x"

@@ -11,6 +11,7 @@ from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.allocate import narrow, parse_rank
 from compress.pipelines.matrices import Matrix, left_dense_of, matrices_of
 from compress.pipelines.model_input import ModelInput
+from compress.pipelines.quantize_tables import singular_hessians
 from compress.pipelines.verify_target import Finding, Target, Value
 from compress.pipelines.vocabulary import vocabulary_matrices
 from compress.pipelines.workspace import read_json
@@ -80,6 +81,10 @@ def _before(target: Target, counted: set[str]) -> Iterator[Value]:
         recorded=metrics.get("lower_ranks"),
         found=narrow(matrices_of(source), parse_rank(config["rank"]), config["runtime"]),
     )
+    if "singular" in metrics:  # not recorded by earlier versions
+        yield Value(
+            what="singular", recorded=metrics["singular"], found=singular_hessians(metrics.get("matrices", []))
+        )
     decoder = {matrix.module for matrix in matrices_of(source)}
     for module, known in by_name(metrics).items():
         found = module in decoder or config["embeddings"] == "menu"

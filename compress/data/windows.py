@@ -62,6 +62,7 @@ def token_windows(
     bos: bool = False,
     seed: int | None = None,
     apart: Draw | None = None,
+    option: str | None = None,
 ) -> Windows:
     """Cut a text into windows of ``length`` tokens that do not overlap.
 
@@ -87,6 +88,7 @@ def token_windows(
         bos: Begin every window of plain text with BOS. Conversations follow the chat template instead.
         seed: Seed of the draw; None for evaluation order.
         apart: Another draw of this text and length to keep away from; needs ``seed`` and ``count``.
+        option: The option that sets ``length``, for messages; None: nobody can change it.
 
     Raises:
         UsageError: ``length`` below 2 or ``count`` below 1.
@@ -101,9 +103,9 @@ def token_windows(
     if apart is not None and (seed is None or count is None):
         raise ValueError("windows apart from others need a seed and a count")
     if text.conversations:
-        ids, labels, known, shared = _chat_windows(text, tokenizer, length, count, seed, apart)
+        ids, labels, known, shared = _chat_windows(text, tokenizer, length, count, seed, apart, option)
     else:
-        ids, labels, known, shared = _plain_windows(text, tokenizer, length, count, bos, seed, apart)
+        ids, labels, known, shared = _plain_windows(text, tokenizer, length, count, bos, seed, apart, option)
     chat = bool(text.conversations)
     return Windows(
         ids=ids,
@@ -173,6 +175,7 @@ def _plain_windows(
     bos: bool,
     seed: int | None,
     apart: Draw | None,
+    option: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, int | None, int]:
     if bos and tokenizer.bos_token_id is None:
         raise CompressError("The tokenizer has no BOS token to begin windows with.", "Do without --bos.")
@@ -188,7 +191,9 @@ def _plain_windows(
     if len(windows) == 0:
         raise CompressError(
             f"The {text.split} split of {text.source} has {known} tokens, fewer than one window of {length}.",
-            "Give a longer text, or shorter windows (--sequence).",
+            "Give a longer text."
+            if option is None
+            else f"Give a longer text, or shorter windows ({option}).",
         )
     if bos:
         windows = torch.cat((torch.full((len(windows), 1), tokenizer.bos_token_id), windows), dim=1)
@@ -252,7 +257,13 @@ def _segments(joined: str, stride: int) -> Iterator[tuple[int, int]]:
 
 
 def _chat_windows(
-    text: Text, tokenizer: Any, length: int, count: int | None, seed: int | None, apart: Draw | None
+    text: Text,
+    tokenizer: Any,
+    length: int,
+    count: int | None,
+    seed: int | None,
+    apart: Draw | None,
+    option: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, None, int]:
     total = len(text.conversations)
     order: Sequence[int] = range(total)
@@ -267,7 +278,9 @@ def _chat_windows(
     if not rows:
         raise CompressError(
             f"No conversation of {text.source} has its answer within {length} tokens.",
-            "Give longer windows (--sequence), or shorter conversations.",
+            "Give shorter conversations."
+            if option is None
+            else f"Give longer windows ({option}), or shorter conversations.",
         )
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     ids_NL = torch.full((len(rows), length), pad, dtype=torch.long)

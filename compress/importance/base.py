@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 
@@ -209,6 +210,9 @@ class Criterion(ABC):
         return found.finite
 
 
+_WANTED = {bool: "true or false", float: "a number", int: "a whole number"}
+
+
 def criterion_config(name: str, *, seed: int = 0, **options: Any) -> CriterionConfig:
     """The config of criterion ``name`` with ``options``.
 
@@ -222,7 +226,22 @@ def criterion_config(name: str, *, seed: int = 0, **options: Any) -> CriterionCo
             raise UsageError(
                 f"The criterion {name!r} has no option {option!r}.", f"Choose among: {', '.join(known)}."
             )
+    kinds = get_type_hints(kind.config_type)
+    for option, value in options.items():
+        _check_kind(option, value, kinds[option])
     return kind.config_type(seed=seed, **options)
+
+
+def _check_kind(option: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type, which a truth test or a comparison would take for something else."""
+    accepted = {kind for kind in get_args(hint) or (hint,) if isinstance(kind, type)}
+    if not accepted:  # a choice of words, whose config lists them
+        return
+    fits = type(value) in accepted or (float in accepted and type(value) is int)
+    if fits and not (isinstance(value, float) and not math.isfinite(value)):
+        return
+    wanted = next(words for kind, words in _WANTED.items() if kind in accepted)
+    raise UsageError(f"The option {option} is {value!r}.", f"Give {wanted}.")
 
 
 def create_criterion(name: str, arch: Architecture, *, seed: int = 0, **options: Any) -> Criterion:

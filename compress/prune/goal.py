@@ -85,7 +85,11 @@ def ratio_for_bytes(
         CompressError: No pruning reaches that size; names the range.
     """
     smallest = _most_removed(arch, targets, multiple, head_unit)
-    return _ratio(total_bytes, bytes_per_weight, arch, target, smallest, lambda n: f"{n / 1e6:,.1f} MB")
+    return _ratio(total_bytes, bytes_per_weight, arch, target, smallest, _written_bytes)
+
+
+def _written_bytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _most_removed(arch: Architecture, targets: Sequence[str], multiple: int, head_unit: HeadUnit) -> float:

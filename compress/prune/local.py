@@ -94,6 +94,7 @@ def local_shapes(
         ratio,
         None if reach is None else (reach[0] * part, reach[1] * part),
         targets,
+        notes=unit_notes(arch, choices, targets, head_unit),
         of="the decoder linear parameters" if ratio_of == "model" else "a layer's linear parameters",
     )
     share, carried = ratio / part, 0.0

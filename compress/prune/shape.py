@@ -220,6 +220,7 @@ def check_reachable(
     reach: tuple[float, float] | None,
     targets: Sequence[str],
     *,
+    notes: str = "",
     of: str = "the decoder linear parameters",
 ) -> None:
     """Refuse a ratio that no shape comes near.
@@ -229,6 +230,7 @@ def check_reachable(
         ratio: Requested fraction.
         reach: Least and most that can be removed; None: nothing.
         targets: What was asked for.
+        notes: Why there is nothing, of :func:`unit_notes`, where no reason of the model is known.
         of: What the fractions are of.
 
     Raises:
@@ -239,7 +241,7 @@ def check_reachable(
     why = "".join(f" ({reasons[target]})" for target in targets if reasons[target])
     if reach is None:
         raise CompressError(
-            f"Nothing of {what} can be pruned in this model{why}.",
+            f"Nothing of {what} can be pruned in this model{why or (notes and f' ({notes})')}.",
             "Choose other targets, another head unit or a smaller channel multiple.",
         )
     low, high = reach
@@ -281,7 +283,11 @@ def unit_notes(arch: Architecture, choices: Choices, targets: Sequence[str], hea
     """Why not every ratio exists: the units that go and their share of a layer, for a reason."""
     units, full, size = choices.units, choices.full, choices.size
     notes = []
-    group = f"{full.kv_heads} whole KV groups of {units.attention(1, full.queries) / size:.1%} each"
+    group = (
+        "one KV group, which has to stay"
+        if full.kv_heads == 1
+        else f"{full.kv_heads} whole KV groups of {units.attention(1, full.queries) / size:.1%} each"
+    )
     query = f"one query head of every KV group is {full.kv_heads * units.query / size:.1%}"
     if "heads" not in targets:
         notes.append("heads were not asked for")

@@ -60,7 +60,8 @@ def choose_shape(
     """
     check_ratio(ratio)
     choices = choices_of(arch, targets=targets, multiple=multiple, head_unit=head_unit)
-    check_reachable(arch, ratio, choices.reach(), targets)
+    notes = unit_notes(arch, choices, targets, head_unit)
+    check_reachable(arch, ratio, choices.reach(), targets, notes=notes)
     damage = DamageTable(scores) if scores is not None else None
     wide = near_ties(choices, ratio, damage=damage, accepts=accepts, slack=max(NEAR, choices.half_step))
     if not wide:

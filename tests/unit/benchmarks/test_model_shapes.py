@@ -79,7 +79,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", ["model_shapes", "--quick", "--out", str(out)])
     assert main() == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["model"], row["ratio"]) for row in rows] == [("LLaMA-2-7B", 0.2), ("LLaMA-2-7B", 0.5)]
+    assert sorted(rows) == ["LLaMA-2-7B 0.20", "LLaMA-2-7B 0.50"]
+    assert rows["LLaMA-2-7B 0.50"]["parameters"] == 3_500_412_928
     head, *printed = capsys.readouterr().out.splitlines()
     assert "linears removed" in head
     assert [line.split()[0] for line in printed] == ["LLaMA-2-7B"] * 2
