@@ -111,6 +111,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             "adapter_parameters": recovered.parameters,
             "delta_norm": recovered.delta_norm,
             "truncation_error": recovered.truncation_overall,
+            "origin_known": recovered.origin_known,
         }
 
     def disk() -> float:
@@ -128,6 +129,11 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     )
     if outcome.fresh and outcome.stage is not None:
         metrics = outcome.stage.record["metrics"]
+        if not metrics["origin_known"] and not structure.is_identity:
+            context.reporter.say(
+                "recover: nothing says which small model this adapter was trained on. Its shapes fit this one; that it "
+                "belongs to it is taken on trust."
+            )
         context.reporter.table(
             "recover",
             ("", "value"),

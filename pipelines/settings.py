@@ -360,6 +360,9 @@ class PlanSettings:
     def __post_init__(self) -> None:
         check_least(self, skip_first=0, skip_last=0, train_rank=1, micro_batch=1, sequence=2)
         check_least(self, calibration_tokens=1, multiple=1)
+        for name in ("ratios", "skip_first", "skip_last"):
+            if not self.loram and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(f"--{name.replace('_', '-')} is about --loram.", "Give --loram too.")
 
     EFFORT: ClassVar[dict[str, dict[str, Any]]] = {}
 

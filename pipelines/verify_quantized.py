@@ -83,7 +83,9 @@ def _before(target: Target, counted: set[str]) -> Iterator[Value]:
     )
     if "singular" in metrics:  # not recorded by earlier versions
         yield Value(
-            what="singular", recorded=metrics["singular"], found=singular_hessians(metrics.get("matrices", []))
+            what="singular",
+            recorded=metrics["singular"],
+            found=singular_hessians(metrics.get("matrices", [])),
         )
     decoder = {matrix.module for matrix in matrices_of(source)}
     for module, known in by_name(metrics).items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from compress.errors import CompressError
 from compress.model.base_record import FILE_NAME as BASE_FILE
 from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint
+from compress.structure import FILE_NAME as STRUCTURE_FILE
 from compress.structure import StructureMap
 
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -43,8 +46,26 @@ def check_kind(small: AdapterFile, compress_rank: int | None) -> None:
         )
 
 
-def check_origin(small: AdapterFile, structure: StructureMap, full: Checkpoint) -> None:
-    """Refuse an adapter that says it was trained on another small model; one that says nothing is compared by shape.
+def known_origin(small: AdapterFile) -> Mapping[str, Any]:
+    """The small model behind an adapter: what it says itself, else what stands in the folder that PEFT wrote down.
+
+    Returns:
+        ``BASE_KEY`` and ``STRUCTURE_KEY``, or nothing: a folder that is not here, or a model that was never cut.
+    """
+    if small.origin:
+        return small.origin
+    name = small.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or not (Path(name) / STRUCTURE_FILE).is_file():
+        return {}
+    found = StructureMap.load(Path(name) / STRUCTURE_FILE)
+    return {BASE_KEY: found.base_fingerprint, STRUCTURE_KEY: found.digest()}
+
+
+def check_origin(small: AdapterFile, structure: StructureMap, full: Checkpoint) -> bool:
+    """Refuse an adapter that was trained on another small model; one of unknown origin is compared by shape alone.
+
+    Returns:
+        Whether the origin is known.
 
     Args:
         small: The adapter.
@@ -55,10 +76,12 @@ def check_origin(small: AdapterFile, structure: StructureMap, full: Checkpoint) 
         CompressError: The full model behind it, or what it keeps, is another; names the first tensor that differs,
             where ``base.json`` is there.
     """
-    base, digest = small.origin.get(BASE_KEY), small.origin.get(STRUCTURE_KEY)
+    origin = known_origin(small)
+    base, digest = origin.get(BASE_KEY), origin.get(STRUCTURE_KEY)
     if base is not None and base != structure.base_fingerprint:
         raise CompressError(
-            f"The adapter {small.path} was trained on a model made of another full model{_difference(small, full)}.",
+            f"The adapter {small.path} was trained on a model made of another full model"
+            f"{_difference(small, base, full)}.",
             "Give the adapter and the small model that belong together.",
         )
     if digest is not None and digest != structure.digest():
@@ -66,13 +89,14 @@ def check_origin(small: AdapterFile, structure: StructureMap, full: Checkpoint) 
             f"The adapter {small.path} was trained on a small model that keeps other groups or channels.",
             "Give the adapter and the small model that belong together.",
         )
+    return digest is not None
 
 
-def _difference(small: AdapterFile, full: Checkpoint) -> str:
+def _difference(small: AdapterFile, base: str, full: Checkpoint) -> str:
     """Which one, and what in ours is another; empty where it is not known."""
     file = small.path / BASE_FILE
     record = BaseRecord.load(file) if file.is_file() else None
-    if record is None or record.fingerprint != small.origin[BASE_KEY]:
+    if record is None or record.fingerprint != base:
         return ""
     difference = record.difference(full.digests())
     return f", {record.name}" + (f": of ours {difference}" if difference else "")

@@ -51,6 +51,7 @@ class RecoveryReport:
         truncation: Module -> relative error ``||D - D_r||_F / ||D||_F`` of the re-compressed delta D; empty
             without re-compression.
         truncation_overall: The same over all modules together; 0 without re-compression.
+        origin_known: Whether the adapter, or the folder it names as its base, says which small model it belongs to.
     """
 
     modules: int
@@ -61,6 +62,7 @@ class RecoveryReport:
     delta_norm: float
     truncation: Mapping[str, float]
     truncation_overall: float
+    origin_known: bool
 
 
 def recover_adapter(
@@ -115,7 +117,7 @@ def recover_adapter(
         # trained on LQ linears it says no, although the full model's own are stored transposed
         transposed = small.transposed or any(spec.transposed for spec in arch_full.linears)
         check_kind(small, compress_rank)
-        check_origin(small, structure, full)
+        origin_known = check_origin(small, structure, full)
         carried = carried_over(small, places, full, small_base)
         for module in small.modules:
             places[module] = places.get(module) or _outside(full, arch_full, module, transposed)
@@ -154,6 +156,7 @@ def recover_adapter(
         delta_norm=math.sqrt(max(0.0, norm - lost)),
         truncation={m: _relative(lost, norm) for m, (norm, lost) in norms.items()} if compress_rank else {},
         truncation_overall=_relative(lost, norm),
+        origin_known=origin_known,
     )
 
 
@@ -231,7 +234,7 @@ def _check_fits(module: str, width: int, kept: Tensor | None, size: int, label: 
     if width != expected:
         raise CompressError(
             f"The adapter of {module} has {width} {label} where the structure keeps {expected}.",
-            "Give the structure of the model the adapter was trained on.",
+            "Recover where the small model is that the adapter was trained on, or give another adapter.",
         )
 
 

@@ -202,6 +202,23 @@ def test_adapters_that_do_not_belong_are_refused_and_nothing_is_written(
     assert not user.run.exists()
 
 
+def test_an_adapter_that_peft_saved_is_held_to_the_folder_it_names(
+    published: dict[str, Path], user: Common, tmp_path: Path
+) -> None:
+    """Two small models of one shape that keep other channels: the factors of one fit the other."""
+    one, other = (
+        replace(user, run=tmp_path / name, model=str(published["full"])) for name in ("one", "other")
+    )
+    run("prune", one, **SHORT | {"targets": "mlp"})
+    small = Path(run("prune", other, **SHORT | {"targets": "mlp", "criterion": "random"})["path"])
+    adapter = peft_adapter(small, tmp_path / "mine")
+    with pytest.raises(CompressError, match="keeps other groups or channels"):
+        run("recover", one, adapter=str(adapter))
+    assert run("recover", other, adapter=str(adapter))["metrics"]["origin_known"] is True
+    config_of(adapter, {"base_model_name_or_path": "a/model-elsewhere"})
+    assert run("recover", one, adapter=str(adapter))["metrics"]["origin_known"] is False
+
+
 def test_the_adapter_says_what_it_was_trained_on(published: dict[str, Path], user: Common) -> None:
     """An adapter of ours, offered to a chain whose small model keeps something else."""
     trained = Path(run("train", user, **TRAINING)["path"])

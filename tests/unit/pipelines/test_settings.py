@@ -12,6 +12,7 @@ from compress.pipelines.settings import (
     VERBS,
     Common,
     EvalSettings,
+    PlanSettings,
     PruneSettings,
     QuantizeSettings,
     TrainSettings,
@@ -171,3 +172,10 @@ def test_own_tasks_of_lm_eval_need_a_name() -> None:
         resolve(EvalSettings, {"lm_eval_tasks": "folder"}, "quick")
     found = resolve(EvalSettings, {"lm_eval_tasks": "folder", "lm_eval": "mine", "task": "a.jsonl"}, "quick")
     assert (found.lm_eval, found.task) == ("mine", ("a.jsonl",))
+
+
+@pytest.mark.parametrize("given", [{"ratios": "0.5"}, {"skip_first": 2}, {"skip_last": 0}])
+def test_what_is_about_loram_needs_it(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(given)).replace('_', '-')} is about --loram"):
+        PlanSettings(**given)
+    PlanSettings(loram=True, **given)
