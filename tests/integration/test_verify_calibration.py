@@ -167,6 +167,7 @@ OUTPUTS: list[Change] = [
     (RECORD, scaled("metrics", "matrices", 2, "relative_output_error", by=1.001), "output errors", "output_error of"),
     (RECORD, scaled("metrics", "matrices", 3, "damping", by=10), "output errors", "damping of"),
     (RECORD, set_in("metrics", "matrices", 5, "dead_inputs", to=3), "output errors", "dead_inputs of"),
+    (RECORD, also, "stored bits", "singular"),
     (RECORD, lost("metrics", "matrices", 6, "relative_output_error"), "output errors", "nothing recorded"),
     (RECORD, scaled("metrics", "matrices", 8, "squared_error", by=1.0001), "errors", "squared_error of model"),
     (RECORD, scaled("metrics", "matrices", 9, "relative_error", by=1.001), "errors", "relative_error of"),
