@@ -45,12 +45,12 @@ def singular_hessians(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """How many matrices have inputs that are always zero, how many inputs these are, and how many needed more damping.
 
     Args:
-        records: One per matrix; those without ``damping`` were not rounded against a Hessian.
+        records: One per matrix; those without ``damping`` and ``dead_inputs`` were not rounded against a Hessian.
 
     Returns:
         Empty when there is nothing to tell.
     """
-    known = [record for record in records if "damping" in record]
+    known = [record for record in records if {"damping", "dead_inputs"} <= record.keys()]
     found = {
         "matrices": len(known),
         "matrices_with_dead_inputs": sum(record["dead_inputs"] > 0 for record in known),

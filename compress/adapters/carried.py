@@ -64,13 +64,13 @@ def known_origin(small: AdapterFile) -> Mapping[str, Any]:
 def check_origin(small: AdapterFile, structure: StructureMap, full: Checkpoint) -> bool:
     """Refuse an adapter that was trained on another small model; one of unknown origin is compared by shape alone.
 
-    Returns:
-        Whether the origin is known.
-
     Args:
         small: The adapter.
         structure: What pruning kept.
         full: The full model, read only to say what in it is another.
+
+    Returns:
+        Whether the origin is known.
 
     Raises:
         CompressError: The full model behind it, or what it keeps, is another; names the first tensor that differs,
