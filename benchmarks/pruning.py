@@ -10,9 +10,10 @@ LoRA training on the same windows of WikiText-2 train with the same settings, lo
 distilled": half the text, half the full model's predictions; "only": these alone, as ``prune`` repairs by default;
 "features": half and half, with the distance of the hidden states added). LoRAPrune is trained while it prunes: its 100k
 tokens are those, with the paper's schedule; its row at 0 tokens ranks by scores gathered while as many tokens as the
-others see for calibration are trained, and cuts the untrained model at once. ``--control``: the model that is not
-pruned after the same training, which no pruned model can be expected to pass. Test: raw WikiText-2 test, blank lines
-kept, joined by two line ends, no BOS, consecutive windows, first 20,480 tokens. Nothing is chosen by it.
+others see for calibration are trained, and cuts the untrained model at once. "ours, two rounds" at 100k has half of the
+training after each round. ``--control``: the model that is not pruned after the same training, which no pruned model
+can be expected to pass. Test: raw WikiText-2 test, blank lines kept, joined by two line ends, no BOS, consecutive
+windows, first 20,480 tokens. Nothing is chosen by it.
 
 The part headline: the two best of ``--table`` at its ratios after recovery, with three seeds, calibration and training
 on C4, whole test at 2048.
@@ -27,8 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch
 
 from compress.benchmarks.peers.torch_pruning import prune_with_torch_pruning
 from compress.benchmarks.protocol import LENGTH, TOKENS, Rows, calibration, score, test_windows
+from compress.benchmarks.pruning_methods import METHODS, PEER, PEER_MLP
 from compress.errors import UsageError
 from compress.evaluate.latency import throughput
 from compress.model.checkpoint import Checkpoint, copy_side_files
@@ -67,66 +68,6 @@ RECOVERY: dict[str, Any] = {
     "sequence": SEQUENCE,
     "repair_rank": 16,
     "repair_lr": 1e-3,
-}
-PEER = "torch-pruning (taylor)"
-PEER_MLP = "torch-pruning (taylor, channels only)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """One row of the table: how ``prune`` is set, and how recovery training is.
-
-    Attributes:
-        prune: Settings of ``prune`` without recovery training.
-        recovery: Settings of recovery training.
-        trained: Settings of ``prune`` when the method trains while it prunes; then there is no other recovery.
-        recovers: Whether it is trained at all.
-    """
-
-    prune: Mapping[str, Any]
-    recovery: Mapping[str, Any] = field(default_factory=lambda: {"repair_loss": "text"})
-    trained: Mapping[str, Any] | None = None
-    recovers: bool = True
-
-
-PLAIN = {"repair": "none"}
-METHODS: dict[str, Method] = {
-    "random": Method(prune={"criterion": "random", **PLAIN}),
-    "magnitude": Method(prune={"criterion": "magnitude", **PLAIN}),
-    "taylor (vector)": Method(prune={"criterion": "taylor", "criterion_options": "form=vector", **PLAIN}),
-    "taylor (element)": Method(prune={"criterion": "taylor", "criterion_options": "form=element", **PLAIN}),
-    "wanda-sp": Method(prune={"criterion": "wanda", **PLAIN}),
-    "wanda-sp (o and down)": Method(
-        prune={"criterion": "wanda", "criterion_options": "linears=outputs", **PLAIN}
-    ),
-    "flap": Method(prune={"criterion": "flap", "repair": "bias"}),
-    PEER: Method(prune={}),
-    PEER_MLP: Method(prune={}),
-    "loraprune": Method(
-        prune={"criterion": "lora", "one_shot": True, **PLAIN},
-        trained={"criterion": "lora", "repair": "lora", "lr": 1e-3, "rank": 8, "alpha": 16, "dropout": 0.05},
-    ),
-    "ours": Method(prune={"criterion": "obs", "repair": "refit"}),
-    "ours, distilled": Method(
-        prune={"criterion": "obs", "repair": "refit"}, recovery={"repair_loss": "both"}
-    ),
-    "ours, distilled only": Method(
-        prune={"criterion": "obs", "repair": "refit"}, recovery={"repair_loss": "distill"}
-    ),
-    "ours, distilled, features": Method(
-        prune={"criterion": "obs", "repair": "refit"},
-        recovery={"repair_loss": "both", "repair_features": 1.0},
-    ),
-    "ours, allocated": Method(prune={"criterion": "obs", "repair": "refit", "shape": "allocated"}),
-    "wanda-sp (o and down) + refit": Method(
-        prune={"criterion": "wanda", "criterion_options": "linears=outputs", "repair": "refit"},
-        recovers=False,
-    ),
-    "loraprune + refit": Method(
-        prune={"criterion": "lora", "one_shot": True, "repair": "refit"}, recovers=False
-    ),
-    "ours without refit": Method(prune={"criterion": "obs", **PLAIN}, recovers=False),
-    "ours, two rounds": Method(prune={"criterion": "obs", "repair": "refit", "rounds": 2}, recovers=False),
 }
 
 
@@ -251,7 +192,8 @@ def run_method(
     before, after = f"{ratio} {name} 0{suffix}", f"{ratio} {name} {bench.recovery_tokens}{suffix}"
     steps = bench.steps
     if recovery and method.trained is not None and not rows.has(after):
-        settings = bench.settings(ratio, steps=steps, **method.trained)
+        between = {"repair_steps": steps} if "rounds" in method.trained else {}
+        settings = bench.settings(ratio, steps=steps, **between, **method.trained)
         facts = cut(bench, name, ratio, folder / "trained", settings)
         rows.put(after, {**bench.measured(folder / "trained"), **facts})
     recovers = recovery and method.recovers and method.trained is None

@@ -17,6 +17,7 @@ from compress.model.load import load_model, load_tokenizer
 from compress.model.quiet import quiet_transformers
 from compress.pipelines.allocate import Allocation, Choice, limit_in_bits
 from compress.pipelines.error_tables import build_tables
+from compress.pipelines.fisher_files import FisherFiles
 from compress.pipelines.hessian_walk import HessianWalk
 from compress.pipelines.identity import digest
 from compress.pipelines.lq_writer import decompose_layers, write_checkpoint
@@ -52,25 +53,28 @@ def quantize_uniformly(context: Context, settings: QuantizeSettings, config: Qua
     source = str(context.common.data)
 
     def walk() -> HessianWalk | None:
-        if settings.objective == "frobenius":
+        if settings.objective != "hessian":
             return None
         return HessianWalk(context, model, settings, source, device, dtype)
 
     def work(folder: Path) -> Mapping[str, Any]:
         minds, _ = known_sensitivities(context, model, settings, source, device, dtype, folder / "tables")
+        fisher = None
+        if settings.objective == "fisher":
+            fisher = FisherFiles(context, model, settings, source, device, dtype, folder / "fisher")
         chosen = config
         if chosen is None:
             tables = build_tables(
-                context, model, matrices, settings, 0, folder / "tables", walk(), minds, None
+                context, model, matrices, settings, 0, folder / "tables", walk(), minds, fisher
             )
             chosen = best_for_all(matrices, tables, limit)
         allocation = same_for_all(matrices, chosen, budget, limit, settings)
         records = decompose_layers(
-            context, model, allocation, settings, folder / "layers", walk(), minds, None
+            context, model, allocation, settings, folder / "layers", walk(), minds, fisher
         )
         write_checkpoint(model, allocation, folder / "layers", folder)
-        shutil.rmtree(folder / "layers")
-        shutil.rmtree(folder / "tables", ignore_errors=True)
+        for scratch in ("layers", "tables", "fisher"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
         return {
             "stored_bits_per_weight": allocation.bits_per_weight,
             "configuration": chosen.to_dict(),

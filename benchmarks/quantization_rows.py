@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -42,6 +43,9 @@ PARTS = ("sensitivities", "error tables", "exact errors", "decompose")
 
 PAPER = {"objective": "frobenius", "menu": "paper", "iterations": 100}
 """LQ-LoRA's own algorithm (arXiv 2311.12023 §3): no data, its whole menu, one rank for all."""
+
+WITH_DATA = {**PAPER, "objective": "fisher"}
+"""The same with its data-aware objective, on the calibration tokens of every row here (the paper reads more)."""
 
 PEERS: dict[str, Callable[..., PeerResult]] = {
     "gptqmodel": quantize_with_gptqmodel,
@@ -89,19 +93,22 @@ def _recipes() -> dict[str, Recipe]:
     def trained(bits: float, **given: Any) -> Recipe:
         return Recipe(quantize={"budget": f"{bits}bit", **given}, train="lq")
 
-    free = {"objective": "frobenius"}
+    free, fisher = {"objective": "frobenius"}, {"objective": "fisher"}
     found = {"dense": Recipe()}
     found |= {f"ours {bits}": lq(bits) for bits in (4.25, 3.25, 2.75, 2.25)}
     for bits in (4.25, 3.25, 2.75):
         found[f"lq-lora {bits}, rank 8"] = lq(bits, rank="8", **PAPER)
+        found[f"lq-lora with data {bits}, rank 8"] = lq(bits, rank="8", **WITH_DATA)
         found[f"lq-lora {bits} + rank 64"] = lq(bits, rank="64", budget_includes="none", **PAPER)
     for bits in (3.25, 2.75):
         found[f"ours, no data {bits}"] = lq(bits, **free)
-        for name, given in (("hessian", {}), ("frobenius", free)):
+        found[f"ours, fisher {bits}"] = lq(bits, **fisher)
+        for name, given in (("hessian", {}), ("fisher", fisher), ("frobenius", free)):
             found[f"{name}, uniform {bits}"] = Recipe(
                 quantize={"budget": f"{bits}bit", "rank": "0", **given}, uniform=True
             )
             found[f"{name}, no ranks {bits}"] = lq(bits, rank="0", **given)
+    found["ours 2.75, rank 8"] = lq(2.75, rank="8")
     for bits in (4, 3, 2):
         found[f"gptqmodel {bits}"] = Recipe(peer="gptqmodel", quantize={"bits": bits})
     for bits in (4, 3):
@@ -305,7 +312,19 @@ def _facts(record: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any
         "widths": dict(Counter(str(matrix["bits"]) for matrix in metrics["matrices"])),
         "ranks": dict(Counter(str(matrix["rank"]) for matrix in metrics["matrices"])),
         "squared_error": metrics["squared_error"],
+        **_rise(metrics, record["config"]["objective"]),
     }
+
+
+def _rise(metrics: Mapping[str, Any], objective: str) -> dict[str, float]:
+    """Rise of the loss on validation text, in nats per token, and with ``hessian`` what the choice predicted."""
+    found = {}
+    if "after" in metrics:
+        before, after = (metrics[at]["perplexity"] for at in ("before", "after"))
+        found["loss_rise_on_validation"] = math.log(after / before)
+        if objective == "hessian":
+            found["loss_rise_predicted"] = metrics["allocation"]["objective"]
+    return found
 
 
 def _peer_row(bench: Bench, recipe: Recipe, peer: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from compress.benchmarks.quantization_rows import (
 )
 from compress.errors import UsageError
 from compress.model.load import load_model, load_tokenizer
-from compress.pipelines.measure import calibration_windows
+from compress.pipelines.measure import calibration_windows, validation_windows
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.settings import resolve as resolve_settings
+from compress.pipelines.workspace import read_json
 from compress.quantize.linear import LQLinear
 from tests.tiny import tiny_checkpoint
 from tests.unit.benchmarks.test_protocol import needs_wikitext
@@ -93,7 +95,8 @@ def test_trained_rows_go_on_from_the_untrained_ones(bench: Bench) -> None:
     }
     assert folders["ours 2.75"] == folders["ours 2.75, trained"]
     assert folders["lq-lora 2.75, rank 8"] == folders["lq-lora 2.75, rank 8, trained"]
-    assert len(set(folders.values())) == len(folders) - 2
+    assert folders["ours 2.75, rank 8"] == folders["ours 2.75, rank 8, trained"]
+    assert len(set(folders.values())) == len(folders) - 3
     assert chain_name(replace(bench, calibration_tokens=2048), OURS) != chain_name(bench, OURS)
 
 
@@ -114,6 +117,16 @@ def test_a_row_of_ours_is_counted_on_its_files_and_scored_like_any_model(bench: 
             network.get_parameter(f"{name}.weight").copy_(weight)
     windows = protocol.test_windows(load_tokenizer(bench.model), length=128, tokens=512)
     assert row["perplexity"] == pytest.approx(score(network, windows)["perplexity"], rel=1e-4)
+    allocation = read_json(stage / "allocation.json")
+    costs = [matrix["expected_cost"] for matrix in allocation["matrices"]]
+    assert row["loss_rise_predicted"] == pytest.approx(math.fsum(costs))
+    context = bench.context(bench.work / "nothing")
+    validation = validation_windows(context, bench.model, "pydoc")
+    losses = [
+        math.log(score(model, validation)["perplexity"])
+        for model in (network, load_model(bench.model, dtype=torch.float32))
+    ]
+    assert row["loss_rise_on_validation"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
     changed = (stage / "stage.json").stat().st_mtime_ns
     assert row_of(bench, OURS) == row  # what is finished is not made again
     assert (stage / "stage.json").stat().st_mtime_ns == changed

@@ -28,6 +28,7 @@ from compress.export.packed import write_packed
 from compress.model.checkpoint import Checkpoint
 from compress.model.load import load_model
 from compress.pipelines.matrices import Matrix
+from compress.pipelines.measure import calibration_windows
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.settings import resolve as resolve_settings
 from compress.quantize.blockwise import quantize_dequantize
@@ -103,7 +104,22 @@ def test_factors_in_place_of_those_that_were_there(bench: Bench, tmp_path: Path)
     assert bench.stored(tmp_path / "out") == bench.stored(quantized.path)
 
 
-@pytest.mark.parametrize("objective", ["frobenius", "hessian"])
+def fisher_weights(bench: Bench) -> dict[str, torch.Tensor]:
+    """Mean of squared gradients over the calibration windows, by autograd."""
+    context = bench.context(bench.work / "none")
+    windows = calibration_windows(context, bench.model, bench.source, tokens=bench.calibration_tokens)
+    model = load_model(bench.model, dtype=torch.float32).eval()
+    parameters = {name: model.get_parameter(f"{name}.weight") for name in linear_shapes(bench.model)}
+    found = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for ids in windows.ids:
+        loss = model(input_ids=ids[None], labels=ids[None]).loss
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        for name, gradient in zip(parameters, gradients, strict=True):
+            found[name] += gradient.square() / len(windows.ids)
+    return found
+
+
+@pytest.mark.parametrize("objective", ["frobenius", "hessian", "fisher"])
 def test_uniform_rows_give_every_matrix_the_same(objective: str, bench: Bench, tmp_path: Path) -> None:
     settings = bench.settings(Recipe(quantize={"budget": "3.5bit", "rank": "0", "objective": objective}))
     context = bench.context(tmp_path / "chain")
@@ -119,7 +135,13 @@ def test_uniform_rows_give_every_matrix_the_same(objective: str, bench: Bench, t
     bits = sum(config.storage_bits(shape) for shape in shapes) / sum(math.prod(shape) for shape in shapes)
     assert bench.stored(stage.path)["bits_per_weight"] == pytest.approx(bits)
     assert bits <= 3.5
-    if objective == "frobenius":
+    assert not (stage.path / "fisher").exists()
+    if objective != "hessian":
+        weights = (
+            fisher_weights(bench)
+            if objective == "fisher"
+            else {n: torch.ones_like(w) for n, w in dense.items()}
+        )
         fitting = [
             other
             for other in menu("quick")
@@ -127,11 +149,14 @@ def test_uniform_rows_give_every_matrix_the_same(objective: str, bench: Bench, t
         ]
         errors = {
             other: sum(
-                float((w - quantize_dequantize(w, other)).double().square().sum()) for w in dense.values()
+                float((weights[n] * (w - quantize_dequantize(w, other)).double().square()).sum())
+                for n, w in dense.items()
             )
             for other in fitting
         }
         assert config == min(errors, key=lambda other: errors[other])
+        if objective == "fisher":
+            return
         for name, weight in found.items():
             torch.testing.assert_close(weight, quantize_dequantize(dense[name], config))
     else:
