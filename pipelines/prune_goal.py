@@ -9,6 +9,7 @@ from typing import Any
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores
 from compress.model.architecture import Architecture, LayerShape, resized_config
+from compress.model.family import family_of
 from compress.model.uneven_config import can_be_uneven, refuse_uneven
 from compress.pipelines.allocation_of_shapes import LayerDamage, allocate_shapes
 from compress.pipelines.model_input import ModelInput
@@ -154,6 +155,7 @@ class Goal:
                 heads=shape.kv_heads * shape.queries,
                 kv_heads=shape.kv_heads,
                 channels=shape.channels,
+                prove=family_of(arch.family) is None,
             )
         except CompressError:
             return False

@@ -90,6 +90,26 @@ def test_resized_config_builds_exactly_the_pruned_shapes(kind: str) -> None:
         assert config["head_dim"] == arch.head_dim
 
 
+@pytest.mark.parametrize("kind", DENSE)
+def test_the_config_class_alone_accepts_what_the_model_does(kind: str) -> None:
+    """For declared families the question whether a shape can be loaded is answered without building it."""
+    config = config_of(kind)
+    arch = architecture_of(config)
+
+    def answer(kv_heads: int, queries: int, *, prove: bool) -> dict[str, Any] | str:
+        try:
+            return resized_config(
+                config, arch, heads=kv_heads * queries, kv_heads=kv_heads, channels=40, prove=prove
+            )
+        except CompressError as error:
+            return error.cause
+
+    pairs = [(kv, q) for kv in range(1, arch.kv_heads + 1) for q in range(1, arch.queries_per_group + 1)]
+    proved = {pair: answer(*pair, prove=True) for pair in pairs}
+    assert {pair: answer(*pair, prove=False) for pair in pairs} == proved
+    assert any(isinstance(found, dict) for found in proved.values())
+
+
 def test_resizing_to_the_same_size_changes_no_other_entry() -> None:
     config = config_of("gemma2")
     del config["_name_or_path"]
