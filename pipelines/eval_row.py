@@ -80,9 +80,9 @@ def measure(bench: Bench, entry: Entry, reading: Reading, held_out: Windows | No
         network = bench.load(entry)
         resident = resident_bytes(network)
         with reporter.bar(f"eval {entry.name}") as progress:
-            result = perplexity(network, windows, batch_size=4, progress=progress)
+            result = perplexity(network, windows, progress=progress)
         if held_out is not None:
-            row["held_out_loss"] = mean_loss(network, held_out, batch_size=4)
+            row["held_out_loss"] = mean_loss(network, held_out)
         if settings.speed != "none":
             repeats = 2 if settings.speed == "quick" else 5
             prompt = windows.ids[:1, : max(1, positions(entry.model) - DECODE_TOKENS)]

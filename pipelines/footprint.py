@@ -104,7 +104,7 @@ def quantize_footprint(
 ) -> Footprint:
     """``quantize``: the model once for sensitivities, once for error tables, once to be rounded layer by layer.
 
-    Objective ``hessian``: activations of two windows as in ``prune`` for the sensitivities. Then hidden states of at
+    Objective ``hessian``: activations of a window as in ``prune`` for the sensitivities. Then hidden states of at
     most 8,192 calibration tokens for the tables and of all for the rounding, ``N H e``; of a layer's distinct
     inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and ``24 max(out in)`` of a
     matrix at work; while rounding ``12 max(w^2) + 32 max(out in)`` and the layer unpacked, ``4 W / L``.

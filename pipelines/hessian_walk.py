@@ -25,7 +25,7 @@ from compress.quantize.vocabulary import MatrixMoments
 
 BATCH = 4
 """At most so many windows run at once."""
-GRADIENT_BATCH = 2
+GRADIENT_BATCH = 1
 GRADIENT_SHARE, GRADIENT_TOKENS = 0.5, 4096
 """Share of the calibration windows that go through the backward pass, and at most how many tokens: with 8,192 of them
 the predicted cost of the choice was up to 0.1 % lower, on five layers of the embedded model at four budgets."""

@@ -161,7 +161,7 @@ def validation_perplexity(
 ) -> dict[str, Any]:
     """Perplexity of ``network`` as JSON values with its protocol."""
     with context.reporter.bar(f"perplexity of {label}") as progress:
-        result = perplexity(network, windows, batch_size=4, progress=progress)
+        result = perplexity(network, windows, progress=progress)
     return {
         "perplexity": result.value,
         "standard_error": result.standard_error,

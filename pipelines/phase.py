@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from compress.evaluate.perplexity import CHUNK_ELEMENTS
+from compress.evaluate.perplexity import CHUNK_ELEMENTS, windows_at_once
 from compress.evaluate.training_memory import HEAD_CHUNK, frozen_activation_bytes, training_memory
 from compress.model.architecture import Architecture
 from compress.pipelines.hessian_walk import BATCH
@@ -100,12 +100,13 @@ def loading(model: PlannedModel, ground: Ground, itemsize: int | None = None, *,
 
 
 def scoring(model: PlannedModel, ground: Ground, *, length: int, windows: int, adapter: int = 0) -> Phase:
-    """A perplexity: weights, ``T V e`` logits of at most 4 windows with two float32 chunks, one layer.
+    """A perplexity: weights, ``T V e`` logits of `windows_at_once` with two float32 chunks, one layer.
 
     A layer takes ``T (3 C + 4 H) e``, an adapter 4 bytes a parameter, the largest quantized matrix while it is
     unpacked ``4 max(out in)``.
     """
-    arch, tokens = model.arch, min(BATCH, windows) * length
+    arch = model.arch
+    tokens = min(windows_at_once(arch.vocab, length), windows) * length
     logits = ground.itemsize * tokens * arch.vocab + 8 * min(CHUNK_ELEMENTS, length * arch.vocab)
     return Phase(
         name="perplexity",

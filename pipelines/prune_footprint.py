@@ -43,8 +43,8 @@ def prune_footprint(
 ) -> Footprint:
     """``prune``: the full model, scored; the repair of o and down; the small model, trained beside the full one.
 
-    Scoring by moments (``obs``): ``T (8 H + 2 e (Q + KV) + 3 e C)`` activations a layer for the gradients of two
-    windows at once; ``8 L H^2`` curvature at the outputs (``8 L 1024 H`` for hidden sizes above 1024); hidden states
+    Scoring by moments (``obs``): ``T (8 H + 2 e (Q + KV) + 3 e C)`` activations a layer for the gradients of a
+    window; ``8 L H^2`` curvature at the outputs (``8 L 1024 H`` for hidden sizes above 1024); hidden states
     of all calibration windows, ``N H e``; ``48 (Q^2 + C^2)`` second moments of a layer's inputs and their inverses,
     ``24 min(H, 1024) (Q + C)`` roots times weights. ``gradients`` hold ``e W``. Training while it scores is that of
     ``train``. An allocation by any other criterion measures costs in the same way, beside the model that was scored
@@ -125,9 +125,8 @@ def _curvature(
     widths = _widths(arch)
     moments = 8.0 * sum(width**2 for width in widths)
     inverse = sum(40.0 * width**2 + 24.0 * rows * width for width in widths)
-    passed = max(1, tokens // ground.length // 2) * ground.length
     return [
-        Phase(name=names[0], device={**sums, **gradients(arch, passed, here)}),
+        Phase(name=names[0], device={**sums, **gradients(arch, ground.length, here)}),
         Phase(
             name=names[1],
             device={

@@ -16,7 +16,7 @@ from compress.kept import Kept
 from compress.pipelines.measure import calibration_windows
 from compress.pipelines.prune_bias import bias_additions
 from compress.pipelines.prune_goal import Goal
-from compress.pipelines.prune_place import BATCH, Place
+from compress.pipelines.prune_place import Place
 from compress.pipelines.prune_refit import refitted
 from compress.prune.compensate import swapped
 from compress.prune.mask import GroupMasks
@@ -67,7 +67,6 @@ def try_shapes(
     windows = calibration_windows(
         place.context, goal.model.path, place.source, tokens=tokens, apart_from=scored_on
     )
-    batch = min(BATCH, len(windows))
 
     def loss_of(layers: Sequence[LayerStructure]) -> float:
         weights: Mapping[str, Tensor] = {}
@@ -89,12 +88,12 @@ def try_shapes(
             added_biases(network, arch, biases),
             GroupMasks(network, arch, layers),
         ):
-            return mean_loss(network, windows, batch_size=batch)
+            return mean_loss(network, windows)
 
     found: list[dict[str, Any]] = []
     losses: dict[int, float] = {}
     with place.context.reporter.bar("try shapes") as progress:
-        whole = kept.number("held-out-whole", lambda: mean_loss(network, windows, batch_size=batch))
+        whole = kept.number("held-out-whole", lambda: mean_loss(network, windows))
         for done in range(1, trials + 1):
             at = next_trial(candidates, {known: loss - whole for known, loss in losses.items()})
             candidate = candidates[at]

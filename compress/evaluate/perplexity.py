@@ -14,6 +14,9 @@ from compress.errors import CompressError
 from compress.evaluate.interval import exponential, ratio_error, t_interval
 from compress.progress import Progress
 
+LOGITS_AT_ONCE = 1 << 25
+"""Logits of one forward pass, where it can have several windows; one window may have more."""
+MOST_AT_ONCE = 4
 CHUNK_ELEMENTS = 1 << 23
 """Logits turned to fp32 at once: 32 MiB."""
 
@@ -50,7 +53,7 @@ def perplexity(
     model: Any,
     windows: Windows,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     model_name: str | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
@@ -59,7 +62,7 @@ def perplexity(
     Args:
         model: A causal language model; evaluated in evaluation mode, its own dtype and device.
         windows: What to score.
-        batch_size: Windows per forward pass.
+        batch_size: Windows per forward pass; None: as `windows_at_once` says.
         model_name: Recorded in the protocol.
         progress: Called with windows done.
 
@@ -89,8 +92,13 @@ def perplexity(
     )
 
 
+def windows_at_once(vocabulary: int, length: int) -> int:
+    """How many windows are scored in one forward pass: their logits take most of its memory."""
+    return max(1, min(MOST_AT_ONCE, LOGITS_AT_ONCE // (vocabulary * length)))
+
+
 def mean_loss(
-    model: Any, windows: Windows, *, batch_size: int = 1, progress: Progress | None = None
+    model: Any, windows: Windows, *, batch_size: int | None = None, progress: Progress | None = None
 ) -> float:
     """Mean negative log likelihood per labelled token, in nats; the same number as `perplexity`'s."""
     sums, counts = window_losses(model, windows, batch_size=batch_size, progress=progress)
@@ -99,7 +107,7 @@ def mean_loss(
 
 @torch.no_grad()
 def window_losses(
-    model: Any, windows: Windows, *, batch_size: int = 1, progress: Progress | None = None
+    model: Any, windows: Windows, *, batch_size: int | None = None, progress: Progress | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss (float64 [windows], nats) and scored tokens (int64 [windows]) of every window.
 
@@ -121,6 +129,8 @@ def window_losses(
             "Use the tokenizer that belongs to the model.",
         )
     device = next(model.parameters()).device
+    if batch_size is None:
+        batch_size = windows_at_once(vocabulary, windows.ids.shape[1])
     sums, counts = [], []
     training = model.training
     model.eval()

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.errors import CompressError, out_of_memory
+from compress.heap import give_back
 from compress.model.architecture import architecture_of
 from compress.model.checkpoint import SIDE_FILES, Checkpoint, read_config, require_side_files_inside
 from compress.model.config import build_config
@@ -194,6 +195,7 @@ def load_model(
     """
     checkpoint = Checkpoint(path)
     require_side_files_inside(checkpoint.path)
+    give_back()  # what comes before in a stage needs its memory no more
     config = build_config(checkpoint.config)
     loader: Any = AutoModelForCausalLM
     chosen: dict[str, Any] = {}

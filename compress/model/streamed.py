@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError
+from compress.heap import give_back
 from compress.model.architecture import Architecture, architecture_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.config import build_config
@@ -51,6 +52,7 @@ def stream_model(
         CompressError: The folder is no checkpoint, or lacks a tensor.
     """
     checkpoint = Checkpoint(path)
+    give_back()
     arch = architecture_of(checkpoint.config, checkpoint.names)
     model = _skeleton(checkpoint, arch, dtype)
     place = torch.device(device)

@@ -10,7 +10,7 @@ from compress.data.text import Message, chat_text, plain_text
 from compress.data.windows import Windows, token_windows
 from compress.errors import CompressError
 from compress.evaluate import perplexity as perplexity_module
-from compress.evaluate.perplexity import mean_loss, perplexity, window_losses
+from compress.evaluate.perplexity import mean_loss, perplexity, window_losses, windows_at_once
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -95,6 +95,27 @@ def test_agrees_with_the_model_s_own_loss_on_text_and_answers() -> None:
         assert mean_loss(model, windows, batch_size=2) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("room", "at_once"), [(1, 1), (2, 2), (3, 3), (100, 4)])
+def test_windows_are_scored_together_as_their_logits_allow(
+    room: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, windows = tiny_model("llama_gqa"), _windows(9, 40)
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr("compress.evaluate.perplexity.LOGITS_AT_ONCE", room * 40 * vocabulary)
+    together: list[int] = []
+    handle = model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, args: together.append(args[0].shape[0])
+    )
+    sums, counts = window_losses(model, windows)
+    handle.remove()
+    assert max(together) == at_once
+    assert sum(together) == 9
+    one_by_one, same_counts = window_losses(model, windows, batch_size=1)
+    torch.testing.assert_close(sums, one_by_one, rtol=1e-5, atol=0)
+    assert torch.equal(counts, same_counts)
+    assert windows_at_once(10 * vocabulary * room, 40) == 1  # one window, whatever it takes
+
+
 def test_columns_after_the_last_label_are_not_computed() -> None:
     model, windows = tiny_model("llama_gqa"), _windows(3, 40)
     windows.labels[:, 10:] = -100
@@ -103,7 +124,7 @@ def test_columns_after_the_last_label_are_not_computed() -> None:
     handle = model.model.embed_tokens.register_forward_pre_hook(
         lambda _, args: widths.append(args[0].shape[1])
     )
-    sums, counts = window_losses(model, windows)
+    sums, counts = window_losses(model, windows, batch_size=1)
     handle.remove()
     assert widths == [10, 10]
     assert counts.tolist() == [9, 9, 0]
@@ -119,7 +140,9 @@ def test_mode_is_restored_and_dropout_is_off() -> None:
         layer.self_attn.attention_dropout = 0.9
     model.train()
     calls: list[tuple[int, int, str]] = []
-    assert mean_loss(model, windows, progress=lambda *call: calls.append(call)) == pytest.approx(calm)
+    assert mean_loss(
+        model, windows, batch_size=1, progress=lambda *call: calls.append(call)
+    ) == pytest.approx(calm)
     assert model.training
     assert calls == [(1, 2, "scoring"), (2, 2, "scoring")]
 
