@@ -10,7 +10,8 @@ less then). A few configurations of every width are decomposed and stand for the
 is extrapolated. Order: Kendall's tau between the table and the decompositions over all 432 entries of smaller
 matrices with the same share of rank; beside it, tau between two decompositions that differ in the seed of their SVDs
 alone: the noise in what the table is held against. Allocation: the true cost of what the table picks for 28 matrices,
-against the cost of what the true errors pick.
+against the cost of what the true errors pick; by the whole table, by that of a sample of rows, and by that of a sample
+with what was chosen computed from all rows and chosen anew ("settled"), which is what ``quantize`` does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from compress.benchmarks.protocol import Rows
 from compress.kernels.library import status
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import EMBEDDED, resolve
+from compress.pipelines.quantize import TURNS
 from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import MENU, QuantConfig
 from compress.quantize.decompose import squared_norm
@@ -244,22 +246,58 @@ def measure_allocation(layers: int, hidden: int, rounds: int) -> dict[str, Any]:
     names = tuple(str(at) for at in range(len(shapes)))
     weights_in_all = sum(weight.numel() for weight in weights)
     found: dict[str, Any] = {"matrices": len(shapes), "hidden": hidden, "rounds": rounds}
-    for kind, sample in (("table", False), ("sampled", True)):
-        tables = tuple(
+    whole, sampled = (
+        [
             table_of(weight, rank_for(shape), rows_for(shape) // 2 if sample else None).errors[:, -1]
             for weight, shape in zip(weights, shapes, strict=True)
-        )
+        ]
+        for sample in (False, True)
+    )
+
+    def chosen(costs: Sequence[Floats], bits: float) -> tuple[int, ...]:
+        budget = math.floor(bits * weights_in_all)
+        return solve(Problem(names=names, costs=tuple(costs), sizes=sizes, budget=budget)).choices
+
+    def refined(bits: float) -> tuple[int, ...]:
+        return settled(lambda costs: chosen(costs, bits), sampled, whole)
+
+    def excess_of(choose: Callable[[float], tuple[int, ...]]) -> dict[str, float]:
         excess = {}
         for bits in BUDGETS:
-            budget = math.floor(bits * weights_in_all)
-            best, ours = (
-                solve(Problem(names=names, costs=tuple(costs), sizes=sizes, budget=budget))
-                for costs in (exact, tables)
+            ours, best = (
+                math.fsum(float(errors[c]) for errors, c in zip(exact, choices, strict=True))
+                for choices in (choose(bits), chosen(exact, bits))
             )
-            cost = math.fsum(float(errors[c]) for errors, c in zip(exact, ours.choices, strict=True))
-            excess[f"{bits} bits"] = cost / best.cost - 1
-        found[f"excess_cost_{kind}"] = excess
-    return found
+            excess[f"{bits} bits"] = ours / best - 1
+        return excess
+
+    return found | {
+        "excess_cost_table": excess_of(lambda bits: chosen(whole, bits)),
+        "excess_cost_sampled": excess_of(lambda bits: chosen(sampled, bits)),
+        "excess_cost_settled": excess_of(refined),
+    }
+
+
+def settled(
+    choose: Callable[[Sequence[Floats]], tuple[int, ...]], sampled: Sequence[Floats], whole: Sequence[Floats]
+) -> tuple[int, ...]:
+    """What ``quantize`` does with sampled tables: what is chosen is computed from all rows, and chosen anew.
+
+    Args:
+        choose: Costs of every matrix -> position of the choice for each.
+        sampled: Costs from a sample.
+        whole: The same from all rows.
+    """
+    costs = [each.copy() for each in sampled]
+    choices = choose(costs)
+    for _ in range(TURNS):
+        known = [each.copy() for each in costs]
+        for cost, full, at in zip(costs, whole, choices, strict=True):
+            cost[at] = full[at]
+        if all(np.array_equal(before, now) for before, now in zip(known, costs, strict=True)):
+            break
+        choices = choose(costs)
+    return choices
 
 
 def benchmark(rows: Rows, *, quick: bool) -> None:
@@ -294,7 +332,7 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
         elif key == "allocation":
             lines += [
                 f"allocation, {kind}, {bits}: {excess:.2%} above the best"
-                for kind in ("table", "sampled")
+                for kind in ("table", "sampled", "settled")
                 for bits, excess in row[f"excess_cost_{kind}"].items()
             ]
         else:

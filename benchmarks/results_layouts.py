@@ -251,10 +251,11 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                     path=(f"excess_cost_{kind}", f"{bits} bits"),
                     unit="percent",
                 )
-                for kind in ("table", "sampled")
+                for kind in ("table", "sampled", "settled")
                 for bits in ("2.25", "2.75", "3.25", "4.25")
             ),
-            note="28 matrices: how much more the allocation by our table truly costs than the one by the true errors.",
+            note="28 matrices: how much more the allocation by our table truly costs than the one by the true errors. "
+            "settled: by a sampled table, what was chosen computed from all rows and chosen anew, as quantize does.",
         ),
         Layout(
             rows="speed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from compress.benchmarks.error_table import (
     plain_loop,
     rank_for,
     report,
+    settled,
 )
 from compress.benchmarks.protocol import Rows
+from compress.pipelines.quantize import TURNS
 from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import MENU, QuantConfig
 
@@ -87,8 +90,36 @@ def test_order_and_allocation_of_a_short_menu() -> None:
     assert found["tau_of_decompositions_with_other_seeds"] > 0.999
     costs = measure_allocation(1, 64, 3)
     assert costs["matrices"] == 7
-    for kind in ("table", "sampled"):
+    for kind in ("table", "sampled", "settled"):
         assert all(-1e-9 <= excess < 0.2 for excess in costs[f"excess_cost_{kind}"].values())
+
+
+def test_choices_settle_when_all_of_them_are_computed_from_all_rows() -> None:
+    generator = np.random.default_rng(3)
+    whole = [generator.uniform(1, 2, 30) for _ in range(6)]
+    sampled = [costs * generator.normal(1, 0.2, 30) for costs in whole]
+    asked: list[list[np.ndarray]] = []
+
+    def choose(costs: Sequence[np.ndarray]) -> tuple[int, ...]:
+        asked.append([each.copy() for each in costs])
+        return tuple(int(each.argmin()) for each in costs)
+
+    before = [each.copy() for each in sampled]
+    choices = settled(choose, sampled, whole)
+    assert all(np.array_equal(a, b) for a, b in zip(sampled, before, strict=True))
+    for at, costs, full in zip(choices, asked[-1], whole, strict=True):
+        assert costs[at] == full[at]  # nothing chosen rests on the sample
+        assert full[at] <= min(costs)
+    assert len(asked) > 2
+
+    never: list[tuple[int, ...]] = []
+
+    def restless(costs: Sequence[np.ndarray]) -> tuple[int, ...]:
+        never.append((len(never),) * 6)
+        return never[-1]
+
+    assert settled(restless, sampled, whole) == never[-1]
+    assert len(never) == TURNS + 1
 
 
 def test_rows_are_reported_with_the_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +130,9 @@ def test_rows_are_reported_with_the_goals(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(error_table, "model_matrix", lambda *_: torch.ones(2, 2))
     cost = {"2.75 bits": 0.004}
     monkeypatch.setattr(
-        error_table, "measure_allocation", lambda *_: {"excess_cost_table": cost, "excess_cost_sampled": cost}
+        error_table,
+        "measure_allocation",
+        lambda *_: {f"excess_cost_{kind}": cost for kind in ("table", "sampled", "settled")},
     )
     rows = Rows(tmp_path / "rows.json", {"benchmark": "error table"})
     benchmark(rows, quick=True)
