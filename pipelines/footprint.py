@@ -19,6 +19,7 @@ from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.evaluate.training_memory import (
     activation_bytes,
     adapter_parameters,
+    layers_kept,
 )
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
 from compress.pipelines.hessian_walk import GRADIENT_BATCH, TABLE_TOKENS
 from compress.pipelines.matrices import SHARED_INPUT
 from compress.pipelines.phase import (
+    AGAIN,
     SHARD_BYTES,
     Footprint,
     Ground,
@@ -60,7 +62,8 @@ def align_footprint(
     Backward: activations as with adapters of rank 0, and ``e W`` rounded weights where e is 2. Update: ``4 P'`` roots
     of all second moments at once. With a teacher ``e`` times the full model. GaLore: of every projected matrix of sides
     m >= n moments ``8 r m`` and a basis ``4 r n`` instead (r 128), and one matrix after the other is decomposed,
-    ``4 (2 m n + 5 n^2)``, or one tensor that is not projected updated, 8 bytes a number.
+    ``4 (2 m n + 5 n^2)``, or one tensor that is not projected updated, 8 bytes a number. With ``recompute`` layers
+    keep their inputs, which are float32, and one of them has its activations.
     Disk: the state, ``4 P'`` and what the optimizer holds, twice while it is replaced, and the result.
     """
     arch, e, tokens = small.arch, ground.itemsize, settings.micro_batch * settings.sequence
@@ -71,13 +74,14 @@ def align_footprint(
     held = {"weights": 4.0 * small.parameters, "gradients": 4.0 * trained, "optimizer": optimizer}
     if settings.loss != "text":
         held["teacher"] = full.loaded(e)
-    kept = sum(activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers))
+    layers = [activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)]
+    kept = layers_kept(arch, layers, 4, recompute=settings.recompute)
     backward = {**held, "activations": float(tokens * kept), "loss": loss_bytes(arch, tokens)}
     if e < 4:
         backward["rounded weights"] = float(e * small.linears)
     phases = (
         loading(small, ground, 4),
-        Phase(name="backward", device=backward),
+        Phase(name="backward" + AGAIN if settings.recompute else "backward", device=backward),
         Phase(name=update.name, device={**held, **update.device}),
         scoring(small, ground, length=ground.length, windows=ground.windows),
         *reopening(small, ground),
