@@ -76,6 +76,12 @@ def plan(
         int | None, typer.Option(help="Windows per forward pass, wherever is trained.")
     ] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens per window, wherever is trained.")] = None,
+    recompute: Annotated[
+        bool | None,
+        typer.Option(
+            "--recompute", help="Plan prune, align and train with --recompute (gradient checkpointing)."
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Memory of a device to plan for, such as 24GiB (default: that of the GPU here)."),

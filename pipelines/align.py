@@ -16,6 +16,7 @@ from compress.data.sources import default_source
 from compress.errors import UsageError
 from compress.model.checkpoint import Checkpoint, require_dense
 from compress.model.load import load_model
+from compress.model.recompute import require_recompute
 from compress.pipelines.measure import (
     MEASURES,
     check_length,
@@ -31,7 +32,7 @@ from compress.pipelines.prune_repair import TEXT_SHARE
 from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import AlignSettings
 from compress.pipelines.small_files import carry, is_small
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.stage import Context, Outcome, aside_dict, run_stage, settings_dict
 from compress.pipelines.text import text_inputs
 from compress.pipelines.training import announced, fit_config, train_model, training_metrics
 from compress.pipelines.ways import choose_way
@@ -52,7 +53,8 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
 
     Raises:
         UsageError: There is no pruned model, its full model is not in the chain and distillation is wanted, GaLore is
-            wanted for a thinned model, or windows are longer than the model's positions.
+            wanted for a thinned model, windows are longer than the model's positions, or its layers cannot be run
+            again.
         CompressError: The model is quantized, or the package that GaLore needs is missing.
     """
     model = current(context, "align")
@@ -82,6 +84,8 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         )
     transposed = any(spec.transposed for spec in model.architecture.linears)
     check_length(model.path, settings.sequence)
+    if settings.recompute:
+        require_recompute(model.checkpoint.config)
     device, dtype = device_and_dtype(context.common)
     source = context.common.data or default_source()
     config = settings_dict(settings) | {
@@ -163,7 +167,14 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
     if settings.loss != "text":
         inputs["teacher"] = str(known["fingerprint"])
     outcome = run_stage(
-        context, "align", config=config, inputs=inputs, work=work, scratch=("training", MEASURES), disk=disk
+        context,
+        "align",
+        config=config,
+        inputs=inputs,
+        work=work,
+        scratch=("training", MEASURES),
+        disk=disk,
+        aside=aside_dict(settings),
     )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])

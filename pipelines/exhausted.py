@@ -14,16 +14,21 @@ _UNITS = {"bytes": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40, "KB": 10, "MB"
 """Powers of two behind torch's units, whatever it calls them."""
 
 _LESS = {
-    "prune": ("--criterion wanda with --repair none", "--micro-batch 1"),
-    "score": ("--micro-batch 1",),
-    "repair": ("--micro-batch 1", "--repair-loss text, which needs no teacher"),
-    "align": ("--micro-batch 1", "a shorter --sequence"),
+    "prune": ("--recompute", "--criterion wanda with --repair none", "--micro-batch 1"),
+    "score": ("--recompute", "--micro-batch 1"),
+    "repair": ("--recompute", "--micro-batch 1", "--repair-loss text, which needs no teacher"),
+    "align": ("--recompute", "--micro-batch 1", "a shorter --sequence"),
     "quantize": ("--objective frobenius, which loads no model", "fewer --calibration-tokens"),
-    "train": ("--micro-batch 1", "a shorter --sequence", "a smaller base (compress quantize first)"),
+    "train": (
+        "--recompute",
+        "--micro-batch 1",
+        "a shorter --sequence",
+        "a smaller base (compress quantize first)",
+    ),
     "recover": (),
     "generate": ("fewer --models", "the quantized model (compress quantize first)"),
     "eval": ("a shorter --sequence", "--kl-windows 0, which never holds the reference beside another model"),
-    "run": ("a smaller micro_batch or sequence in the recipe",),
+    "run": ("recompute: true, a smaller micro_batch or sequence in the recipe",),
 }
 """By verb, or by what several processes train together: what takes less memory, besides what all share."""
 _LIMITED = ("prune", "quantize", "recover", "run")

@@ -19,13 +19,16 @@ from compress.evaluate.perplexity import CHUNK_ELEMENTS
 from compress.evaluate.training_memory import (
     activation_bytes,
     adapter_parameters,
+    layers_kept,
 )
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
+from compress.model.recompute import can_recompute
 from compress.pipelines.fisher_files import LIMIT as FISHER_LIMIT
 from compress.pipelines.hessian_walk import GRADIENT_BATCH, TABLE_TOKENS
 from compress.pipelines.matrices import SHARED_INPUT
 from compress.pipelines.phase import (
+    AGAIN,
     SHARD_BYTES,
     Footprint,
     Ground,
@@ -60,7 +63,8 @@ def align_footprint(
     Backward: activations as with adapters of rank 0, and ``e W`` rounded weights where e is 2. Update: ``4 P'`` roots
     of all second moments at once. With a teacher ``e`` times the full model. GaLore: of every projected matrix of sides
     m >= n moments ``8 r m`` and a basis ``4 r n`` instead (r 128), and one matrix after the other is decomposed,
-    ``4 (2 m n + 5 n^2)``, or one tensor that is not projected updated, 8 bytes a number.
+    ``4 (2 m n + 5 n^2)``, or one tensor that is not projected updated, 8 bytes a number. With ``recompute`` layers
+    keep their inputs, which are float32, and one of them has its activations.
     Disk: the state, ``4 P'`` and what the optimizer holds, twice while it is replaced, and the result.
     """
     arch, e, tokens = small.arch, ground.itemsize, settings.micro_batch * settings.sequence
@@ -71,13 +75,14 @@ def align_footprint(
     held = {"weights": 4.0 * small.parameters, "gradients": 4.0 * trained, "optimizer": optimizer}
     if settings.loss != "text":
         held["teacher"] = full.loaded(e)
-    kept = sum(activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers))
+    layers = [activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)]
+    kept = layers_kept(arch, layers, 4, recompute=settings.recompute)
     backward = {**held, "activations": float(tokens * kept), "loss": loss_bytes(arch, tokens)}
     if e < 4:
         backward["rounded weights"] = float(e * small.linears)
     phases = (
         loading(small, ground, 4),
-        Phase(name="backward", device=backward),
+        Phase(name="backward" + AGAIN if settings.recompute else "backward", device=backward),
         Phase(name=update.name, device={**held, **update.device}),
         scoring(small, ground, length=ground.length, windows=ground.windows),
         *reopening(small, ground),
@@ -104,8 +109,9 @@ def quantize_footprint(
 ) -> Footprint:
     """``quantize``: the model once for sensitivities, once for error tables, once to be rounded layer by layer.
 
-    Objective ``hessian``: activations of a window as in ``prune`` for the sensitivities. Then hidden states of at
-    most 8,192 calibration tokens for the tables and of all for the rounding, ``N H e``; of a layer's distinct
+    Objective ``hessian``: for the sensitivities the inputs of layers and what one of them keeps, of one window. Then
+    hidden states of at most 8,192 calibration tokens for the tables and of all for the rounding, ``N H e``; of a
+    layer's distinct
     inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and ``24 max(out in)`` of a
     matrix at work; while rounding ``12 max(w^2) + 32 max(out in)`` and the layer unpacked, ``4 W / L``.
     ``fisher``: the model, one window's activations, ``4`` bytes for every weight of as many layers as 4 GiB take.
@@ -134,12 +140,15 @@ def quantize_footprint(
         squares = [width * width for width in widths]
         factored = largest(squares, ground.workers)
         statistics = {"input statistics": 16.0 * sum(squares) + 40.0 * factored}
-        weights = held(model, ground)
+        weights, again = held(model, ground), can_recompute(model.input.checkpoint.config)
         phases += [
             loading(model, ground),
             Phase(
                 name="sensitivities",
-                device={**weights, **gradients(arch, GRADIENT_BATCH * ground.length, ground)},
+                device={
+                    **weights,
+                    **gradients(arch, GRADIENT_BATCH * ground.length, ground, recompute=again),
+                },
             ),
             Phase(
                 name="error tables",

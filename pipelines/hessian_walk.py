@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.engine import LocalEngine
 from compress.model.architecture import LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
+from compress.model.recompute import recomputing
 from compress.model.resident import resident
 from compress.pipelines.matrices import SHARED_INPUT, VOCABULARY
 from compress.pipelines.measure import full_calibration, summed_loss, windows_record
@@ -179,7 +180,7 @@ def sensitivities(
     windows = full_calibration(context, model.path, source, tokens=settings.calibration_tokens)
     count = max(1, min(round(GRADIENT_SHARE * len(windows)), GRADIENT_TOKENS // windows.ids.shape[1]))
     batches = windows.ids[:count].to(device).split(GRADIENT_BATCH)
-    with context.reporter.bar("sensitivities") as progress:
+    with context.reporter.bar("sensitivities") as progress, recomputing(network, required=False):
         found = output_sensitivities(
             network, model.architecture, batches, summed_loss(network), progress=progress
         )

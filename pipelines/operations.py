@@ -1,8 +1,9 @@
 """How much every stage computes, reads and writes: floating-point operations and bytes, counted from its passes.
 
 A token's forward pass takes ``2 W`` operations, ``2 S Q L`` more in causal attention over S tokens, and ``2 V H`` in
-the output matrix; backward to the activations takes as many again, gradients of weights as many once more. What is no
-product (rounding, unpacking codes, norms, the optimizer) is not counted: times made from this are lower bounds.
+the output matrix; backward to the activations takes as many again, gradients of weights as many once more. With
+``recompute`` the layers' part of the forward pass is counted twice. What is no product (rounding, unpacking codes,
+norms, the optimizer) is not counted: times made from this are lower bounds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from compress.importance import CRITERIA
 from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.importance.obs import ObsConfig
 from compress.model.architecture import Architecture
+from compress.model.recompute import can_recompute
 from compress.pipelines.hessian_walk import GRADIENT_SHARE, GRADIENT_TOKENS, TABLE_TOKENS
 from compress.pipelines.phase import Ground
 from compress.pipelines.plan_models import PlannedModel
@@ -90,12 +92,13 @@ def prune_work(full: PlannedModel, small: PlannedModel, settings: PruneSettings,
     elif needs == "moments":
         rows = min(arch.hidden, SKETCH_ROWS)
         products += 2 * forward(arch, OBS_SHARE * tokens, length) + forward(arch, tokens, length, head=False)
+        products += _again(arch, settings, OBS_SHARE * tokens, length)
         singles += arch.layers * tokens * (queries**2 + arch.channels**2 + OBS_SHARE * 4 * rows * arch.hidden)
         orders = 2.0 * arch.channels**3 + (1 + 2 / 3 * arch.kv_heads) * queries**3
         roots = 2.0 * rows * (queries + arch.channels) * (arch.hidden + arch.channels)
         doubles += arch.layers * (orders + roots)
     elif needs == "gradients":
-        products += 3 * forward(arch, tokens, length)
+        products += 3 * forward(arch, tokens, length) + _again(arch, settings, tokens, length)
     elif needs == "activations":
         products += forward(arch, tokens, length, head=False)
     if settings.repair == "refit" and not trains:
@@ -127,6 +130,7 @@ def align_work(small: PlannedModel, full: PlannedModel, settings: AlignSettings,
     """Three passes' worth a token, the teacher's one more; one perplexity."""
     tokens = _tokens(settings, settings.steps)
     products = 3 * forward(small.arch, tokens, settings.sequence)
+    products += _again(small.arch, settings, tokens, settings.sequence)
     if settings.loss != "text":
         products += forward(full.arch, tokens, settings.sequence)
     products += forward(small.arch, ground.windows * ground.length, ground.length)
@@ -155,7 +159,10 @@ def quantize_work(
         loads = 3
         some = min(GRADIENT_SHARE * tokens, GRADIENT_TOKENS)
         short = min(tokens, TABLE_TOKENS)
-        products += 2 * forward(arch, some, length) + forward(arch, short + 2 * tokens, length, head=False)
+        passes = 3 if can_recompute(model.input.checkpoint.config) else 2
+        products += passes * forward(arch, some, length) + forward(
+            arch, short + 2 * tokens, length, head=False
+        )
         for layer in range(arch.layers):
             here = arch.at(layer)
             for spec in arch.linears_at(layer):
@@ -236,7 +243,13 @@ def _trained(
 ) -> float:
     tokens = _tokens(settings, settings.steps if steps is None else steps)
     adapter = adapter_parameters(arch, rank, head=head)
-    return 2 * forward(arch, tokens, settings.sequence) + 6.0 * adapter * tokens
+    again = _again(arch, settings, tokens, settings.sequence)
+    return 2 * forward(arch, tokens, settings.sequence) + again + 6.0 * adapter * tokens
+
+
+def _again(arch: Architecture, settings: LoopSettings, tokens: float, length: int) -> float:
+    """Operations of the layers when the backward pass runs them once more."""
+    return forward(arch, tokens, length, head=False) if settings.recompute else 0.0
 
 
 def _refit(arch: Architecture, small: Architecture) -> float:

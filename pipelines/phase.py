@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 from compress.evaluate.perplexity import CHUNK_ELEMENTS, windows_at_once
-from compress.evaluate.training_memory import HEAD_CHUNK, frozen_activation_bytes, training_memory
+from compress.evaluate.training_memory import (
+    HEAD_CHUNK,
+    frozen_activation_bytes,
+    layers_kept,
+    training_memory,
+)
 from compress.model.architecture import Architecture
 from compress.pipelines.hessian_walk import BATCH
 from compress.pipelines.plan_models import PlannedModel
@@ -20,6 +25,8 @@ ROOM = 256 << 20
 """Bytes of hidden states that stay in memory where models are streamed."""
 SHARD_BYTES = 2 << 30
 """A file being written lies twice on disk until it is closed, at most this much of it."""
+AGAIN = ", recomputed"
+"""Ends the name of a phase whose backward pass runs layers again because `--recompute` says so."""
 Terms = Mapping[str, float]
 
 
@@ -128,12 +135,12 @@ def reopening(model: PlannedModel, ground: Ground, adapter: int = 0) -> tuple[Ph
     )
 
 
-def gradients(arch: Architecture, tokens: int, ground: Ground) -> dict[str, float]:
-    """Bytes that a backward pass through frozen weights keeps; streamed, the inputs of layers and one layer's."""
+def gradients(
+    arch: Architecture, tokens: int, ground: Ground, *, recompute: bool = False
+) -> dict[str, float]:
+    """Bytes that a backward pass through frozen weights keeps; streamed, layers are run again in any case."""
     layers = [frozen_activation_bytes(arch.at(i), itemsize=ground.itemsize) for i in range(arch.layers)]
-    kept = sum(layers)
-    if ground.streamed:
-        kept = max(layers) + arch.layers * ground.itemsize * arch.hidden
+    kept = layers_kept(arch, layers, ground.itemsize, recompute=recompute or ground.streamed)
     return {"activations": float(tokens * kept), "loss": loss_bytes(arch, tokens)}
 
 
@@ -193,9 +200,10 @@ def training(
         head_adapter=head,
         dropout=rank is None and settings.dropout > 0,
         itemsize=itemsize,
+        recompute=settings.recompute,
     )
     return Phase(
-        name=name,
+        name=name + AGAIN if settings.recompute else name,
         device={
             "weights": parts.weights,
             "adapters": parts.adapters + parts.gradients + parts.optimizer,

@@ -215,7 +215,11 @@ def planned_chain(
     asked = {part: _given(settings, part) for part in (PRUNE, QUANTIZE)}
     everything = not any(asked.values()) and not exact
     tokens = {"calibration_tokens": settings.calibration_tokens}
-    loop = {"micro_batch": settings.micro_batch, "sequence": settings.sequence}
+    loop = {
+        "micro_batch": settings.micro_batch,
+        "sequence": settings.sequence,
+        "recompute": settings.recompute,
+    }
     full = current = PlannedModel(name="original", input=model)
     models, stages = [full], []
     used: dict[str, Mapping[str, Any]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 from compress.errors import UsageError
 from compress.evaluate.training_memory import TrainingMemory, training_memory
 from compress.model.architecture import Architecture
+from compress.pipelines.phase import AGAIN
 from compress.pipelines.reporter import Reporter, human_bytes
 from compress.pipelines.settings import PlanSettings
 from compress.prune.loram_size import SmallSize, small_size
@@ -74,6 +75,7 @@ def row_of(size: SmallSize, settings: PlanSettings, *, room: int | None, itemsiz
             batch=settings.micro_batch or MICRO_BATCH,
             sequence=settings.sequence or SEQUENCE,
             itemsize=itemsize,
+            recompute=settings.recompute,
         )
         for label, bits in ((dense_label(itemsize), dense), ("nf4", nf4))
     }
@@ -110,7 +112,7 @@ def show_loram(reporter: Reporter, settings: PlanSettings, rows: list[dict[str, 
     )
     tokens = f"{settings.micro_batch or MICRO_BATCH} x {settings.sequence or SEQUENCE} tokens"
     reporter.table(
-        f"training memory, rank {settings.train_rank or RANK}, {tokens}",
+        f"training memory, rank {settings.train_rank or RANK}, {tokens}{AGAIN if settings.recompute else ''}",
         ("base", "weights", "adapters", "activations", "workspace", "total", "fits"),
         [
             _memory_row(f"{_label(row)}, {label}", row["training"][label], row["fits"], label)

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.evaluate.speed import Speed
 from compress.pipelines.operations import Work
-from compress.pipelines.phase import Footprint, Phase
+from compress.pipelines.phase import AGAIN, Footprint, Phase
 
 PROCESS = 0.63e9
 """Resident bytes of a process with all libraries, a tokenizer and WikiText-2: 583 MB, 633 MB at its peak, measured."""
@@ -57,6 +57,11 @@ CHANGES = {
     "train": "a smaller model (--ratio, --budget), --micro-batch 1, or a shorter --sequence",
 }
 """By phase: what takes less. Phases that are not here load a model whole, and only a larger machine helps."""
+
+
+TRAINED = ("score", "score and mask", "repair", "backward", "train")
+SCORED = ("output gradients", "gradients of costs")
+"""Phases in which ``--recompute`` takes less: of models held whole, and of those that are, unless they are streamed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +170,11 @@ def change(limiting: dict[str, Any], verb: str, *, streamed: bool = False) -> st
     """What to change where ``limiting`` is too small; ``streamed``: although models are read layer by layer."""
     if limiting["resource"] == "disk":
         return "another --run folder, on a larger disk"
-    known = CHANGES.get(str(limiting["phase"]))
+    phase = str(limiting["phase"])
+    known = CHANGES.get(phase.removesuffix(AGAIN))
+    helped = TRAINED if streamed else (*TRAINED, *SCORED)
+    if known is not None and phase in helped and limiting["terms"].get("activations"):
+        known = f"--recompute (gradient checkpointing); {known}"
     if known is not None and not (verb == "quantize" and limiting["phase"] == "score"):
         return known
     if verb == "quantize" and limiting["phase"] == "round" and len(limiting["terms"]) > 2:

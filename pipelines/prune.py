@@ -18,6 +18,7 @@ from compress.importance.obs import is_ranked_apart
 from compress.kept import Kept
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture, require_dense
+from compress.model.recompute import require_recompute
 from compress.pipelines.engines import require_processors
 from compress.pipelines.measure import (
     MEASURES,
@@ -45,7 +46,7 @@ from compress.pipelines.prune_size import sized_reason
 from compress.pipelines.reopen import check_reopens
 from compress.pipelines.settings import PruneSettings
 from compress.pipelines.small_files import write_base
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.stage import Context, Outcome, aside_dict, run_stage, settings_dict
 from compress.pipelines.text import text_inputs
 from compress.pipelines.ways import choose_way
 from compress.pipelines.ways_of_stages import prune_count
@@ -67,7 +68,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
 
     Raises:
         UsageError: An unknown criterion or target, options that do nothing together, windows longer than the
-            model's positions.
+            model's positions, layers that cannot be run again.
         CompressError: The ratio cannot be reached with these targets, or the model cannot be pruned.
     """
     if settings.shape in MASKED:
@@ -79,6 +80,8 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     model = current(context, "prune")
     require_dense(model.checkpoint, allow_lq=False)
     check_length(model.path, settings.sequence)
+    if settings.recompute:
+        require_recompute(model.checkpoint.config)
     multiple = settings.multiple or default_multiple(model.architecture.channels)
     goal = goal_of(model, settings, targets, multiple)
     device, dtype = device_and_dtype(context.common)
@@ -154,6 +157,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         work=work,
         scratch=("round-*", MEASURES),
         disk=disk,
+        aside=aside_dict(settings),
     )
     if outcome.fresh and outcome.stage is not None:
         show(context, outcome.stage.record["metrics"])
@@ -193,6 +197,13 @@ def check_settings(settings: PruneSettings) -> None:
                 f"--{name} is about training with masks, which the criterion {settings.criterion} does without.",
                 "Give --criterion lora, or --repair lora.",
             )
+    gradients = trains or needs in ("gradients", "moments") or settings.shape == "allocated"
+    if settings.recompute and not (gradients or settings.repair_steps > 0):
+        raise UsageError(
+            f"--recompute is about backward passes, which the criterion {settings.criterion} and its repair do "
+            "without.",
+            "Leave it out.",
+        )
 
 
 def prune_in_rounds(place: Place, goal: Goal, folder: Path) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def _calibrate(
             windows.ids,
             loss=summed_loss(network),
             batch=min(BATCH, len(windows)),
+            recompute=goal.settings.recompute,
             progress=progress,
         )
 
@@ -157,6 +158,7 @@ def _measured(place: Place, goal: Goal, scores: GroupScores, kept: Kept = NOTHIN
             ranked=scores,
             kept=kept,
             engine=place.context.engine,
+            recompute=goal.settings.recompute,
             progress=progress,
         )
 

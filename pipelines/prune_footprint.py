@@ -9,13 +9,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from compress.evaluate.training_memory import HEAD_CHUNK, activation_bytes, adapter_parameters
+from compress.evaluate.training_memory import (
+    HEAD_CHUNK,
+    activation_bytes,
+    adapter_parameters,
+    layers_kept,
+)
 from compress.importance import CRITERIA
 from compress.importance.gram_store import fits
 from compress.importance.moments import OUTPUTS, SKETCH_ROWS
 from compress.model.architecture import Architecture
 from compress.pipelines.hessian_walk import BATCH
 from compress.pipelines.phase import (
+    AGAIN,
     SHARD_BYTES,
     Footprint,
     Ground,
@@ -53,8 +59,8 @@ def prune_footprint(
     ``4 L H (Q + C)`` new weights, and ``8 (H C + 1.5 C K + 2 K^2 + 2 H K)`` of each of two systems, ``4 C^2`` being
     read. Where the moments are too large for the disk, one system beside the model. While shapes are tried
     ``e L H (Q + C)`` more in the model. Repair ``bias``: hidden states.
-    Streamed, backward keeps the inputs of the layers and the activations of one of them, hidden states beyond
-    `ROOM` go to disk, and so do the new weights.
+    Streamed, or with ``recompute``, backward keeps the inputs of the layers and the activations of one of them.
+    Streamed, hidden states beyond `ROOM` go to disk, and so do the new weights.
     Repair: as ``train``, with the full model (e P) and four float32 chunks of logits when it distils.
     Disk: see `_disk`.
     """
@@ -91,13 +97,13 @@ def _scoring(full: PlannedModel, settings: PruneSettings, ground: Ground, count:
     model = held(full, here)
     phases = [loading(full, here)]
     if needs == "moments":
-        phases += _curvature(full, ground, here, count, NOTHING, ("output gradients", "score"))
+        phases += _curvature(full, settings, ground, here, count, NOTHING, ("output gradients", "score"))
     elif needs == "gradients":
-        kept = tokens * sum(
-            activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)
-        )
+        layers = [activation_bytes(arch.at(i), 0, dropout=False, itemsize=e) for i in range(arch.layers)]
+        kept = tokens * layers_kept(arch, layers, e, recompute=settings.recompute)
+        name = "score" + AGAIN if settings.recompute else "score"
         terms = {"gradients": float(e * full.linears), "activations": float(kept), **model}
-        phases.append(Phase(name="score", device=terms | {"loss": loss_bytes(arch, tokens)}))
+        phases.append(Phase(name=name, device=terms | {"loss": loss_bytes(arch, tokens)}))
     elif needs != "adapters":
         phases.append(Phase(name="score", device={**model, "one layer": one_layer(arch, tokens, e)}))
     beside = {"the model that was scored": sum(model.values())}
@@ -106,12 +112,14 @@ def _scoring(full: PlannedModel, settings: PruneSettings, ground: Ground, count:
         phases.append(masked)
         beside = {f"{name} in training": masked.device[name] for name in ("weights", "adapters")}
     if settings.shape == "allocated" and needs != "moments":
-        phases += _curvature(full, ground, ground, count, beside, ("gradients of costs", "measure costs"))
+        names = ("gradients of costs", "measure costs")
+        phases += _curvature(full, settings, ground, ground, count, beside, names)
     return phases
 
 
 def _curvature(
     full: PlannedModel,
+    settings: PruneSettings,
     ground: Ground,
     here: Ground,
     count: int,
@@ -126,7 +134,10 @@ def _curvature(
     moments = 8.0 * sum(width**2 for width in widths)
     inverse = sum(40.0 * width**2 + 24.0 * rows * width for width in widths)
     return [
-        Phase(name=names[0], device={**sums, **gradients(arch, ground.length, here)}),
+        Phase(
+            name=names[0] + AGAIN if settings.recompute else names[0],
+            device={**sums, **gradients(arch, ground.length, here, recompute=settings.recompute)},
+        ),
         Phase(
             name=names[1],
             device={

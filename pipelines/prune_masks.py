@@ -182,6 +182,11 @@ def check_settings(settings: PruneSettings) -> None:
             f"--criterion-options are about the scores of groups, and --shape {settings.shape} scores single weights.",
             "Leave them out.",
         )
+    if settings.recompute:
+        raise UsageError(
+            f"--recompute is about backward passes, which --shape {settings.shape} does without.",
+            "Leave it out.",
+        )
     if settings.shape == "semi" and settings.ratio is not None:
         raise UsageError("With --shape semi the pattern decides how much goes.", "Leave out --ratio.")
 

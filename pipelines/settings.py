@@ -66,6 +66,7 @@ class LoopSettings:
     accumulation: int
     sequence: int
     lr: float
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         check_least(self, steps=0, micro_batch=1, accumulation=1, sequence=2)
@@ -348,6 +349,7 @@ class PlanSettings:
     train_rank: int | None = None
     micro_batch: int | None = None
     sequence: int | None = None
+    recompute: bool = False
     memory: str | None = None
     no_time: bool = False
     merge: bool = False

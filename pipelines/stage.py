@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress.engine import Engine, LocalEngine
@@ -24,6 +25,8 @@ from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Wo
 if TYPE_CHECKING:  # one process needs none of it
     from compress.pipelines.team import Team
 
+ASIDE = ("recompute",)
+"""Settings that decide what a stage takes and nothing of its result: recorded, and no part of its identity."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy")
 
 
@@ -73,6 +76,7 @@ def run_stage(
     work: Callable[[Path], Mapping[str, Any]],
     scratch: Sequence[str] = (),
     disk: Callable[[], float] | None = None,
+    aside: Mapping[str, Any] = MappingProxyType({}),
 ) -> Outcome:
     """Make the stage ``verb``, unless it is there already.
 
@@ -86,6 +90,8 @@ def run_stage(
         scratch: Patterns of sub-folders that are no part of the artifact. They go once the stage's record is on disk,
             so that nothing is done again if the process is killed before that.
         disk: Bytes that the stage holds on disk at its peak; not asked where there is nothing to do.
+        aside: Settings that do not decide the result (`aside_dict`): a finished stage stays whatever they are, and
+            unfinished work goes on with others.
 
     Raises:
         UsageError: The stage exists with other settings and ``--redo`` was not given.
@@ -111,8 +117,8 @@ def run_stage(
     if context.common.data is None and (note := _other_text(workspace, verb, config)):
         reporter.say(note)
     if context.common.dry_run:
-        show_plan(reporter, verb, config)
-        return Outcome(stage=None, fresh=False, plan={"verb": verb, "config": dict(config)})
+        show_plan(reporter, verb, {**config, **aside})
+        return Outcome(stage=None, fresh=False, plan={"verb": verb, "config": {**config, **aside}})
     import torch
 
     partial = workspace.open_partial(
@@ -138,6 +144,7 @@ def run_stage(
                 work=work,
                 scratch=scratch,
                 disk=disk,
+                aside=aside,
             )
         finally:
             torch.set_num_threads(own)
@@ -162,13 +169,15 @@ def _work(
     work: Callable[[Path], Mapping[str, Any]],
     scratch: Sequence[str],
     disk: Callable[[], float] | None,
+    aside: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Do the work of a stage and measure it; returns what its ``stage.json`` says."""
     workspace, reporter = context.workspace, context.reporter
     if any(path.is_dir() for path in partial.iterdir()):
         reporter.say(f"{verb}: going on with the interrupted run in {partial.name}.")
     effort = context.common.effort
-    reporter.say(f"{verb}: effort {effort}; {', '.join(f'{k} {v}' for k, v in sorted(config.items()))}")
+    shown = sorted({**config, **aside}.items())
+    reporter.say(f"{verb}: effort {effort}; {', '.join(f'{k} {v}' for k, v in shown)}")
     started = time.monotonic()
     from compress.evaluate.memory import PeakMemory
     from compress.evaluate.memory_timeline import MemoryTimeline
@@ -195,6 +204,7 @@ def _work(
         "id": wanted,
         "verb": verb,
         "config": dict(config),
+        "aside": dict(aside),
         "inputs": dict(inputs),
         "effort": effort,
         "seed": context.common.seed,
@@ -259,5 +269,11 @@ def host() -> dict[str, Any]:
 
 
 def settings_dict(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as JSON values."""
-    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+    """What of a settings dataclass decides the result, as JSON values."""
+    given = dataclasses.asdict(settings).items()
+    return {key: value for key, value in given if value is not None and key not in ASIDE}
+
+
+def aside_dict(settings: Any) -> dict[str, Any]:
+    """The rest of it, `ASIDE`, as JSON values."""
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key in ASIDE}

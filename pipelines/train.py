@@ -25,12 +25,13 @@ from compress.errors import UsageError
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
+from compress.model.recompute import require_recompute
 from compress.pipelines.measure import check_length, training_windows, validation_windows
 from compress.pipelines.model_input import ModelInput, current, device_and_dtype, original
 from compress.pipelines.reopen import check_ids, record_logits
 from compress.pipelines.settings import TrainSettings
 from compress.pipelines.small_files import is_small, public_name, write_base_beside
-from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
+from compress.pipelines.stage import Context, Outcome, aside_dict, run_stage, settings_dict
 from compress.pipelines.text import text_inputs
 from compress.pipelines.training import (
     announced,
@@ -52,11 +53,14 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
 
     Raises:
         UsageError: ``lq`` on a model that is not an LQ checkpoint, ``pissa`` on one, either on a thinned model; a
-            target that the model has not got; windows longer than the model's positions.
+            target that the model has not got; windows longer than the model's positions; layers that cannot be run
+            again.
     """
     start = original(context)
     model = current(context, "train", start)
     check_length(model.path, settings.sequence)
+    if settings.recompute:
+        require_recompute(model.checkpoint.config)
     quantized = is_quantized(model)
     if settings.method == "lq" and not quantized:
         raise UsageError(
@@ -141,6 +145,7 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         work=work,
         scratch=("training",),
         disk=disk,
+        aside=aside_dict(settings),
     )
     if outcome.fresh and outcome.stage is not None:
         metrics = outcome.stage.record["metrics"]

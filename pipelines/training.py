@@ -37,6 +37,7 @@ def fit_config(settings: LoopSettings, common: Common) -> FitConfig:
         precision=precision,
         save_every=max(1, min(50, settings.steps // 4)),
         optimizer=settings.optimizer if isinstance(settings, AlignSettings) else "adamw",
+        recompute=settings.recompute,
     )
 
 

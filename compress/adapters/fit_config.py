@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class FitConfig:
             else float32. Trained parameters keep their own dtype.
         save_every: Steps between two saved states.
         optimizer: "adamw", or "galore": AdamW whose moments of a matrix live in a subspace of its gradients.
+        recompute: Run decoder layers again in the backward pass instead of keeping their activations. It changes no
+            result, so a run may go on with it that began without.
     """
 
     steps: int
@@ -44,6 +46,12 @@ class FitConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     save_every: int = 50
     optimizer: Literal["adamw", "galore"] = "adamw"
+    recompute: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name != "recompute"}
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("micro_batch", 1), ("accumulation", 1), ("save_every", 1)):

@@ -221,9 +221,10 @@ class TokenLoss(nn.Module):
         """Whether ``softcap(head(body(ids)))`` gives the model's own logits."""
         if not hasattr(self._inner, "get_decoder") or self._inner.get_output_embeddings() is None:
             return False
-        was_training = self._inner.training
+        modes = [(module, module.training) for module in self._inner.modules()]
         self._inner.eval()  # dropout would make the two passes differ
         own = self.logits(ids_BS)
         ours = _capped(self.head(self.hidden(ids_BS)), self.softcap)
-        self._inner.train(was_training)
+        for module, training in modes:  # one by one: they need not be alike
+            module.training = training
         return own.shape == ours.shape and torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,6 +21,7 @@ from compress.adapters.state import FitState
 from compress.data.windows import Windows
 from compress.errors import CompressError
 from compress.model.load import preferred_dtype
+from compress.model.recompute import recomputing
 
 
 @runtime_checkable
@@ -104,6 +105,20 @@ class Run:
         ):
             yield
 
+    @contextmanager
+    def _both_ways(self) -> Iterator[None]:
+        """Around forward and backward pass: where the latter runs layers again, it does so as the former did.
+
+        Autocast is not in it: backward has its own, that of the forward pass where that is run again.
+        """
+        from peft.helpers import disable_input_dtype_casting
+
+        with (
+            recomputing(self.model) if self.config.recompute else nullcontext(),
+            disable_input_dtype_casting(self.model, active=self.bfloat16),
+        ):
+            yield
+
     def gradients(self, ids_NS: Tensor, labels_NS: Tensor, step: int) -> float:
         """Fill ``.grad`` with the gradient of the mean loss over the trained tokens; returns that loss."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,7 +127,7 @@ class Run:
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         parts = zip(ids_NS.split(micro), labels_NS.split(micro), strict=True)
         for index, (ids, labels) in enumerate(parts):
-            with seeded(f"{self.config.seed}/{step}/{index}", self.device):
+            with seeded(f"{self.config.seed}/{step}/{index}", self.device), self._both_ways():
                 with self._compute():
                     loss = self.loss(ids.to(self.device), labels.to(self.device)) / tokens
                 self.accelerator.backward(loss)

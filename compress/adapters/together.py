@@ -75,6 +75,7 @@ class Together(Run):
                 with (
                     seeded(f"{self.config.seed}/{step}/{piece.index}", self.device),
                     self.dropout.rows(piece),
+                    self._both_ways(),
                 ):
                     with self._compute():
                         summed = self.objective(ids_NS[rows].to(self.device), labels_NS[rows].to(self.device))

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,8 @@ def fit(
     A step whose gradients are not finite changes nothing: the optimizer does not take it, hooks do not see its
     gradients, and it is counted. After `MOST_SKIPPED` of them in a row, or when there are no others, training gives up.
 
+    With ``config.recompute`` activations inside of decoder layers are not kept; losses and parameters are the same.
+
     With ``distillation`` the loss compares with a teacher at the positions that carry a label; validation keeps the
     labels' own loss.
 
@@ -89,6 +91,7 @@ def fit(
     With ``sharded`` the model is one that `compress.adapters.sharded.shard` was called on.
 
     Raises:
+        UsageError: Layers are to be run again, and the architecture cannot do so.
         CompressError: There is nothing to train or to train on, the gradients are not finite time and again, the saved
             state belongs to a different run, several processes were launched without ``ranks``, or another of them
             failed.
@@ -106,7 +109,11 @@ def fit(
         from compress.adapters.together import Together
 
         run = Together(model, trained, config, distillation, ranks=ranks, sharded=sharded)
-    identity = {**asdict(config), "data": _digest(windows.ids, windows.labels), "parameters": sorted(trained)}
+    identity = {
+        **config.identity,
+        "data": _digest(windows.ids, windows.labels),
+        "parameters": sorted(trained),
+    }
     if distillation is not None:
         identity["objective"] = ["distillation", distillation.text_share, distillation.feature_weight]
     state = None if state_dir is None else load_state(state_dir, identity)

@@ -10,6 +10,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress plan meta-llama/Llama-2-13b-hf --loram",
         "compress plan ./my-model --ratio 0.5 --budget 2.75bit --memory 24GiB",
         "compress plan ./my-model --budget 3bit --no-time --json",
+        "compress plan ./my-model --recompute --micro-batch 8",
         "compress plan ./my-model --check --memory-limit 12GiB",
     ),
     "init": (
@@ -21,11 +22,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress prune --ratio 0.5",
         "compress prune --model ./my-model --size 0.5GiB",
         "compress prune --ratio 0.3 --shape allocated",
+        "compress prune --criterion taylor --recompute",
         "compress prune --criterion wanda --dry-run",
     ),
     "align": (
         "compress align --steps 200 --data c4",
         "compress align --loss distill",
+        "compress align --recompute --micro-batch 8",
     ),
     "quantize": (
         "compress quantize --budget 2.75bit",
@@ -36,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress train --data my_instructions.jsonl",
         "compress train --method lq --steps 200",
         "compress train --adapter-targets all,lm_head",
+        "compress train --recompute --sequence 1024",
     ),
     "recover": (
         "compress recover",

@@ -106,6 +106,15 @@ Sequence = Annotated[int | None, typer.Option(help="Tokens per window.", rich_he
 LearningRate = Annotated[
     float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAINING)
 ]
+Recompute = Annotated[
+    bool | None,
+    typer.Option(
+        "--recompute",
+        help="Gradient checkpointing: run decoder layers again in the backward pass instead of keeping their "
+        "activations. Far less memory, about a third more time, the same result.",
+        rich_help_panel=TRAINING,
+    ),
+]
 Rank = Annotated[int | None, typer.Option(help="Adapter rank.", rich_help_panel=TRAINING)]
 Alpha = Annotated[
     int | None, typer.Option(help="Adapter alpha (scale = alpha / rank).", rich_help_panel=TRAINING)
@@ -162,6 +171,7 @@ LOOP = Shared(
         "accumulation": (Accumulation, None),
         "sequence": (Sequence, None),
         "lr": (LearningRate, None),
+        "recompute": (Recompute, None),
     }
 )
 ADAPTER = Shared({"rank": (Rank, None), "alpha": (Alpha, None), "dropout": (Dropout, None)})

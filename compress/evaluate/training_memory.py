@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -50,8 +51,12 @@ def training_memory(
     head_adapter: bool = True,
     dropout: bool = True,
     itemsize: int = 2,
+    recompute: bool = False,
 ) -> TrainingMemory:
-    """Memory of a step of LoRA on every decoder linear, without activation checkpointing.
+    """Memory of a step of LoRA on every decoder linear.
+
+    Activations: what `layers_kept` says of the layers' own, and ``T (8 + 2 e) H`` behind them, for T tokens, hidden
+    size H and e bytes of a number: what the final norm keeps, its output, and the gradient that the loss has taken.
 
     Args:
         arch: Of the model that is trained on; its layers may differ.
@@ -63,6 +68,7 @@ def training_memory(
         head_adapter: Whether the output matrix has an adapter too.
         dropout: Whether the adapters' inputs go through dropout.
         itemsize: Bytes of a number in the computation: 2 for bfloat16, 4 for float32.
+        recompute: Layers are run again in the backward pass (gradient checkpointing).
     """
     parameters = adapter_parameters(arch, rank, head=head_adapter)
     tokens = batch * sequence
@@ -79,9 +85,25 @@ def training_memory(
         adapters=4 * parameters,
         gradients=4 * parameters,
         optimizer=8 * parameters,
-        activations=tokens * (sum(layers) + (8 + 2 * itemsize) * arch.hidden),
+        activations=tokens
+        * (layers_kept(arch, layers, itemsize, recompute=recompute) + (8 + 2 * itemsize) * arch.hidden),
         workspace=workspace + (itemsize * max(matrices) if quantized else 0),
     )
+
+
+def layers_kept(arch: Architecture, layers: Sequence[int], itemsize: int, *, recompute: bool) -> int:
+    """Bytes that all decoder layers keep for each token of a backward pass.
+
+    Run again in it, L layers keep their inputs, ``L e H``, and the one at work has its activations, those of the
+    largest; else all keep theirs.
+
+    Args:
+        arch: Gives L and the hidden size H.
+        layers: Bytes of each layer's activations a token.
+        itemsize: e, bytes of a number of the hidden states.
+        recompute: Layers are run again.
+    """
+    return max(layers) + arch.layers * itemsize * arch.hidden if recompute else sum(layers)
 
 
 def adapter_parameters(arch: Architecture, rank: int, *, head: bool) -> int:

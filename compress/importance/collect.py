@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from compress.importance.base import Criterion, Loss
 from compress.importance.modules import decoder_linear, float_weight, plain_model
 from compress.importance.moments import MomentCriterion
 from compress.model.architecture import Architecture
+from compress.model.recompute import recomputing
 from compress.progress import Progress
 
 
@@ -26,6 +27,7 @@ def collect(
     *,
     loss: Loss | None,
     batch: int,
+    recompute: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Let ``criterion`` observe ``model`` once, on calibration text, without training.
@@ -41,10 +43,13 @@ def collect(
         ids_NS: Calibration tokens, int64 [N, S]; not looked at when weights are enough.
         loss: Needed for gradients only.
         batch: Windows per pass.
+        recompute: Run decoder layers again in backward passes instead of keeping their activations; the scores are the
+            same.
         progress: Called after each pass.
 
     Raises:
-        UsageError: The criterion needs adapters in training, or gradients while there is no ``loss``.
+        UsageError: The criterion needs adapters in training, or gradients while there is no ``loss``; or layers are to
+            be run again and cannot.
         CompressError: There is no text, or gradients are wanted of quantized weights.
     """
     if criterion.needs == "adapters":
@@ -66,9 +71,10 @@ def collect(
         if loss is None:
             raise UsageError("This criterion needs gradients, but there is no loss.", "Give a loss function.")
         if isinstance(criterion, MomentCriterion):
-            criterion.measure(model, ids_NS, loss=loss, batch=batch, progress=progress)
+            criterion.measure(model, ids_NS, loss=loss, batch=batch, recompute=recompute, progress=progress)
         else:
-            _gather_gradients(criterion, model, arch, ids_NS, loss, batch, progress)
+            with recomputing(model) if recompute else nullcontext():
+                _gather_gradients(criterion, model, arch, ids_NS, loss, batch, progress)
 
 
 def _gather_inputs(

@@ -39,7 +39,14 @@ class MomentCriterion(Criterion):
 
     @abstractmethod
     def measure(
-        self, model: nn.Module, ids_NS: Tensor, *, loss: Loss, batch: int, progress: Progress | None = None
+        self,
+        model: nn.Module,
+        ids_NS: Tensor,
+        *,
+        loss: Loss,
+        batch: int,
+        recompute: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         """Score the model's groups on calibration text; a later call replaces the scores.
 
@@ -48,9 +55,11 @@ class MomentCriterion(Criterion):
             ids_NS: Calibration tokens, int64 [N, S].
             loss: Summed next-token loss of a batch.
             batch: Windows per pass.
+            recompute: Run layers again in backward passes instead of keeping their activations.
             progress: Called after every batch of the backward passes and after every layer.
 
         Raises:
+            UsageError: Layers are to be run again, and cannot.
             CompressError: There are fewer windows than one batch.
         """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from compress.importance.moments import OUTPUTS, MomentCriterion, OutputGradient
 from compress.kept import NOTHING_KEPT, Kept
 from compress.model.architecture import Architecture, LinearSpec
 from compress.model.layerwise import LayerWalk, gathered_grams
+from compress.model.recompute import recomputing
 from compress.model.resident import resident
 from compress.progress import Progress
 
@@ -75,7 +77,14 @@ class ObsCriterion(MomentCriterion):
     """Who ranks the groups of a branch."""
 
     def measure(
-        self, model: nn.Module, ids_NS: Tensor, *, loss: Loss, batch: int, progress: Progress | None = None
+        self,
+        model: nn.Module,
+        ids_NS: Tensor,
+        *,
+        loss: Loss,
+        batch: int,
+        recompute: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         """Score the model's groups on calibration text; see :meth:`MomentCriterion.measure`."""
         found = rank_groups(
@@ -88,6 +97,7 @@ class ObsCriterion(MomentCriterion):
             store=self.store,
             kept=self.kept,
             engine=self.engine,
+            recompute=recompute,
             progress=progress,
         )
         if self._counted(found):
@@ -112,6 +122,7 @@ def rank_groups(
     store: GramStore | None = None,
     kept: Kept = NOTHING_KEPT,
     engine: Engine = LOCAL,
+    recompute: bool = False,
     progress: Progress | None = None,
 ) -> GroupScores:
     """Rank the groups of every layer, and measure what every number of kept groups costs.
@@ -128,9 +139,11 @@ def rank_groups(
         kept: Has the layers that an interrupted run of the same call has ranked; the model still runs through them.
         engine: Ranks branches, of several layers side by side where it is a cluster. One that is on a GPU, or so wide
             that threads share it, is ranked here by whoever runs the model.
+        recompute: Run layers again in backward passes instead of keeping their activations.
         progress: Called after every batch of the backward passes and after every layer.
 
     Raises:
+        UsageError: Layers are to be run again, and cannot.
         CompressError: There are fewer windows than one batch, or activations or gradients are not finite; names the
             linear.
     """
@@ -142,7 +155,8 @@ def rank_groups(
     if kept.has("gradients"):
         gradients.load_state_dict(kept.get("gradients"), device)
     else:
-        gradients.gather(model, batches, loss, progress)
+        with recomputing(model) if recompute else nullcontext():
+            gradients.gather(model, batches, loss, progress)
         kept.put("gradients", gradients.state_dict())
     walk = LayerWalk(plain_model(model), arch, ids_NS, batch=batch)
     tokens = len(ids_NS) // batch * batch * ids_NS.shape[1]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from compress.__main__ import app
 from compress.adapters.attach import attach_lora
 from compress.adapters.loss import TokenLoss
+from compress.benchmarks.importance import LiveTensors
 from compress.benchmarks.model_shapes import CONFIGS
 from compress.errors import UsageError
 from compress.evaluate.training_memory import (
@@ -28,6 +29,7 @@ from compress.evaluate.training_memory import (
 from compress.machine import capacity
 from compress.model.checkpoint import checkpoint_architecture
 from compress.model.planned import headers_of
+from compress.model.recompute import recomputing
 from compress.pipelines import plan as plan_module
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
@@ -188,6 +190,49 @@ def test_activations_of_a_frozen_model_are_what_autograd_keeps(dtype: torch.dtyp
     arch = model_architecture(_llama(8, torch.float32))
     layer = 2 * 64 * frozen_activation_bytes(arch.at(0), itemsize=dtype.itemsize)
     assert kept[1] - kept[0] == pytest.approx(layer, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_layers_that_run_again_hold_what_is_counted(dtype: torch.dtype, dropout: float) -> None:
+    """Live tensors at the peak of both passes: one more layer adds its input, and nothing is held beyond the count."""
+    peaks = {layers: _peak(layers, dtype, dropout) for layers in (7, 8)}
+    tokens, itemsize = 2 * 64, dtype.itemsize
+    assert peaks[8] - peaks[7] == pytest.approx(tokens * itemsize * 96, rel=0.1)
+    counted = {
+        recompute: training_memory(
+            model_architecture(_llama(8, torch.float32)),
+            0,
+            quantized=False,
+            rank=4,
+            batch=2,
+            sequence=64,
+            head_adapter=False,
+            dropout=dropout > 0,
+            itemsize=itemsize,
+            recompute=recompute,
+        )
+        for recompute in (False, True)
+    }
+    again = counted[True]
+    assert again.activations < 0.25 * counted[False].activations
+    # logits and a layer are counted together, and are there one after the other
+    assert 0.7 < peaks[8] / (again.activations + again.workspace) < 1
+
+
+def _peak(layers: int, dtype: torch.dtype, dropout: float) -> int:
+    model = _llama(layers, dtype)
+    adapted = attach_lora(model, model_architecture(model), rank=4, dropout=dropout).train()
+    ids = torch.randint(0, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+    loss, narrow = TokenLoss(adapted), dtype == torch.bfloat16
+    loss.separable(ids[:1, :8])
+    account = LiveTensors()
+    account.ignore(adapted)
+    with account, recomputing(adapted), disable_input_dtype_casting(adapted, active=narrow):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            total = loss(ids, ids)
+        total.backward()
+    return account.peak
 
 
 def _saved_frozen(layers: int, dtype: torch.dtype) -> int:

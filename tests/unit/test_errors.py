@@ -108,7 +108,7 @@ def test_memory_of_a_device_that_runs_out_is_said_to(monkeypatch: pytest.MonkeyP
     assert found.cause == (
         "train ran out of memory on cuda:1, which has 85.1 GB in all, and 2.7 GB more were asked for at once."
     )
-    for way in ("--micro-batch 1", "compress quantize first", "--device cpu", "compress plan"):
+    for way in ("--recompute", "--micro-batch 1", "compress quantize first", "--device cpu", "compress plan"):
         assert way in found.remedy
     late = refused(monkeypatch, "eval", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"))
     assert late.cause.startswith("eval ran out of memory on the GPU")

@@ -13,12 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from compress.adapters.align import release_weights
 from compress.adapters.fit_config import window_order
 from compress.adapters.ranks import Broken, Ranks
-from compress.adapters.sharded import part_of, whole
+from compress.adapters.sharded import part_of, shard, whole
 from compress.adapters.train import fit
 from compress.errors import CompressError
 from compress.pipelines.launch import NEEDED
+from tests.tiny import tiny_model
 from tests.unit.adapters.test_train import CONFIG, adapted, windows
 
 
@@ -64,6 +66,30 @@ def skipped(ranks: Ranks) -> None:
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(bool(value.isfinite().all()) for value in found.values())
     same_everywhere(ranks, found)
+
+
+def recomputed(ranks: Ranks) -> None:
+    """Layers run again in every rank's backward passes, of whole weights and of cut ones; nothing else differs."""
+    for sharded in (False, True):
+        found = []
+        for recompute in (False, True):
+            model = tiny_model("llama_gqa") if sharded else adapted(dropout=0.2)
+            seen: list[bool] = []
+            name = "model.layers.0.mlp" if sharded else "base_model.model.model.layers.0.mlp"
+            model.get_submodule(name).register_forward_pre_hook(lambda *_, seen=seen: seen.append(True))
+            if sharded:
+                release_weights(model)
+                shard(model, ranks)
+            config = replace(CONFIG, steps=3, recompute=recompute)
+            result = fit(model, windows(), config, ranks=ranks, sharded=sharded)
+            values = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+            here = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in values.items()}
+            found.append((result.losses, here, len(seen)))
+        (losses, parameters, once), (others, again, twice) = found
+        assert losses == others
+        assert all(torch.equal(parameters[name], again[name]) for name in parameters)
+        passes = once - 2  # both of what looks for the head
+        assert twice == once + passes > once
 
 
 def same_everywhere(ranks: Ranks, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from compress.model.load import load_model
 from compress.pipelines.disk import align_disk
 from compress.pipelines.footprint import align_footprint
 from compress.pipelines.model_input import ModelInput
-from compress.pipelines.phase import Footprint, Ground
+from compress.pipelines.phase import AGAIN, Footprint, Ground
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.settings import AlignSettings, resolve
 
@@ -68,6 +68,18 @@ def test_the_optimizer_holds_what_is_counted(optimizer: str, tied: bool, tmp_pat
     backward = next(phase for phase in phases if phase.name == "backward")
     assert backward.device["optimizer"] == sum(held.values())
     assert backward.device["gradients"] == sum(p.grad.nbytes for p in trained.values() if p.grad is not None)
+
+
+def test_layers_that_run_again_keep_float32_inputs(tmp_path: Path) -> None:
+    model = model_of(tmp_path / "model", tied=False)
+    plain, again = (counted(model, recompute=recompute) for recompute in (False, True))
+    before = next(phase for phase in plain.phases if phase.name == "backward").device
+    after = next(phase for phase in again.phases if phase.name == f"backward{AGAIN}").device
+    tokens = 4 * 128
+    layers = 2
+    assert after["activations"] == before["activations"] / layers + tokens * layers * 4 * 512
+    assert after["activations"] < 0.7 * before["activations"]
+    assert {**before, "activations": 0.0} == {**after, "activations": 0.0}
 
 
 def test_galore_needs_less_where_it_is_advised(tmp_path: Path) -> None:

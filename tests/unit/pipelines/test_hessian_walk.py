@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from compress.pipelines.model_input import ModelInput
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common, QuantizeSettings, resolve
 from compress.pipelines.stage import Context
+from compress.pipelines.way import Way
 from compress.pipelines.workspace import Workspace
 from tests.tiny import tiny_checkpoint
 
@@ -123,6 +124,32 @@ def test_less_text_than_was_asked_for_is_refused_with_what_there_is(
     settings = resolve(QuantizeSettings, {"calibration_tokens": given + length(model)}, "quick")
     with pytest.raises(CompressError, match=f"asks for {settings.calibration_tokens}"):
         sensitivities(context(tmp_path, short), model, settings, str(short), "cpu", torch.float32)
+
+
+def test_sensitivities_are_those_of_kept_activations_and_their_layers_run_again(
+    model: ModelInput, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = resolve(QuantizeSettings, {"calibration_tokens": 4 * length(model)}, "quick")
+    seen: list[bool] = []
+
+    class Watched(Way):
+        def open(self, path: Path, **given: Any) -> Any:
+            network = super().open(path, **given)
+            mlp = network.model.layers[1].mlp
+            mlp.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+            return network
+
+    def found() -> dict[str, Tensor]:
+        own = context(tmp_path, text)
+        return sensitivities(own, model, settings, str(text), "cpu", torch.float32, Watched())[0]
+
+    again, passes = found(), sum(seen)
+    seen.clear()
+    monkeypatch.setattr(hessian_walk, "recomputing", lambda *_, **__: nullcontext())
+    kept = found()
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    assert passes == 2 * sum(seen) > 0
 
 
 def test_conversations_are_read_without_padding(model: ModelInput, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from compress.pipelines.dispatch import run_verb
 from compress.pipelines.footprint import eval_footprint
 from compress.pipelines.model_input import ModelInput
 from compress.pipelines.operations import Work, eval_work, forward
-from compress.pipelines.phase import Footprint, Ground, Phase
+from compress.pipelines.phase import AGAIN, Footprint, Ground, Phase
 from compress.pipelines.plan import planned_chain
 from compress.pipelines.plan_models import PlannedModel, quantized
 from compress.pipelines.plan_verdict import PROCESS, RETAINED, Limits, verdict
@@ -86,6 +86,13 @@ def planned(model: Path, **given: Any) -> dict[str, Any]:
 def row(plan: Mapping[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = next(each for each in plan["sizes"] if each["name"] == name)
     return found
+
+
+def pruned_architecture(folder: Path, plan: Mapping[str, Any]) -> Any:
+    """That of the small model of a plan, whose layers are alike."""
+    arch, shape = checkpoint_architecture(Checkpoint(folder)), plan["rounding"]["shape"]
+    heads = shape["kv_heads"] * shape["queries"]
+    return replace(arch, heads=heads, kv_heads=shape["kv_heads"], channels=shape["channels"])
 
 
 def model_of(folder: Path) -> PlannedModel:
@@ -370,6 +377,28 @@ def test_operations_of_a_forward_pass_are_counted_by_torch(tiny: Path) -> None:
     assert forward(arch, 3 * length, length) + square == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_recomputation_is_planned_wherever_is_trained(tiny: Path) -> None:
+    """Less memory, and operations of a forward pass of the layers more for every token of a backward pass."""
+    asked = {"ratio": 0.4, "align": True, "loram": True, "ratios": "0.5", "skip_first": 0, "skip_last": 0}
+    plain, again = (planned(tiny, **asked, recompute=recompute) for recompute in (False, True))
+    assert [again["settings"][verb]["recompute"] for verb in ("prune", "align", "train")] == [True] * 3
+    stages = {stage["verb"]: stage for stage in again["stages"]}
+    for before in plain["stages"]:
+        after = stages[before["verb"]]
+        assert after["process_bytes"] <= before["process_bytes"]
+        more = after["operations"]["products"] - before["operations"]["products"]
+        assert (more > 0) is (before["verb"] in ("prune", "align", "train"))
+    trained = again["settings"]["train"]
+    tokens = trained["steps"] * trained["micro_batch"] * trained["accumulation"] * trained["sequence"]
+    small = pruned_architecture(tiny, again)
+    before = next(stage for stage in plain["stages"] if stage["verb"] == "train")
+    more = stages["train"]["operations"]["products"] - before["operations"]["products"]
+    assert more == pytest.approx(forward(small, tokens, trained["sequence"], head=False))
+    for left, right in zip(plain["rows"], again["rows"], strict=True):
+        for label, parts in left["training"].items():
+            assert right["training"][label]["activations"] < parts["activations"]
+
+
 def test_a_verdict_names_the_limit_and_what_to_change() -> None:
     stage = Footprint(
         verb="train",
@@ -389,6 +418,11 @@ def test_a_verdict_names_the_limit_and_what_to_change() -> None:
     assert host["needs"] == 5e9 + 2 * PROCESS  # the second process; pages are given back
     assert (disk["needs"], apart["limit"], apart["fits"]) == (2e9, "device memory", False)
     assert "--micro-batch" in apart["change"]
+    assert apart["change"].startswith("--recompute")
+    given = replace(stage, phases=(replace(stage.phases[1], name=f"train{AGAIN}"),))
+    again = verdict(given, work, Limits(device=int(12e9), host=int(64e9), disk=int(1e12)), speed)
+    assert "--recompute" not in again["change"]  # it is on
+    assert again["change"] in apart["change"]
     assert apart["at_least_seconds"] == pytest.approx(3 + 2 + 2)
     together = verdict(stage, work, Limits(device=None, host=int(64e9), disk=int(1e9)), None)
     host, disk = together["resources"]

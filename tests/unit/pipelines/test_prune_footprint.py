@@ -11,7 +11,7 @@ import torch
 from compress.model.layout import expected_shapes
 from compress.model.planned import PlannedCheckpoint
 from compress.pipelines.model_input import ModelInput
-from compress.pipelines.phase import Footprint, Ground, Phase
+from compress.pipelines.phase import AGAIN, Footprint, Ground, Phase
 from compress.pipelines.plan_models import PlannedModel
 from compress.pipelines.prune_footprint import prune_footprint, size_after
 from compress.pipelines.settings import PruneSettings, resolve
@@ -59,6 +59,43 @@ def phase(footprint: Footprint, name: str) -> Phase:
 
 def peak(footprint: Footprint) -> float:
     return max(sum(each.device.values()) + sum(each.host.values()) for each in footprint.phases)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"criterion": "taylor"}, "score"),
+        ({"criterion": "lora"}, "score and mask"),
+        ({"criterion": "wanda", "repair": "lora"}, "score and mask"),
+        ({"criterion": "obs"}, "output gradients"),
+        ({"criterion": "wanda", "shape": "allocated"}, "gradients of costs"),
+        ({"criterion": "wanda", "repair_steps": 4}, "repair"),
+    ],
+)
+def test_layers_that_run_again_keep_their_inputs_alone(given: dict[str, Any], name: str) -> None:
+    """A layer less for each of the others; nothing else is counted otherwise."""
+    plain, again = count(**given), count(**given, recompute=True)
+    before, after = phase(plain, name), phase(again, f"{name}{AGAIN}")
+    kept, left = before.device["activations"], after.device["activations"]
+    micro = resolve(PruneSettings, NONE | given, "quick")
+    tokens = {"score": 4 * 512, "output gradients": 512, "gradients of costs": 512}.get(
+        name, micro.micro_batch * micro.sequence
+    )
+    ends = tokens * 12 * HIDDEN if name in ("score and mask", "repair") else 0
+    assert left - ends == pytest.approx((kept - ends) / LAYERS + tokens * LAYERS * 2 * HIDDEN)
+    assert {k: v for k, v in before.device.items() if k != "activations"} == {
+        k: v for k, v in after.device.items() if k != "activations"
+    }
+    rest = [
+        [each for each in found.phases if each is not own] for found, own in ((plain, before), (again, after))
+    ]
+    assert rest[0] == rest[1]
+
+
+def test_a_streamed_model_is_counted_the_same_with_and_without() -> None:
+    plain, again = (count(STREAMED, recompute=recompute) for recompute in (False, True))
+    before, after = phase(plain, "output gradients"), phase(again, f"output gradients{AGAIN}")
+    assert before.device == after.device
 
 
 @pytest.mark.parametrize("ground", [WHOLE, STREAMED])

@@ -19,8 +19,8 @@ from compress.evaluate.memory import PeakMemory, resident_now
 from compress.evaluate.memory_timeline import MemoryTimeline
 from compress.pipelines.identity import FORMATS, TEXT
 from compress.pipelines.reporter import Reporter
-from compress.pipelines.settings import Common
-from compress.pipelines.stage import Context, Outcome, run_stage
+from compress.pipelines.settings import AlignSettings, Common, PruneSettings, TrainSettings, resolve
+from compress.pipelines.stage import Context, Outcome, aside_dict, run_stage, settings_dict
 from compress.pipelines.workspace import Workspace
 
 MODEL = {"name": "m", "path": "/nowhere", "fingerprint": "f0"}
@@ -37,7 +37,7 @@ class Chain:
     def make(self, verb: str, *, fail: BaseException | None = None, **changes: Any) -> Outcome:
         """Run ``verb`` with the setting ``v``; ``fail`` is raised after the setting's file was written."""
         v, write = changes.pop("v", 0), changes.pop("write", True)
-        text = changes.pop("text", None)
+        text, aside = changes.pop("text", None), changes.pop("aside", {})
         inputs = {"model": "f0"} | ({} if text is None else {TEXT: text})
         workspace = Workspace(self.root)
         common = dataclasses.replace(Common(run=self.root, effort="quick"), **changes)
@@ -58,10 +58,10 @@ class Chain:
             return {"v": v}
 
         if common.dry_run:
-            return run_stage(context, verb, config={"v": v}, inputs=inputs, work=work)
+            return run_stage(context, verb, config={"v": v}, inputs=inputs, work=work, aside=aside)
         with workspace.locked():
             workspace.set_model(MODEL)
-            return run_stage(context, verb, config={"v": v}, inputs=inputs, work=work)
+            return run_stage(context, verb, config={"v": v}, inputs=inputs, work=work, aside=aside)
 
     @property
     def names(self) -> list[str]:
@@ -194,6 +194,29 @@ def test_an_interrupted_stage_goes_on(chain: Chain) -> None:
     chain.make("quantize")
     assert (chain.root / "02-quantize" / "artifact").read_text() == "0;0;"
     assert not (chain.root / "02-quantize" / "half-written").exists()
+
+
+def test_what_decides_no_result_is_recorded_and_makes_no_other_stage(chain: Chain) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        chain.make("train", fail=KeyboardInterrupt(), aside={"recompute": False})
+    made = chain.make("train", aside={"recompute": True})
+    assert made.stage is not None
+    assert (chain.root / "01-train" / "artifact").read_text() == "0;0;"  # it went on
+    record = json.loads((chain.root / "01-train" / "stage.json").read_text())
+    assert (record["config"], record["aside"]) == ({"v": 0}, {"recompute": True})
+    again = chain.make("train", aside={"recompute": False})
+    assert not again.fresh
+    assert chain.worked == ["train", "train"]
+    planned = chain.make("quantize", dry_run=True, aside={"recompute": True})
+    assert planned.summary() == {"verb": "quantize", "config": {"v": 0, "recompute": True}}
+
+
+def test_recomputation_is_set_aside() -> None:
+    for kind in (PruneSettings, AlignSettings, TrainSettings):
+        given = [resolve(kind, {"recompute": recompute}, "quick") for recompute in (False, True)]
+        assert settings_dict(given[0]) == settings_dict(given[1])
+        assert "steps" in settings_dict(given[0])
+        assert [aside_dict(each) for each in given] == [{"recompute": False}, {"recompute": True}]
 
 
 def test_a_text_of_other_content_is_another_request(chain: Chain) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from compress.pipelines.settings import Common, TrainSettings, resolve
@@ -14,3 +16,5 @@ def test_training_computes_in_the_dtype_that_was_asked_for(dtype: str, precision
     settings = resolve(TrainSettings, {"steps": 7}, "quick")
     config = fit_config(settings, Common(dtype=dtype, seed=3))
     assert (config.precision, config.seed, config.steps) == (precision, 3, 7)
+    assert not config.recompute
+    assert fit_config(replace(settings, recompute=True), Common(dtype=dtype)).recompute
