@@ -103,6 +103,7 @@ def align(context: Context, settings: AlignSettings) -> Outcome:
         align_count(model, full if settings.loss != "text" else None, settings),
         source=source,
         streams=False,
+        recompute=settings.recompute,
     )
 
     def work(folder: Path) -> Mapping[str, Any]:

@@ -85,9 +85,11 @@ def host_peak(
 
     Beside a device of its own a phase holds its host terms and models on their way. Where the host computes, a process
     keeps what it has freed: its peak is what the largest phase holds for good, and `RETAINED` times the temporaries
-    of the phase that has most. With ``returned`` the C library gives back what is freed, as it is told to where memory
-    is short (`compress.pipelines.way`). A second process holds what it holds, and its own libraries.
+    of the phase that has most. With ``returned``, or where layers run again, the C library gives back what is freed, as
+    it is told to where memory is short (`compress.pipelines.ways`). A second process holds what it holds, and its own
+    libraries.
     """
+    returned = returned or any(phase.name.endswith(AGAIN) for phase in footprint.phases)
     if separate:
         kept = 0.0
         own = {id(phase): PROCESS + phase.staging + sum(phase.host.values()) for phase in footprint.phases}

@@ -95,7 +95,14 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
         device=device,
         dtype=dtype,
         way=choose_way(
-            context, "prune", model, device, dtype, prune_count(model, goal, settings), source=source
+            context,
+            "prune",
+            model,
+            device,
+            dtype,
+            prune_count(model, goal, settings),
+            source=source,
+            recompute=settings.recompute,
         ),
     )
     config = settings_dict(settings) | {

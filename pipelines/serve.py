@@ -31,6 +31,7 @@ from compress.pipelines.launch import POLL, Launch
 from compress.pipelines.prune_find import scored_adapter
 from compress.pipelines.prune_repair import repair_to_train
 from compress.pipelines.train import adapter_to_train
+from compress.pipelines.ways import give_memory_back
 from compress.stopping import Stop, Stopped
 
 MEETING = ("align",)
@@ -141,6 +142,8 @@ def _take_part(launch: Launch, note: Mapping[str, Any]) -> None:
     ranks = launch.ranks(note["device"])
     job = JOBS[note["kind"]](ranks, note["device"], note["what"])
     said = ranks.value(None)
+    if said["config"]["recompute"]:
+        give_memory_back()
     given = [Windows(**ranks.tensors(None), protocol={}) for _ in range(1 + bool(said["validated"]))]
     fit(
         job.model,

@@ -90,7 +90,16 @@ def train(context: Context, settings: TrainSettings) -> Outcome:
         "dtype": str(dtype).removeprefix("torch."),
     }
 
-    way = choose_way(context, "train", model, device, dtype, train_count(model, settings), source=source)
+    way = choose_way(
+        context,
+        "train",
+        model,
+        device,
+        dtype,
+        train_count(model, settings),
+        source=source,
+        recompute=settings.recompute,
+    )
 
     def work(folder: Path) -> Mapping[str, Any]:
         windows = training_windows(context, model.path, source, settings)

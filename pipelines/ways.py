@@ -85,6 +85,7 @@ def choose_way(
     source: str | None = None,
     streams: bool = True,
     workers: int = 1,
+    recompute: bool = False,
 ) -> Way:
     """How ``verb`` opens models: whole where that fits into ``--memory-limit``, else layer by layer.
 
@@ -100,6 +101,8 @@ def choose_way(
         source: Text source; a model that writes its own text has to be in memory whole.
         streams: Whether the stage can open models layer by layer.
         workers: Matrices that could be worked on at once.
+        recompute: Layers run again in backward passes: what each frees has to go back to the system, which would
+            otherwise hold most of what was saved.
 
     Raises:
         UsageError: The limit is no memory size.
@@ -131,7 +134,7 @@ def choose_way(
         context.reporter.say(
             f"{verb}: models are read layer by layer; counted peak {human_bytes(found.needs)}."
         )
-    if way.streamed or limit is not None:
+    if way.streamed or limit is not None or recompute:
         give_memory_back()
     return way
 

@@ -111,7 +111,7 @@ Recompute = Annotated[
     typer.Option(
         "--recompute",
         help="Gradient checkpointing: run decoder layers again in the backward pass instead of keeping their "
-        "activations. Far less memory, about a third more time, the same result.",
+        "activations. Far less memory, a third to a half more time, the same result.",
         rich_help_panel=TRAINING,
     ),
 ]

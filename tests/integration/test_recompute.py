@@ -111,7 +111,11 @@ def _settled(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("loss", ["text", "both"])
-def test_alignment_and_an_adapter_are_the_same(loss: str, place: Place, again: list[bool]) -> None:
+def test_alignment_and_an_adapter_are_the_same(
+    loss: str, place: Place, again: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("compress.pipelines.ways.give_memory_back", lambda: told.append("back"))
     for name, more in (("plain", ()), ("again", ("--recompute",))):
         run("prune", place.common(name), ratio=0.4, criterion="magnitude", **BARE)
         for words in (("align", "--loss", loss), ("train", "--rank", "4", "--dropout", "0.2")):
@@ -119,6 +123,7 @@ def test_alignment_and_an_adapter_are_the_same(loss: str, place: Place, again: l
             assert ran.code == 0, ran.err
             assert bool(again) is bool(more)
             again.clear()
+    assert len(told) == 2  # the C library would keep what is freed
     for stage in ("02-align", "03-train"):
         assert files(place.folder / "again" / stage) == files(place.folder / "plain" / stage)
         assert place.record(f"again/{stage}")["aside"] == {"recompute": True}

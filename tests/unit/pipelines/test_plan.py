@@ -423,6 +423,8 @@ def test_a_verdict_names_the_limit_and_what_to_change() -> None:
     again = verdict(given, work, Limits(device=int(12e9), host=int(64e9), disk=int(1e12)), speed)
     assert "--recompute" not in again["change"]  # it is on
     assert again["change"] in apart["change"]
+    alone = verdict(given, work, Limits(device=None, host=int(64e9), disk=int(1e12)), None)
+    assert alone["resources"][0]["needs"] == 4e9 + 9e9 + 1e9 + PROCESS  # what is freed goes back
     assert apart["at_least_seconds"] == pytest.approx(3 + 2 + 2)
     together = verdict(stage, work, Limits(device=None, host=int(64e9), disk=int(1e9)), None)
     host, disk = together["resources"]
