@@ -32,7 +32,7 @@ from compress.pipelines.prune_bias import bias_additions, unrepaired
 from compress.pipelines.prune_find import find_structure
 from compress.pipelines.prune_goal import (
     Goal,
-    default_multiple,
+    channel_multiple,
     goal_of,
     parse_options,
     parse_targets,
@@ -79,7 +79,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     model = current(context, "prune")
     require_dense(model.checkpoint, allow_lq=False)
     check_length(model.path, settings.sequence)
-    multiple = settings.multiple or default_multiple(model.architecture.channels)
+    multiple = channel_multiple(settings, model.architecture.channels)
     goal = goal_of(model, settings, targets, multiple)
     device, dtype = device_and_dtype(context.common)
     require_processors(context.common, device)

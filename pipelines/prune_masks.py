@@ -182,6 +182,11 @@ def check_settings(settings: PruneSettings) -> None:
             f"--criterion-options are about the scores of groups, and --shape {settings.shape} scores single weights.",
             "Leave them out.",
         )
+    if settings.ratio_of == "parts":
+        raise UsageError(
+            f"--ratio-of parts counts heads and channels, and --shape {settings.shape} drops single weights.",
+            "Give --ratio-of model or layers.",
+        )
     if settings.shape == "semi" and settings.ratio is not None:
         raise UsageError("With --shape semi the pattern decides how much goes.", "Leave out --ratio.")
 
