@@ -15,7 +15,7 @@ from compress.adapters.recover import recover_adapter
 from compress.errors import CompressError, UsageError
 from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
-from compress.model.checkpoint import Checkpoint, require_dense
+from compress.model.checkpoint import require_dense
 from compress.pipelines.identity import digest
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import (
@@ -27,6 +27,7 @@ from compress.pipelines.model_input import (
     open_model,
     original,
 )
+from compress.pipelines.recover_base import trained_on
 from compress.pipelines.reopen import TOLERANCE, check_ids, check_reopens, logits_error, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
@@ -64,8 +65,6 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 return training
         check_stage(context, trained)
         adapter, identity = trained.path, trained.id
-    stage = context.workspace.model_before("recover" if settings.adapter is not None else "train")
-    small = start.checkpoint if stage is None else Checkpoint(stage.path)
     name = base_name(context) if settings.onto is None else HUB_NAME.get(settings.onto, settings.onto)
 
     device, _ = device_and_dtype(context.common)
@@ -79,6 +78,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
+        small = trained_on(context, start, adapter, structure, ours=settings.adapter is None)
         with context.reporter.bar("recover") as progress:
             recovered = recover_adapter(
                 adapter,

@@ -161,6 +161,13 @@ def carried_over(
     return found
 
 
+def whole_tensors(small: AdapterFile) -> tuple[str, ...]:
+    """Names, in the model, of the tensors that an adapter carries whole or by rows: biases, norms, embeddings."""
+    owners = {owner(name) for name in small.names}
+    kinds = {"weight": "weight", "bias": "bias", TRAINED_TOKENS: "weight"}
+    return tuple(sorted({f"{module}.{kinds[kind]}" for module, kind in owners if kind in kinds}))
+
+
 def _refuse_cut(module: str, kind: str) -> None:
     what, why = "trained base tensor", "its pruned part was never trained"
     if kind == "lora_magnitude_vector":
