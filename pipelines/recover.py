@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from compress.adapters.adapter_file import AdapterFile
 from compress.adapters.merge import merge_adapter
+from compress.adapters.recompressed import truncation_error
 from compress.adapters.recover import recover_adapter
 from compress.errors import CompressError, UsageError
 from compress.model.base_record import FILE_NAME as BASE
@@ -102,11 +104,15 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 merge_adapter(full.checkpoint, folder, folder / "merged", device=device, progress=progress)
             metrics["merged"] = "merged"
             metrics |= _proved(folder / "merged", full, context.common.seed, way)
+        metrics["shorter"] = None
+        if settings.compress_rank is None and recovered.differences:
+            metrics["shorter"] = _shorter(adapter, device)
         return metrics | {
             "onto": name,
             "adapter": adapter.name,
             "modules": recovered.modules,
             "rank": recovered.max_rank,
+            "uncut_rank": recovered.uncut_rank,
             "differences": recovered.differences,
             "adapter_parameters": recovered.parameters,
             "delta_norm": recovered.delta_norm,
@@ -134,6 +140,8 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 "recover: nothing says which small model this adapter was trained on. Its shapes fit this one; that it "
                 "belongs to it is taken on trust."
             )
+        for line in _about_rank(metrics, settings.compress_rank):
+            context.reporter.say(line)
         context.reporter.table(
             "recover",
             ("", "value"),
@@ -144,6 +152,28 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             ],
         )
     return outcome
+
+
+def _shorter(adapter: Path, device: str) -> dict[str, Any]:
+    """The rank an adapter was trained with, and what ``--compress-rank`` would lose of its difference to its start."""
+    with AdapterFile(adapter) as small:
+        rank = max(small.scaling(module).rank for module in small.modules)
+        return {"rank": rank, "truncation_error": truncation_error(small, rank, device)}
+
+
+def _about_rank(metrics: Mapping[str, Any], asked: int | None) -> Iterator[str]:
+    """What is to be said of the rank of a recovered adapter."""
+    if shorter := metrics["shorter"]:
+        yield (
+            f"recover: the adapter has ranks up to {metrics['rank']}, as its start was subtracted. --compress-rank "
+            f"{shorter['rank']} brings it back to the rank it was trained with, at a relative truncation error of "
+            f"{shorter['truncation_error']:.1e}."
+        )
+    if asked is not None and metrics["uncut_rank"] <= asked:
+        yield (
+            f"recover: nothing was cut: no module has a rank above {metrics['uncut_rank']}, and --compress-rank "
+            f"is {asked}."
+        )
 
 
 def _proved(merged: Path, full: ModelInput, seed: int, way: Way) -> dict[str, float]:
