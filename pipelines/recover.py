@@ -33,7 +33,7 @@ from compress.pipelines.recover_base import trained_on
 from compress.pipelines.reopen import TOLERANCE, check_ids, check_reopens, logits_error, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
-from compress.pipelines.small_files import check_base, is_small
+from compress.pipelines.small_files import check_base, is_small, write_base_of
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.train import train
 from compress.pipelines.way import Way
@@ -94,6 +94,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 device=device,
                 progress=progress,
             )
+        write_base_of(full, name, folder)
         network = PeftModel.from_pretrained(way.open(full.path, dtype="float32"), folder).eval()
         record_logits(network, check_ids(full.architecture.vocab, context.common.seed), folder)
         del network
