@@ -13,6 +13,7 @@ from compress.adapters.attach import load_adapter
 from compress.errors import UsageError, choose
 from compress.model.load import load_model
 from compress.pipelines.model_input import open_model, original
+from compress.pipelines.small_files import require_base
 from compress.pipelines.stage import Context
 from compress.pipelines.workspace import Stage, Workspace
 
@@ -87,7 +88,7 @@ def located(context: Context, names: Sequence[str]) -> list[ChainModel]:
     """Where the named models lie; the original is looked for only when one of them needs it.
 
     Raises:
-        CompressError: The original model is needed and is not there, or has changed.
+        CompressError: The original model is needed and is not there, or has changed; so of the one recovered onto.
     """
     return [_located(context, name) for name in names]
 
@@ -103,6 +104,7 @@ def _located(context: Context, name: str) -> ChainModel:
     if name == "recovered":
         onto = stage.record["config"].get("onto")
         full = original(context) if onto is None else open_model(context, str(onto))
+        require_base(stage.path, full.path, full.checkpoint)
         return ChainModel(name=name, model=full.path, adapter=stage.path)
     return ChainModel(name=name, model=stage.path, adapter=None)
 

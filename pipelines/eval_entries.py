@@ -19,6 +19,7 @@ from compress.pipelines.identity import digest
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import HUB_NAME, ModelInput, check_stage, open_model
 from compress.pipelines.reporter import Reporter
+from compress.pipelines.small_files import require_base
 from compress.pipelines.stage import Context
 from compress.pipelines.verify_model import weights_of
 from compress.pipelines.workspace import MEASUREMENTS, Workspace
@@ -70,6 +71,7 @@ def chain_entries(context: Context, full: ModelInput) -> list[Entry]:
         elif stage.verb == "recover":
             onto = stage.record["config"].get("onto")
             whole = full if onto is None else open_model(context, str(onto))
+            require_base(stage.path, whole.path, whole.checkpoint)
             entries.append(
                 Entry(
                     name="full + recovered",
@@ -121,6 +123,8 @@ def named_entry(reporter: Reporter, name: str, *, dry: bool = False) -> Entry:
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         adapter, path = path, adapter_base(reporter, path, dry=dry)
     checkpoint = headers_of(str(path))[0] if dry else Checkpoint(path)
+    if adapter is not None:
+        require_base(adapter, path, checkpoint)
     files = {} if adapter is None else describe_files(adapter)
     given = Path(name).expanduser()
     here = not isinstance(checkpoint, PlannedCheckpoint)

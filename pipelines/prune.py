@@ -33,7 +33,7 @@ from compress.pipelines.prune_bias import bias_additions, unrepaired
 from compress.pipelines.prune_find import find_structure
 from compress.pipelines.prune_goal import (
     Goal,
-    default_multiple,
+    channel_multiple,
     goal_of,
     parse_options,
     parse_targets,
@@ -82,7 +82,7 @@ def prune(context: Context, settings: PruneSettings) -> Outcome:
     check_length(model.path, settings.sequence)
     if settings.recompute:
         require_recompute(model.checkpoint.config)
-    multiple = settings.multiple or default_multiple(model.architecture.channels)
+    multiple = channel_multiple(settings, model.architecture.channels)
     goal = goal_of(model, settings, targets, multiple)
     device, dtype = device_and_dtype(context.common)
     require_processors(context.common, device)

@@ -224,15 +224,20 @@ def requested_goal(
     """The goal that the options name: ``--ratio``, ``--params`` or ``--size``; a half without any. Not checked yet.
 
     Raises:
-        UsageError: A size that cannot be read.
+        UsageError: A size that cannot be read, or a convention of the ratio that the shape does not have.
         CompressError: A size that cannot be reached; names the range.
     """
     arch, checkpoint = model.architecture, model.checkpoint
     biases = added_parameters(model, settings, targets)
-    sized = settings.params is not None or settings.size is not None
-    if sized and settings.shape == "local" and settings.ratio_of == "layers":
+    if settings.ratio_of == "parts" and settings.shape != "local":
         raise UsageError(
-            "--params and --size are about the whole model, --ratio-of layers about each pruned layer.",
+            f"--ratio-of parts rounds heads and channels of each pruned layer, and --shape {settings.shape} does not.",
+            "Give --shape local, or another --ratio-of.",
+        )
+    sized = settings.params is not None or settings.size is not None
+    if sized and settings.shape == "local" and settings.ratio_of != "model":
+        raise UsageError(
+            f"--params and --size are about the whole model, --ratio-of {settings.ratio_of} about each pruned layer.",
             "Give --ratio-of model, or --ratio.",
         )
     ratio = settings.ratio if settings.ratio is not None else DEFAULT_RATIO
@@ -293,6 +298,13 @@ def default_multiple(channels: int) -> int:
     return (
         128 if channels >= 8192 else next(m for m in (64, 32, 16, 8, 4, 2, 1) if m == 1 or channels >= 8 * m)
     )
+
+
+def channel_multiple(settings: PruneSettings, channels: int) -> int:
+    """The multiple that is asked for, or the default one: 1 for a ratio of the parts, as in the paper's tables."""
+    if settings.multiple is not None:
+        return settings.multiple
+    return 1 if settings.ratio_of == "parts" else default_multiple(channels)
 
 
 def parse_options(text: str) -> dict[str, Any]:

@@ -187,6 +187,11 @@ def check_settings(settings: PruneSettings) -> None:
             f"--recompute is about backward passes, which --shape {settings.shape} does without.",
             "Leave it out.",
         )
+    if settings.ratio_of == "parts":
+        raise UsageError(
+            f"--ratio-of parts counts heads and channels, and --shape {settings.shape} drops single weights.",
+            "Give --ratio-of model or layers.",
+        )
     if settings.shape == "semi" and settings.ratio is not None:
         raise UsageError("With --shape semi the pattern decides how much goes.", "Leave out --ratio.")
 

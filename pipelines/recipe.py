@@ -17,15 +17,25 @@ from compress.pipelines.stage import Context, settings_dict, show_plan
 
 FOLDER = Path(__file__).parent / "recipes"
 SHARED_KEYS = ("model", "data", "effort", "seed", "dtype", "device")
+READERS = ("prune", "align", "quantize", "train", "eval")
+"""Steps that read text, which may have a ``data`` of their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Shared options and the steps, in order."""
+    """Shared options and the steps, in order.
+
+    Attributes:
+        name: The file's, without its ending.
+        shared: Options of all steps.
+        steps: Verbs with their settings.
+        texts: Verb -> its own text source, of those that name one.
+    """
 
     name: str
     shared: Mapping[str, Any]
     steps: Sequence[tuple[str, Mapping[str, Any]]]
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def shipped() -> list[str]:
@@ -37,7 +47,8 @@ def read_recipe(name: str) -> Recipe:
     """Read and check a recipe: a file, or the name of a shipped one.
 
     The file is a mapping with shared options (``model``, ``data``, ``effort``, ``seed``, ``dtype``,
-    ``device``) and ``steps``, a list whose items are a verb or a mapping from one verb to its settings.
+    ``device``) and ``steps``, a list whose items are a verb or a mapping from one verb to its settings. A step that
+    reads text may have a ``data`` of its own beside its settings.
 
     Raises:
         UsageError: No such recipe, not a mapping, an unknown verb, a verb twice, an unknown setting, or a value
@@ -77,7 +88,9 @@ def read_recipe(name: str) -> Recipe:
         raise UsageError(f"{name} has no list of steps.", "Write 'steps:' with one verb per item.")
     for key in data:
         check_name(str(key), [*SHARED_KEYS, "steps"])
-    steps = [_step(item, name) for item in data["steps"]]
+    parts = [_step(item, name) for item in data["steps"]]
+    steps = [(verb, settings) for verb, settings, _ in parts]
+    texts = {verb: text for verb, _, text in parts if text is not None}
     verbs = [verb for verb, _ in steps]
     for verb in VERBS:
         if verbs.count(verb) > 1:
@@ -86,10 +99,11 @@ def read_recipe(name: str) -> Recipe:
             )
     types = get_type_hints(Common)
     shared = {k: as_type(k, v, types[k]) for k, v in data.items() if k != "steps" and v is not None}
-    return Recipe(name=path.stem, shared=shared, steps=steps)
+    return Recipe(name=path.stem, shared=shared, steps=steps, texts=texts)
 
 
-def _step(item: Any, name: str) -> tuple[str, Mapping[str, Any]]:
+def _step(item: Any, name: str) -> tuple[str, Mapping[str, Any], str | None]:
+    """Verb, settings and own text source of one step."""
     verb, settings = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
     if not isinstance(verb, str) or verb not in {*VERBS, "report"}:
         raise UsageError(
@@ -104,9 +118,16 @@ def _step(item: Any, name: str) -> tuple[str, Mapping[str, Any]]:
     if verb == "report":
         for key in settings:
             check_name(str(key), [])
-    else:
-        resolve(VERBS[verb], {str(key): value for key, value in settings.items()}, EFFORTS[0])
-    return verb, settings
+        return verb, settings, None
+    given = {str(key): value for key, value in settings.items()}
+    text = given.pop("data", None)
+    if "data" in settings and verb not in READERS:
+        raise UsageError(
+            f"The step {verb} of {name} reads no text, and has a data of its own.",
+            f"Give it to one of: {', '.join(READERS)}.",
+        )
+    resolve(VERBS[verb], given, EFFORTS[0])
+    return verb, given, None if text is None else as_type("data", text, str)
 
 
 def apply_shared(recipe: Recipe, common: Common) -> Common:
@@ -119,14 +140,18 @@ def apply_shared(recipe: Recipe, common: Common) -> Common:
 def run_recipe(context: Context, recipe: Recipe) -> dict[str, Any]:
     """Run every step in order; finished steps with the same settings are skipped, as on the command line.
 
+    The text of a step is its own, and where it names none the common one.
+
     On a dry run, the first step that would run is checked against its input; those after it are only shown.
     """
     from compress.pipelines.dispatch import run_stage_verb
 
     results: list[Mapping[str, Any]] = []
-    planned = False
+    planned, whole = False, context
     for verb, settings in recipe.steps:
-        context.reporter.say(f"[{recipe.name}] {verb}")
+        own = recipe.texts.get(verb)
+        context = whole if own is None else _reading(whole, own)
+        context.reporter.say(f"[{recipe.name}] {verb}" + ("" if own is None else f", which reads {own}"))
         if planned:
             results.append(_plan(context, verb, settings))
         elif verb == "report" and context.common.dry_run:
@@ -138,6 +163,11 @@ def run_recipe(context: Context, recipe: Recipe) -> dict[str, Any]:
             planned = outcome.stage is None
             results.append(outcome.summary())
     return {"recipe": recipe.name, "stages": results}
+
+
+def _reading(context: Context, source: str) -> Context:
+    """The same with another text."""
+    return dataclasses.replace(context, common=dataclasses.replace(context.common, data=source))
 
 
 def _plan(context: Context, verb: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:

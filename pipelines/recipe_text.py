@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from compress.pipelines.recipe import SHARED_KEYS
+from compress.pipelines.recipe import READERS, SHARED_KEYS
 from compress.pipelines.settings import VERBS, Common, resolve
 
 WIDTH = 110
@@ -58,6 +58,9 @@ def _step(verb: str, chosen: Mapping[str, Any], effort: str, meanings: Mapping[s
         return
     settings: Any = resolve(VERBS[verb], chosen, effort)
     yield f"  - {verb}:"
+    if verb in READERS:
+        yield "      ## For this step alone; the shared text where it is left out."
+        yield "      # data:"
     own = VERBS[verb].__annotations__  # before what a verb shares with others
     for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
         default = getattr(settings, field.name)

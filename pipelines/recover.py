@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from compress.adapters.adapter_file import AdapterFile
 from compress.adapters.merge import merge_adapter
+from compress.adapters.recompressed import truncation_error
 from compress.adapters.recover import recover_adapter
 from compress.errors import CompressError, UsageError
 from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
-from compress.model.checkpoint import Checkpoint, require_dense
+from compress.model.checkpoint import require_dense
 from compress.pipelines.identity import digest
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.model_input import (
@@ -27,10 +29,11 @@ from compress.pipelines.model_input import (
     open_model,
     original,
 )
+from compress.pipelines.recover_base import trained_on
 from compress.pipelines.reopen import TOLERANCE, check_ids, check_reopens, logits_error, record_logits
 from compress.pipelines.reporter import human_count
 from compress.pipelines.settings import RecoverSettings, TrainSettings, resolve
-from compress.pipelines.small_files import check_base, is_small
+from compress.pipelines.small_files import check_base, is_small, write_base_of
 from compress.pipelines.stage import Context, Outcome, run_stage, settings_dict
 from compress.pipelines.train import train
 from compress.pipelines.way import Way
@@ -64,8 +67,6 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 return training
         check_stage(context, trained)
         adapter, identity = trained.path, trained.id
-    stage = context.workspace.model_before("recover" if settings.adapter is not None else "train")
-    small = start.checkpoint if stage is None else Checkpoint(stage.path)
     name = base_name(context) if settings.onto is None else HUB_NAME.get(settings.onto, settings.onto)
 
     device, _ = device_and_dtype(context.common)
@@ -79,6 +80,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
+        small = trained_on(context, start, adapter, structure, ours=settings.adapter is None)
         with context.reporter.bar("recover") as progress:
             recovered = recover_adapter(
                 adapter,
@@ -92,6 +94,7 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 device=device,
                 progress=progress,
             )
+        write_base_of(full, name, folder)
         network = PeftModel.from_pretrained(way.open(full.path, dtype="float32"), folder).eval()
         record_logits(network, check_ids(full.architecture.vocab, context.common.seed), folder)
         del network
@@ -102,11 +105,15 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 merge_adapter(full.checkpoint, folder, folder / "merged", device=device, progress=progress)
             metrics["merged"] = "merged"
             metrics |= _proved(folder / "merged", full, context.common.seed, way)
+        metrics["shorter"] = None
+        if settings.compress_rank is None and recovered.differences:
+            metrics["shorter"] = _shorter(adapter, device)
         return metrics | {
             "onto": name,
             "adapter": adapter.name,
             "modules": recovered.modules,
             "rank": recovered.max_rank,
+            "uncut_rank": recovered.uncut_rank,
             "differences": recovered.differences,
             "adapter_parameters": recovered.parameters,
             "delta_norm": recovered.delta_norm,
@@ -134,6 +141,8 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
                 "recover: nothing says which small model this adapter was trained on. Its shapes fit this one; that it "
                 "belongs to it is taken on trust."
             )
+        for line in _about_rank(metrics, settings.compress_rank):
+            context.reporter.say(line)
         context.reporter.table(
             "recover",
             ("", "value"),
@@ -144,6 +153,28 @@ def recover(context: Context, settings: RecoverSettings) -> Outcome:
             ],
         )
     return outcome
+
+
+def _shorter(adapter: Path, device: str) -> dict[str, Any]:
+    """The rank an adapter was trained with, and what ``--compress-rank`` would lose of its difference to its start."""
+    with AdapterFile(adapter) as small:
+        rank = max(small.scaling(module).rank for module in small.modules)
+        return {"rank": rank, "truncation_error": truncation_error(small, rank, device)}
+
+
+def _about_rank(metrics: Mapping[str, Any], asked: int | None) -> Iterator[str]:
+    """What is to be said of the rank of a recovered adapter."""
+    if shorter := metrics["shorter"]:
+        yield (
+            f"recover: the adapter has ranks up to {metrics['rank']}, as its start was subtracted. --compress-rank "
+            f"{shorter['rank']} brings it back to the rank it was trained with, at a relative truncation error of "
+            f"{shorter['truncation_error']:.1e}."
+        )
+    if asked is not None and metrics["uncut_rank"] <= asked:
+        yield (
+            f"recover: nothing was cut: no module has a rank above {metrics['uncut_rank']}, and --compress-rank "
+            f"is {asked}."
+        )
 
 
 def _proved(merged: Path, full: ModelInput, seed: int, way: Way) -> dict[str, float]:

@@ -110,7 +110,7 @@ class PruneSettings(TrainingSettings):
     trials: int = 4
     skip_first: int | None = None
     skip_last: int = 1
-    ratio_of: Literal["model", "layers"] = "model"
+    ratio_of: Literal["model", "layers", "parts"] = "model"
     solver: str = "highs"
     one_shot: bool = False
     int8: bool = False

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from compress.adapters.adapter_file import STRUCTURE_KEY, AdapterFile
 from compress.errors import CompressError
 from compress.model.base_record import FILE_NAME as BASE
 from compress.model.base_record import BaseRecord
+from compress.model.checkpoint import Checkpoint
+from compress.model.config import quantization_method
+from compress.model.planned import PlannedCheckpoint
 from compress.pipelines.model_input import ModelInput, base_name
 from compress.pipelines.stage import Context
 from compress.prune.weight_masks import FILE_NAME as MASKS
@@ -47,12 +51,59 @@ def write_base(context: Context, full: ModelInput, folder: Path) -> None:
     BaseRecord(name=public_name(name), tensors=full.checkpoint.digests()).save(folder / BASE)
 
 
+def write_base_of(full: ModelInput, name: str, adapter: Path) -> None:
+    """Record beside an adapter for a full model which one that is, under the name that is given."""
+    BaseRecord(name=public_name(name), tensors=full.checkpoint.digests()).save(adapter / BASE)
+
+
 def write_base_beside(context: Context, start: ModelInput, source: Path, folder: Path) -> None:
     """Record beside an adapter which full model stands behind the model in ``source`` that it was trained on."""
     if (source / BASE).is_file():
         shutil.copyfile(source / BASE, folder / BASE)
     elif not is_small(source):
         write_base(context, start, folder)
+
+
+def require_base(adapter: Path, model: Path, checkpoint: Checkpoint) -> None:
+    """Refuse an adapter on another model than the one that ``base.json`` beside it records.
+
+    The record is of a full model: that of ``recover``, or the one behind the small model that ``train`` worked on.
+    Nothing is said of an adapter without a record, and of a quantized model that has none.
+
+    Args:
+        adapter: Its folder.
+        model: Folder of the model that it is to go on.
+        checkpoint: What lies there; one that is planned is not compared.
+
+    Raises:
+        CompressError: The model is another, or the record is broken; names the first tensor that differs.
+    """
+    if not (adapter / BASE).is_file() or isinstance(checkpoint, PlannedCheckpoint):
+        return
+    record = BaseRecord.load(adapter / BASE)
+    difference: str | None
+    if is_small(model):
+        difference = _other_small(adapter, record, StructureMap.load(model / STRUCTURE))
+    elif (model / BASE).is_file():
+        difference = record.difference(BaseRecord.load(model / BASE).tensors)
+    elif quantization_method(checkpoint.config) is not None:
+        difference = None
+    else:
+        difference = record.difference(checkpoint.digests())
+    if difference is not None:
+        raise CompressError(
+            f"The adapter {adapter} belongs to {record.name}, and the model in {model} is another: {difference}.",
+            f"Give the model it was made for, byte for byte. Without {BASE} beside the adapter nothing is compared.",
+        )
+
+
+def _other_small(adapter: Path, record: BaseRecord, structure: StructureMap) -> str | None:
+    """What a small model is that the one behind an adapter is not."""
+    if structure.base_fingerprint != record.fingerprint:
+        return "it was cut from another full model"
+    with AdapterFile(adapter) as file:
+        kept = file.origin.get(STRUCTURE_KEY, structure.digest())
+    return None if kept == structure.digest() else "it keeps other groups or channels"
 
 
 def public_name(name: str) -> str:

@@ -20,7 +20,7 @@ from compress.pipelines.identity import changed_inputs, differences, same_reques
 from compress.pipelines.integrity import describe_files
 from compress.pipelines.reporter import Reporter
 from compress.pipelines.settings import Common
-from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, Stage, Workspace
+from compress.pipelines.workspace import FORMAT_VERSION, MEASUREMENTS, MODEL_VERBS, Stage, Workspace
 
 if TYPE_CHECKING:  # one process needs none of it
     from compress.pipelines.team import Team
@@ -115,6 +115,8 @@ def run_stage(
             "Give --redo to replace it and drop the stages after it, or start another chain with --run DIR.",
         )
     if context.common.data is None and (note := _other_text(workspace, verb, config)):
+        reporter.say(note)
+    if note := _unfinished_before(workspace, verb):
         reporter.say(note)
     if context.common.dry_run:
         show_plan(reporter, verb, {**config, **aside})
@@ -242,6 +244,23 @@ def _other_text(workspace: Workspace, verb: str, config: Mapping[str, Any]) -> s
                 f"--data {before} would go on with the same."
             )
     return None
+
+
+def _unfinished_before(workspace: Workspace, verb: str) -> str | None:
+    """A note that the verb works on an older model than the one that an interrupted stage would make."""
+    if verb not in ("align", "quantize", "train"):
+        return None
+    unfinished = [(other, workspace.partial(other)) for other in MODEL_VERBS if other != verb]
+    found = [(other, path) for other, path in unfinished if path is not None]
+    if not found:
+        return None
+    other, path = found[-1]
+    before = workspace.model_before(verb)
+    name = (workspace.model or {}).get("name", "the original model") if before is None else before.path.name
+    return (
+        f"note: {path.name} is the unfinished work of an interrupted {other}. {verb} does without it and works on "
+        f"{name}: to have its model, repeat the command of {other} first."
+    )
 
 
 def show_plan(reporter: Reporter, verb: str, config: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from compress.adapters.adapter_file import AdapterFile, Scaling, owner
 from compress.adapters.factors import difference_factors, squared_norm
 from compress.adapters.initial_factors import PREFIX
 from compress.adapters.places import Place, places_of
+from compress.model.base_record import FILE_NAME as BASE
+from compress.model.base_record import BaseRecord
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines.model_input import HUB_NAME
 from compress.pipelines.small_files import public_name
@@ -77,13 +79,17 @@ def check_base(target: Target, adapter: AdapterFile) -> Iterator[Finding]:
         return
     original = str(chain.model.get("name"))
     before = chain.model_before(target.path.name)
+    values: list[Value] = []
     if stage.verb == "recover":
         onto = stage.record["config"].get("onto") or original
         expected, recorded = HUB_NAME.get(onto, onto), target.metrics.get("onto")
+        if (target.path / BASE).is_file():
+            full, found = stage.record["inputs"].get("full"), BaseRecord.load(target.path / BASE).fingerprint
+            values.append(Value(what=f"full model in {BASE}", recorded=full, found=found))
     else:
         expected = public_name(original) if before is None else before.path.name
         recorded = target.metrics.get("base")
-    values = [
+    values += [
         Value(what="base in adapter_config.json", recorded=expected, found=named),
         Value(what="base in the metrics", recorded=recorded, found=expected),
     ]

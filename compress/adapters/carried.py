@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.adapters.adapter_file import BASE_KEY, STRUCTURE_KEY, TRAINED_TOKENS, AdapterFile, owner
+from compress.adapters.initial_factors import INITIAL_FILE
 from compress.adapters.places import Place
 from compress.errors import CompressError
 from compress.model.base_record import FILE_NAME as BASE_FILE
@@ -37,7 +38,8 @@ def check_kind(small: AdapterFile, compress_rank: int | None) -> None:
         raise CompressError(
             f"The adapter started from {start} factors, which hold a part of its base, and those of {unknown[0]} "
             "were not kept.",
-            "Convert it with PEFT's path_initial_model_for_weight_conversion first.",
+            f"Save them as {INITIAL_FILE} beside it (the tutorial on LoRAM says how), or convert it with PEFT's "
+            "path_initial_model_for_weight_conversion.",
         )
     if small.config.get("use_dora") and (compress_rank is not None or small.has_initial_factors):
         raise CompressError(
@@ -159,6 +161,13 @@ def carried_over(
             )
         found[name] = Carried(shape=shape, dtype=dtype, make=make)
     return found
+
+
+def whole_tensors(small: AdapterFile) -> tuple[str, ...]:
+    """Names, in the model, of the tensors that an adapter carries whole or by rows: biases, norms, embeddings."""
+    owners = {owner(name) for name in small.names}
+    kinds = {"weight": "weight", "bias": "bias", TRAINED_TOKENS: "weight"}
+    return tuple(sorted({f"{module}.{kinds[kind]}" for module, kind in owners if kind in kinds}))
 
 
 def _refuse_cut(module: str, kind: str) -> None:

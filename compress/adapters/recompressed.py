@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
@@ -12,7 +13,7 @@ from compress.adapters.adapter_file import AdapterFile
 from compress.adapters.batched import Job, Spec, run_batched
 from compress.adapters.factors import Recompressed, difference_factors, recompress, squared_norm
 from compress.adapters.initial_factors import PREFIX
-from compress.adapters.lanes import Lanes
+from compress.adapters.lanes import Lanes, device_lanes
 from compress.adapters.stacked import Recompress
 
 LIMIT = 8 << 20
@@ -87,6 +88,24 @@ def recompressed(
             # what is not cut is what lies in the file
             factors = (found[0].clone(), found[1].clone()) if len(found) == 3 else delta.read()
             yield Recompressed(a=factors[0], b=factors[1], norm=norm, lost=lost)
+
+
+def truncation_error(file: AdapterFile, rank: int, device: torch.device | str = "cpu") -> float:
+    """What cutting every delta of an adapter to ``rank`` would lose: ``||D - D_r||_F / ||D||_F`` over all modules.
+
+    Pruned rows and columns are zero in a recovered adapter, so that this of the small one holds for it too.
+
+    Args:
+        file: The adapter.
+        rank: At least 1; smaller deltas stay whole.
+        device: Where they are decomposed.
+    """
+    deltas, norm, lost = [Trained(file, module) for module in file.modules], 0.0, 0.0
+    with closing(recompressed(deltas, rank, device_lanes(device))) as results:
+        for delta, found in zip(deltas, results, strict=True):
+            square = file.scaling(delta.module).value ** 2
+            norm, lost = norm + square * found.norm, lost + square * found.lost
+    return math.sqrt(lost / norm) if norm > 0 else 0.0
 
 
 def _job(delta: Trained, rank: int | None) -> Job:

@@ -46,6 +46,7 @@ class RecoveryReport:
         scattered: Of them, how many changed shape.
         differences: Of them, how many are the difference ``B A - B0 A0`` to non-zero initial factors.
         max_rank: Largest rank in the recovered adapter.
+        uncut_rank: Largest rank there would be without re-compression.
         parameters: Numbers stored in it.
         delta_norm: Frobenius norm of all deltas ``scaling * B A`` together.
         truncation: Module -> relative error ``||D - D_r||_F / ||D||_F`` of the re-compressed delta D; empty
@@ -58,6 +59,7 @@ class RecoveryReport:
     scattered: int
     differences: int
     max_rank: int
+    uncut_rank: int
     parameters: int
     delta_norm: float
     truncation: Mapping[str, float]
@@ -152,6 +154,7 @@ def recover_adapter(
         scattered=sum(places[one.module].changed for one in made),
         differences=sum(one.started for one in made),
         max_rank=max(scaling.rank for scaling in scalings.values()),
+        uncut_rank=max(one.rank for one in made),
         parameters=sum(prod(shape) for shape, _ in specs.values()),
         delta_norm=math.sqrt(max(0.0, norm - lost)),
         truncation={m: _relative(lost, norm) for m, (norm, lost) in norms.items()} if compress_rank else {},

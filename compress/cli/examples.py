@@ -23,6 +23,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress prune --model ./my-model --size 0.5GiB",
         "compress prune --ratio 0.3 --shape allocated",
         "compress prune --criterion taylor --recompute",
+        "compress prune --ratio 0.65 --shape local --ratio-of parts --skip-first 4 --skip-last 2",
         "compress prune --criterion wanda --dry-run",
     ),
     "align": (

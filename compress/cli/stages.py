@@ -63,7 +63,8 @@ def prune(
     ratio_of: Annotated[
         str | None,
         typer.Option(
-            help="Shapes local and unstructured: model: the whole loses the ratio; layers: each pruned layer does."
+            help="Shapes local and unstructured: model: the whole loses the ratio; layers: each pruned layer does; "
+            "parts (local): its heads and its channels do, each rounded by itself, as plan --loram counts."
         ),
     ] = None,
     solver: Annotated[

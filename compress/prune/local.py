@@ -9,9 +9,11 @@ from typing import Literal, get_args
 from compress.errors import CompressError, UsageError
 from compress.importance.base import GroupScores
 from compress.model.architecture import Architecture
+from compress.prune.counts import published_kept
 from compress.prune.damage import DamageTable
 from compress.prune.shape import (
     TARGETS,
+    Choices,
     HeadUnit,
     ShapePlan,
     check_ratio,
@@ -21,10 +23,10 @@ from compress.prune.shape import (
     plan_of,
     unit_notes,
 )
-from compress.prune.uniform import Accepts, near_ties
+from compress.prune.uniform import Accepts, kept_sentence, near_ties
 from compress.structure import LayerShape
 
-RatioOf = Literal["model", "layers"]
+RatioOf = Literal["model", "layers", "parts"]
 
 
 def pruned_layers(layers: int, skip_first: int | None, skip_last: int) -> range:
@@ -68,7 +70,9 @@ def local_shapes(
         skip_first: First layers left whole; None: ``floor(0.1 * layers)``.
         skip_last: Last layers left whole.
         ratio_of: "layers" (the paper's): every pruned layer loses ``ratio``, the model as a whole less;
-            "model": pruned layers lose more, so that the whole loses ``ratio``.
+            "model": pruned layers lose more, so that the whole loses ``ratio``;
+            "parts" (LoRAM's, arXiv 2502.13533): every pruned layer loses ``ratio`` of its KV groups and ``ratio`` of
+            its channels, each rounded by itself, whatever the scores say.
         targets: Any of "heads", "mlp".
         multiple: Kept channels are a multiple of this (or all channels).
         head_unit: What of the attention goes; see :func:`~compress.prune.shape.choices_of`.
@@ -78,15 +82,17 @@ def local_shapes(
 
     Raises:
         UsageError: As :func:`~compress.prune.uniform.choose_shape`; no layer is left to prune; an unknown
-            convention.
+            convention; single query heads of a ratio of the parts.
         CompressError: The ratio cannot be reached; names the range.
     """
     check_ratio(ratio)
     if ratio_of not in get_args(RatioOf):
-        raise UsageError(f"A ratio of {ratio_of!r} is not known.", "Choose model or layers.")
+        raise UsageError(f"A ratio of {ratio_of!r} is not known.", "Choose model, layers or parts.")
     pruned = pruned_layers(arch.layers, skip_first, skip_last)
     first = pruned.start
     choices = choices_of(arch, targets=targets, multiple=multiple, head_unit=head_unit)
+    if ratio_of == "parts":
+        return _plan_of_parts(arch, choices, ratio, pruned, targets, multiple, head_unit, accepts)
     part = len(pruned) / arch.layers if ratio_of == "model" else 1.0
     reach = choices.reach()
     check_reachable(
@@ -121,4 +127,50 @@ def local_shapes(
         reason += f"; the first {first} and the last {skip_last} stay whole"
     if not lead.startswith("Exactly"):
         reason += f"; {unit_notes(arch, choices, targets, head_unit)}"
+    return replace(plan, reason=f"{reason}.")
+
+
+def _plan_of_parts(
+    arch: Architecture,
+    choices: Choices,
+    ratio: float,
+    pruned: range,
+    targets: Sequence[str],
+    multiple: int,
+    head_unit: HeadUnit,
+    accepts: Accepts | None,
+) -> ShapePlan:
+    """The plan in which each pruned layer loses ``ratio`` of its KV groups and of its channels, as LoRAM counts."""
+    if head_unit == "query" and "heads" in targets:
+        raise UsageError(
+            "A ratio of the parts counts whole KV groups, and the head unit is the query head.",
+            "Give --head-unit group, or --ratio-of layers.",
+        )
+    full = choices.full
+    kv_heads, channels = published_kept(arch, ratio)
+    if not ("heads" in targets and arch.prunable_heads):
+        kv_heads = full.kv_heads
+    channels = channels // multiple * multiple if len(choices.widths) > 1 else full.channels
+    shape = replace(full, kv_heads=kv_heads, channels=channels)
+    if shape == full or not kv_heads or not channels:
+        if choices.reach() is None:
+            check_reachable(arch, ratio, None, targets, notes=unit_notes(arch, choices, targets, head_unit))
+        what = f"{kv_heads} of {full.kv_heads} KV groups and {channels} of {full.channels} channels"
+        raise CompressError(
+            f"A ratio of {ratio:g} of each part keeps {what} of a layer.",
+            "Give a larger ratio." if shape == full else "Give a smaller ratio or channel multiple.",
+        )
+    if accepts is not None and len(pruned) == arch.layers and not accepts(shape):
+        raise CompressError(
+            f"This model's configuration class does not take {kept_sentence(choices, shape)} in all layers.",
+            "Leave a layer whole (--skip-first, --skip-last), or prune only the MLP.",
+        )
+    shapes = [shape if layer in pruned else full for layer in range(arch.layers)]
+    plan = plan_of(arch, shapes, ratio, "")
+    reason = (
+        f"{met_or_missed(plan.achieved, ratio)}: in {len(pruned)} of {arch.layers} layers "
+        f"{kept_sentence(choices, shape)}, {ratio:.1%} off each and rounded by itself"
+    )
+    if len(pruned) < arch.layers:
+        reason += f"; the first {pruned.start} and the last {arch.layers - pruned.stop} stay whole"
     return replace(plan, reason=f"{reason}.")

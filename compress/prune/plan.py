@@ -48,7 +48,7 @@ def plan_shapes(
         accepts: For "uniform" and "local": whether a model of this shape has a valid config.
         skip_first: For "local": first layers left whole; None: ``floor(0.1 * layers)``.
         skip_last: For "local": last layers left whole.
-        ratio_of: For "local": what loses the ratio, the "model" or each pruned one of the "layers".
+        ratio_of: For "local": what loses the ratio, the "model", each pruned one of the "layers", or its "parts".
 
     Raises:
         UsageError: An unknown kind, one that needs measured damages, or "global" without scores; and as the

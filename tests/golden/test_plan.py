@@ -28,11 +28,14 @@ from compress.evaluate.training_memory import (
 )
 from compress.machine import capacity
 from compress.model.checkpoint import checkpoint_architecture
-from compress.model.planned import headers_of
+from compress.model.planned import cut, headers_of
 from compress.model.recompute import recomputing
 from compress.pipelines import plan as plan_module
 from compress.pipelines.dispatch import run_verb
-from compress.pipelines.settings import Common
+from compress.pipelines.model_input import ModelInput
+from compress.pipelines.prune_goal import channel_multiple, goal_of, parse_targets
+from compress.pipelines.recipe import read_recipe
+from compress.pipelines.settings import Common, PruneSettings, resolve
 from compress.prune.loram_size import small_size
 from tests.tiny import TINY, tiny_model
 from tests.unit.prune.common import model_architecture
@@ -72,6 +75,27 @@ def test_every_published_row(tmp_path: Path) -> None:
         if fair is not None:
             assert round(row["stored_reduction"], 1) == fair
         assert row["bytes"]["16bit"] == 2 * pruned
+
+
+@pytest.mark.parametrize("recipe", ["loram", "qloram"])
+def test_pruning_by_the_recipe_leaves_what_is_planned(recipe: str, tmp_path: Path) -> None:
+    """The model that ``prune`` goes for, with the recipe's settings, tensor by tensor."""
+    chosen = dict(read_recipe(recipe).steps)["prune"]
+    for name, full, ratio, pruned, *_ in ROWS:
+        checkpoint = headers_of(str(folder_of(name, tmp_path / name)))[0]
+        model = ModelInput(
+            name=name,
+            path=tmp_path / name,
+            id="0",
+            checkpoint=checkpoint,
+            architecture=checkpoint_architecture(checkpoint),
+        )
+        assert checkpoint.parameters == full
+        settings = resolve(PruneSettings, {**chosen, "ratio": ratio}, "paper")
+        multiple = channel_multiple(settings, model.architecture.channels)
+        goal = goal_of(model, settings, parse_targets(settings.targets), multiple)
+        small = replace(model.architecture, layer_shapes=goal.foreseen().shapes)
+        assert cut(checkpoint, small).parameters == pruned
 
 
 def test_what_fits_is_said_and_nothing_is_written(tmp_path: Path) -> None:

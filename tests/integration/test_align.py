@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,41 @@ def test_interrupted_alignment_goes_on_where_it_was(tmp_path: Path, text_file: P
     assert again["metrics"]["losses"] == json.loads((whole / "stage.json").read_text())["metrics"]["losses"]
     left, right = Checkpoint(Path(again["path"])), Checkpoint(whole)
     assert left.fingerprint() == right.fingerprint()
+
+
+def test_what_follows_an_interrupted_alignment_says_that_it_does_without(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = chain(tmp_path, text_file)
+    trained = {"steps": 1, "micro_batch": 1, "accumulation": 1, "sequence": 32, "rank": 1}
+    note = r"02-align\.partial is the unfinished work of an interrupted align\. train .* works on 01-prune:"
+
+    def said(verb: str, options: Common, **given: Any) -> str:
+        run_verb(verb, options, given)
+        return " ".join(capsys.readouterr().err.split())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.adapters.run.trained_tokens", _counting(_interrupting))
+        with pytest.raises(KeyboardInterrupt):
+            run("align", common, **LOOP)
+    assert (common.run / "02-align.partial").is_dir()
+    quantize = {"budget": "6bit", "rank": "0", "objective": "frobenius", "iterations": 1}
+    dry = replace(common, dry_run=True)
+    assert re.search(note, said("train", dry, **trained))
+    assert "quantize does without it and works on 01-prune" in said("quantize", dry, **quantize)
+    assert "unfinished" not in said("align", dry, **LOOP)
+    other = replace(common, run=tmp_path / "other")
+    shutil.copytree(common.run, other.run)
+    assert re.search(note, said("train", other, **trained))
+    assert json.loads((other.run / "02-train" / "stage.json").read_text())["metrics"]["base"] == "01-prune"
+    assert "unfinished" not in said("train", other, **trained)  # it is there
+    said("align", common, **LOOP)
+    assert "unfinished" not in said("train", common, **trained)
+    assert json.loads((common.run / "03-train" / "stage.json").read_text())["metrics"]["base"] == "02-align"
+
+
+def _interrupting(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _counting(stop: Any) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.__main__ import app
-from compress.pipelines.recipe import read_recipe
+from compress.pipelines.recipe import READERS, read_recipe
 from compress.pipelines.recipe_text import scalar
 from compress.pipelines.setting_values import EFFORTS
 from compress.pipelines.settings import VERBS, resolve
@@ -75,6 +75,8 @@ def test_every_option_is_there_with_the_default_of_its_effort(effort: str, tmp_p
     steps = {k: v for step in data["steps"] if isinstance(step, dict) for k, v in step.items()}
     assert [*steps, data["steps"][-1]] == STEPS
     for verb, settings in steps.items():
+        if verb != "recover":
+            assert settings.pop("data") is None
         assert set(settings) == {field.name for field in dataclasses.fields(VERBS[verb])}
         chosen = {"prune": {"ratio": 0.5}}.get(verb, {})
         defaults = dataclasses.asdict(resolve(VERBS[verb], chosen, effort))
@@ -98,6 +100,8 @@ def test_meanings_are_those_of_the_help(tmp_path: Path) -> None:
             found[verb, option.group(1)], meaning = meaning, ""
     del found["run", "steps"]
     assert len(found) > 60
+    own = [found.pop((verb, "data")) for verb in READERS if (verb, "data") in found]
+    assert own == ["For this step alone; the shared text where it is left out."] * 4
     for (verb, name), said in found.items():
         (parameter,) = (p for p in group.commands[verb].params if p.name == name)
         assert said == " ".join(parameter.help.split()), f"{verb} {name}"

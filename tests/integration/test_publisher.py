@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError, UsageError
+from compress.model.base_record import BaseRecord
+from compress.model.checkpoint import Checkpoint
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.settings import Common
 from tests.fresh import ForkServer
@@ -275,3 +277,68 @@ def test_the_adapter_takes_the_record_of_its_full_model_along(
         CompressError, match=rf"another full model, full: of ours its tensor {UP} has other values"
     ):
         run("recover", other, adapter=str(trained))
+
+
+def test_a_recovered_adapter_says_which_full_model_it_belongs_to(
+    published: dict[str, Path], user: Common, tmp_path: Path
+) -> None:
+    """In the chain, where that model has changed since, and in a folder of its own, on another model."""
+    full = tmp_path / "whole"
+    shutil.copytree(published["full"], full)
+    run("train", user, **TRAINING)
+    folder = Path(run("recover", user, onto=str(full))["path"])
+    record = BaseRecord.load(folder / "base.json")
+    assert (record.name, record.tensors) == ("whole", Checkpoint(published["full"]).digests())
+    exported = Path(run("export", user, what="recovered")["path"])
+    assert (exported / "base.json").read_bytes() == (folder / "base.json").read_bytes()
+
+    alone = tmp_path / "alone"
+    shutil.copytree(exported, alone)
+    named = replace(user, model=None)
+    config_of(alone, {"base_model_name_or_path": str(full)})
+    (row,) = run("eval", named, models=[str(alone)], sequence=32, windows=2)["metrics"]["rows"]
+    assert row["parameters"] == Checkpoint(full).parameters
+    other = changed(full, tmp_path / "other")
+    config_of(alone, {"base_model_name_or_path": str(other)})
+    message = (
+        rf"alone belongs to whole, and the model in .*other is another: its tensor {UP} has other values"
+    )
+    with pytest.raises(CompressError, match=message) as refused:
+        run("eval", named, models=[str(alone)], sequence=32, windows=2)
+    assert "byte for byte" in refused.value.remedy
+    (alone / "base.json").unlink()
+    assert run("eval", named, models=[str(alone)], sequence=32, windows=2)["metrics"]["rows"]
+
+    shutil.rmtree(full)
+    other.rename(full)
+    for verb, given in (
+        ("eval", {"sequence": 32, "windows": 2}),
+        ("export", {"what": "recovered", "format": "dense"}),
+        ("generate", {"prompt": "a", "models": "recovered", "tokens": 2}),
+    ):
+        with pytest.raises(CompressError, match=rf"belongs to whole, .* its tensor {UP} has other values"):
+            run(verb, user, **given)
+
+
+def test_a_trained_adapter_is_not_put_on_another_small_model(
+    published: dict[str, Path], user: Common, tmp_path: Path
+) -> None:
+    """Of the same full model and of the same sizes, but with other channels."""
+    runs = {}
+    for name, criterion in (("one", "magnitude"), ("two", "random")):
+        chain = replace(user, run=tmp_path / name, model=str(published["full"]))
+        runs[name] = Path(run("prune", chain, **SHORT | {"targets": "mlp", "criterion": criterion})["path"])
+    trained = Path(
+        run("train", replace(user, run=tmp_path / "one", model=str(published["full"])), **TRAINING)["path"]
+    )
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained, adapter)
+    (adapter / "stage.json").unlink()
+    for name, expected in (("one", None), ("two", "it keeps other groups or channels")):
+        config_of(adapter, {"base_model_name_or_path": str(runs[name])})
+        given = {"models": [str(adapter)], "sequence": 32, "windows": 2}
+        if expected is None:
+            assert run("eval", replace(user, model=None), **given)["metrics"]["rows"]
+            continue
+        with pytest.raises(CompressError, match=expected):
+            run("eval", replace(user, model=None), **given)

@@ -293,6 +293,7 @@ NUMBERS: list[tuple[str, Callable[[Any], None], str, str]] = [
     ("04-recover/stage.json", set_in("metrics", "truncation_error", to=0.1), "slices", "truncation"),
     ("04-recover/adapter_config.json", set_in("lora_alpha", to=32), "slices", "scale"),
     ("04-recover/adapter_config.json", set_in("base_model_name_or_path", to="02-quantize"), "base", "02"),
+    ("04-recover/stage.json", set_in("inputs", "full", to="0" * 64), "base", "base.json"),
     ("05-eval/stage.json", scaled("metrics", "rows", 1, "bytes", by=2), "sizes", "pruned"),
 ]  # fmt: skip
 

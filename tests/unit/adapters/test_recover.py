@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.adapters.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from compress.adapters.factors import recompress, scatter_rows, squared_norm
+from compress.adapters.recompressed import truncation_error
 from compress.adapters.recover import RecoveryReport, recover_adapter
 from compress.errors import CompressError, UsageError
 from compress.model.checkpoint import Checkpoint
@@ -388,6 +389,25 @@ def test_recompression_is_the_best_of_its_rank_and_reports_its_error(rslora: boo
     assert report.delta_norm == pytest.approx(math.sqrt(whole - lost), rel=1e-6)
     assert config_of(tmp_path / "cut")["r"] == 3
     PeftModel.from_pretrained(load_model(pair.full.path), str(tmp_path / "cut"))
+
+
+def test_what_a_rank_would_lose_is_known_before_the_cut(tmp_path: Path) -> None:
+    """Of modules with ranks and scales of their own; the recovered deltas are the small ones between zeros."""
+    pair = make_pair("llama_gqa", tmp_path)
+    patterns = {"rank_pattern": {"q_proj": 2, "down_proj": 5}, "alpha_pattern": {"down_proj": 40}}
+    adapter = save_random_adapter(pair.small, tmp_path / "adapter", **patterns)
+    add_initial_factors(adapter)
+    report = recover(pair, adapter, tmp_path / "exact")
+    assert report.uncut_rank == report.max_rank == 10
+    tails = {rank: [0.0, 0.0] for rank in (1, 3, 4, 9, 10)}
+    for delta in deltas(tmp_path / "exact").values():
+        values = torch.linalg.svdvals(delta.double()).square()
+        for rank, sums in tails.items():
+            sums[0] += float(values[rank:].sum())
+            sums[1] += float(values.sum())
+    with AdapterFile(adapter) as small:
+        for rank, (lost, whole) in tails.items():
+            assert truncation_error(small, rank) == pytest.approx(math.sqrt(lost / whole), rel=1e-3, abs=1e-6)
 
 
 def test_a_rank_that_is_enough_loses_nothing(tmp_path: Path) -> None:

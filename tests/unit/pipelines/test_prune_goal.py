@@ -17,7 +17,14 @@ from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.pipelines import prune_place, way
 from compress.pipelines.dispatch import run_verb
 from compress.pipelines.model_input import ModelInput
-from compress.pipelines.prune_goal import Goal, default_multiple, goal_of, parse_options, parse_targets
+from compress.pipelines.prune_goal import (
+    Goal,
+    channel_multiple,
+    default_multiple,
+    goal_of,
+    parse_options,
+    parse_targets,
+)
 from compress.pipelines.settings import Common, PruneSettings, resolve
 from compress.prune.select import select
 from compress.prune.shape import unit_parameters
@@ -111,6 +118,17 @@ def test_targets() -> None:
 )
 def test_the_multiple_grows_with_the_width(channels: int, multiple: int) -> None:
     assert default_multiple(channels) == multiple
+
+
+def test_the_multiple_of_a_ratio_of_the_parts_is_one_where_none_is_asked_for() -> None:
+    for given, expected in (
+        ({}, 128),
+        ({"ratio_of": "parts"}, 1),
+        ({"ratio_of": "parts", "multiple": 32}, 32),
+    ):
+        assert (
+            channel_multiple(resolve(PruneSettings, {"shape": "local", **given}, "quick"), 8192) == expected
+        )
 
 
 def test_half_of_the_linears_without_any_size(models: dict[str, ModelInput]) -> None:

@@ -96,12 +96,67 @@ def test_the_two_conventions_of_the_paper() -> None:
     assert model.achieved == pytest.approx(0.5, abs=1e-3)
     assert "lose about 57.7% each" in model.reason
     assert model.uniform is None
-    with pytest.raises(UsageError, match="Choose model or layers"):
+    with pytest.raises(UsageError, match="Choose model, layers or parts"):
         local_shapes(arch, 0.5, ratio_of="rows")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no negative number"):
         local_shapes(arch, 0.5, skip_first=-1)
     with pytest.raises(CompressError, match=r"to 76.7% of the decoder linear parameters, not 85.0%"):
         local_shapes(arch, 0.85, head_unit="group")
+
+
+@given(
+    layouts(most_layers=12), st.integers(1, 99), MULTIPLES, TARGET_SETS, st.sampled_from(["auto", "group"])
+)
+@settings(max_examples=100, deadline=None)
+def test_each_part_loses_the_ratio_by_itself(
+    arch: Architecture, percent: int, multiple: int, targets: tuple[str, ...], unit: Any
+) -> None:
+    """Sizes by a search of our own: the most heads and channels whose rows are at most what is to stay.
+
+    A head counts as soon as one of its rows stays, a channel only where it stays whole.
+    """
+    ratio, width = percent / 100, arch.kv_heads * arch.head_dim
+    stays = 100 - percent
+    rows = max(n for n in range(width + 1) if 100 * n <= width * stays)
+    heads = min(n for n in range(arch.kv_heads + 1) if n * arch.head_dim >= rows)
+    channels = max(n for n in range(0, arch.channels + 1, multiple) if 100 * n <= arch.channels * stays)
+    if "heads" not in targets or not arch.prunable_heads:
+        heads = arch.kv_heads
+    if "mlp" not in targets or not arch.prunable_channels or arch.channels <= multiple:
+        channels = arch.channels
+    options: dict[str, Any] = {
+        "ratio_of": "parts", "skip_first": 0, "skip_last": 0,
+        "targets": targets, "multiple": multiple, "head_unit": unit,
+    }  # fmt: skip
+    if not heads or not channels or (heads, channels) == (arch.kv_heads, arch.channels):
+        with pytest.raises(CompressError, match=r"of each part keeps|Nothing of"):
+            local_shapes(arch, ratio, **options)
+        return
+    plan = local_shapes(arch, ratio, **options)
+    wanted = LayerShape(kv_heads=heads, queries=arch.queries_per_group, channels=channels)
+    assert plan.shapes == (wanted,) * arch.layers
+    assert plan.achieved == pytest.approx(removed(arch, plan.shapes))
+    assert local_shapes(arch, ratio, **options, scores=random_scores(arch)).shapes == plan.shapes
+
+
+def test_a_ratio_of_the_parts_is_said_and_refused_where_there_is_none() -> None:
+    options: dict[str, Any] = {"ratio_of": "parts", "multiple": 1}
+    plan = local_shapes(smol(), 0.5, skip_first=4, skip_last=2, **options)
+    assert [s == full_shape(smol()) for s in plan.shapes] == [True] * 4 + [False] * 24 + [True] * 2
+    assert "in 24 of 30 layers 2 of 3 KV groups and 768 of 1536 channels stay, 50.0% off each" in plan.reason
+    assert "the first 4 and the last 2 stay whole" in plan.reason
+    with pytest.raises(UsageError, match="counts whole KV groups"):
+        local_shapes(smol(), 0.5, **options, head_unit="query")
+    assert local_shapes(smol(), 0.5, **options, head_unit="query", targets=("mlp",)).shapes[5].queries == 3
+    with pytest.raises(CompressError, match="keeps 3 of 3 KV groups") as refused:
+        local_shapes(smol(), 0.1, **options, targets=("heads",))
+    assert "larger ratio" in str(refused.value)
+    with pytest.raises(CompressError, match="0 of 1536 channels"):
+        local_shapes(smol(), 0.99, ratio_of="parts", multiple=64)
+    options |= {"skip_first": 0, "skip_last": 0, "accepts": lambda shape: shape.kv_heads == 3}
+    with pytest.raises(CompressError, match="does not take 2 of 3 KV groups"):
+        local_shapes(smol(), 0.5, **options)
+    assert local_shapes(smol(), 0.5, **options, targets=("mlp",)).shapes[0].channels == 768
 
 
 @pytest.mark.parametrize("scored", [False, True])
