@@ -1,29 +1,42 @@
-"""Memory that was freed and that the C library has not given back."""
+"""Memory that was freed and that the C library keeps: given back now and then, or always. Both need glibc."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
-from functools import cache
+from typing import Any
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's ``mallopt``."""
+_BLOCK = 1 << 20
+"""Blocks of this size and more come straight from the system, and go back to it."""
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can.
+    """Return to the system what has been freed so far.
 
-    The many tensors of a backward pass, all of them below the size that is mapped by itself, leave a heap that glibc
-    keeps: gigabytes in which later large tensors find no place of their size.
+    A backward pass leaves a heap full of holes, gigabytes that later tensors of other sizes do not fill.
     """
     gc.collect()
-    trim = _trim()
+    trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
-@cache
-def _trim() -> Callable[[int], int] | None:
+def keep_nothing() -> None:
+    """Return to the system whatever is freed from now on, where a limit could not be kept otherwise.
+
+    Every large tensor then gets new pages, which takes time.
+    """
+    mallopt = _function("mallopt")
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _BLOCK)
+        mallopt(_TRIM_THRESHOLD, _BLOCK)
+
+
+def _function(name: str) -> Any:
+    """A function of the C library, or None."""
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library; TypeError: Windows
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):  # TypeError: Windows
         return None
-    return found

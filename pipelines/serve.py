@@ -22,6 +22,7 @@ from compress.adapters.ranks import Broken, Ranks, broken, was_left
 from compress.adapters.train import StepHook, fit
 from compress.data.windows import Windows
 from compress.errors import CompressError
+from compress.heap import keep_nothing
 from compress.model.checkpoint import Checkpoint, checkpoint_architecture
 from compress.model.load import load_model
 from compress.pipelines.align import weights_to_train
@@ -31,7 +32,6 @@ from compress.pipelines.launch import POLL, Launch
 from compress.pipelines.prune_find import scored_adapter
 from compress.pipelines.prune_repair import repair_to_train
 from compress.pipelines.train import adapter_to_train
-from compress.pipelines.ways import give_memory_back
 from compress.stopping import Stop, Stopped
 
 MEETING = ("align",)
@@ -143,7 +143,7 @@ def _take_part(launch: Launch, note: Mapping[str, Any]) -> None:
     job = JOBS[note["kind"]](ranks, note["device"], note["what"])
     said = ranks.value(None)
     if said["config"]["recompute"]:
-        give_memory_back()
+        keep_nothing()
     given = [Windows(**ranks.tensors(None), protocol={}) for _ in range(1 + bool(said["validated"]))]
     fit(
         job.model,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError, UsageError
+from compress.heap import keep_nothing
 from compress.machine import capacity
 from compress.model.config import build_config
 from compress.model.planned import PlannedCheckpoint
@@ -27,11 +26,6 @@ from compress.pipelines.stage import Context
 from compress.pipelines.way import WHOLE, Way
 from compress.quantize.checkpoint import MatrixRecord, read_lq_config
 from compress.solvers.budget import parse_budget
-
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-"""glibc's numbers of two settings of its heap."""
-_BLOCK = 1 << 20
-"""Freed blocks from this size on go back to the system at once where memory is short."""
 
 Count = Callable[[Ground], Footprint]
 """What a stage holds, with models opened one way."""
@@ -135,7 +129,7 @@ def choose_way(
             f"{verb}: models are read layer by layer; counted peak {human_bytes(found.needs)}."
         )
     if way.streamed or limit is not None or recompute:
-        give_memory_back()
+        keep_nothing()
     return way
 
 
@@ -264,19 +258,6 @@ def _without_codes(model: ModelInput, records: Mapping[str, MatrixRecord]) -> Mo
         shapes[f"{name}.weight"], dtypes[f"{name}.weight"] = record.shape, torch.bfloat16
     dense = PlannedCheckpoint(checkpoint.path, config=checkpoint.config, shapes=shapes, dtypes=dtypes)
     return replace(model, checkpoint=dense)
-
-
-def give_memory_back() -> None:
-    """Tell the C library to return freed blocks to the system, not to keep them for later; glibc only.
-
-    A limit could not be kept otherwise: what a phase has freed would still be resident in the next.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _BLOCK)
-        mallopt(_TRIM_THRESHOLD, _BLOCK)
 
 
 def _rounded_up(needs: float) -> str:

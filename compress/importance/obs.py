@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compress.engine import LOCAL, Engine, LocalEngine, single_thread
 from compress.errors import UsageError
+from compress.heap import give_back
 from compress.importance import CRITERIA
 from compress.importance.base import CriterionConfig, GroupScores, Loss
 from compress.importance.branches import Branch, Results, ranked_branch, untouched
@@ -157,6 +158,7 @@ def rank_groups(
     else:
         with recomputing(model) if recompute else nullcontext():
             gradients.gather(model, batches, loss, progress)
+        give_back()  # the walk that follows needs little
         kept.put("gradients", gradients.state_dict())
     walk = LayerWalk(plain_model(model), arch, ids_NS, batch=batch)
     tokens = len(ids_NS) // batch * batch * ids_NS.shape[1]

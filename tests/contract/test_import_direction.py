@@ -13,7 +13,7 @@ import pytest
 from tests.sources import modules, place, tree
 
 STAGES = (
-    ("errors", "registry", "progress", "durable", "stopping", "engine"),
+    ("errors", "registry", "progress", "durable", "stopping", "engine", "heap"),
     ("model",),
     ("kept", "machine"),
     ("data",),

@@ -115,7 +115,7 @@ def test_alignment_and_an_adapter_are_the_same(
     loss: str, place: Place, again: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr("compress.pipelines.ways.give_memory_back", lambda: told.append("back"))
+    monkeypatch.setattr("compress.pipelines.ways.keep_nothing", lambda: told.append("back"))
     for name, more in (("plain", ()), ("again", ("--recompute",))):
         run("prune", place.common(name), ratio=0.4, criterion="magnitude", **BARE)
         for words in (("align", "--loss", loss), ("train", "--rank", "4", "--dropout", "0.2")):

@@ -43,7 +43,7 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     class Node:
         own: Node
 
-    monkeypatch.setattr(heap, "_trim", lambda: None)
+    monkeypatch.setattr(heap, "_function", lambda _: None)
     node = Node()
     node.own = node
     alive = weakref.ref(node)
