@@ -40,7 +40,7 @@ from compress.pipelines.quantize import TURNS
 from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import MENU, QuantConfig
 from compress.quantize.decompose import squared_norm
-from compress.quantize.error_table import ErrorTable, error_table
+from compress.quantize.error_table import ErrorTable, corrected, error_table
 from compress.quantize.lowrank import low_rank_factors
 from compress.quantize.rounding_errors import rounding_errors
 from compress.solvers.pareto import undominated
@@ -288,14 +288,18 @@ def settled(
         sampled: Costs from a sample.
         whole: The same from all rows.
     """
-    costs = [each.copy() for each in sampled]
+    costs: list[Floats] = list(sampled)
+    known: list[set[int]] = [set() for _ in sampled]
     choices = choose(costs)
     for _ in range(TURNS):
-        known = [each.copy() for each in costs]
-        for cost, full, at in zip(costs, whole, choices, strict=True):
-            cost[at] = full[at]
-        if all(np.array_equal(before, now) for before, now in zip(known, costs, strict=True)):
+        if all(at in before for at, before in zip(choices, known, strict=True)):
             break
+        costs = [
+            corrected(cost, before, {at: float(full[at])})
+            for cost, before, full, at in zip(costs, known, whole, choices, strict=True)
+        ]
+        for at, before in zip(choices, known, strict=True):
+            before.add(at)
         choices = choose(costs)
     return choices
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -276,7 +277,8 @@ def refined(
 ) -> ErrorTable:
     """The table with some entries computed from all rows, such as those an allocation picked from a sampled table.
 
-    Roundings are exact then; what the further rounds take from them is estimated as before.
+    Roundings are exact then; what the further rounds take from them is estimated as before. The other entries are
+    scaled: see :func:`corrected`.
 
     Args:
         table: Of ``weight``.
@@ -302,7 +304,39 @@ def refined(
         factor_config=factor_config,
         seed=seed,
     )
-    errors = table.errors.copy()
-    for config, rank in picked:
-        errors[config, rank] = exact.errors[configs.index(config), exact.ranks.index(table.ranks[rank])]
+    found = {
+        config * len(table.ranks) + rank: float(
+            exact.errors[configs.index(config), exact.ranks.index(table.ranks[rank])]
+        )
+        for config, rank in picked
+    }
+    errors = corrected(table.errors.ravel(), table.exact, found).reshape(table.errors.shape)
     return replace(table, errors=errors, exact=tuple(sorted({*table.exact, *entries})))
+
+
+def corrected(
+    errors: npt.NDArray[np.float64], known: Collection[int], found: Mapping[int, float]
+) -> npt.NDArray[np.float64]:
+    """Errors estimated from a sample, some of which are known by now.
+
+    Most of what a sample of rows gets wrong all formats of a matrix have in common: the rows drawn are harder or easier
+    than the others. So estimates are scaled by the mean ratio, in logarithms, of those that have been computed from all
+    rows. Without that, only what was chosen would be corrected, and choices would move to what looks too good.
+
+    Args:
+        errors: Estimates [N], scaled by those of ``known`` already.
+        known: Positions of earlier calls' ``found``.
+        found: Position -> the error from all rows.
+    """
+    result, numbers = errors.copy(), sorted({*known, *found})
+    ratios = [
+        math.log(value / errors[at])
+        for at, value in found.items()
+        if at not in known and value > 0 and errors[at] > 0
+    ]
+    estimated = np.ones(len(errors), dtype=bool)
+    estimated[numbers] = False
+    result[estimated] *= math.exp(math.fsum(ratios) / max(1, len(numbers)))
+    for at, value in found.items():
+        result[at] = value
+    return result

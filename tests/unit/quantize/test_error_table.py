@@ -8,13 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from compress.errors import CompressError, UsageError
 from compress.quantize.blockwise import quantize_dequantize
 from compress.quantize.config import FACTOR_8BIT, MENU, QuantConfig
 from compress.quantize.decompose import decompose, factor_bits
-from compress.quantize.error_table import ErrorTable, error_table, menu, offered_ranks, refined
+from compress.quantize.error_table import (
+    ErrorTable,
+    corrected,
+    error_table,
+    menu,
+    offered_ranks,
+    refined,
+)
 from compress.quantize.rounding_errors import rounding_errors
 from compress.solvers.problem import Problem
 from compress.solvers.solve import solve
@@ -174,6 +183,26 @@ def test_what_is_skipped_is_never_chosen() -> None:
             assert table.choice(choice)[0].scale_dtype != "bfloat16"
 
 
+@given(
+    estimates=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=12),
+    factor=st.floats(0.1, 10),
+    first=st.integers(0, 11),
+    second=st.integers(0, 11),
+)
+def test_what_all_estimates_get_wrong_alike_is_put_right(
+    estimates: list[float], factor: float, first: int, second: int
+) -> None:
+    errors, size = np.array(estimates), len(estimates)
+    first, second = first % size, second % size
+    truth = errors * factor
+    once = corrected(errors, (), {first: truth[first]})
+    np.testing.assert_allclose(once, truth, rtol=1e-12)
+    twice = corrected(once, (first,), {second: truth[second]})
+    np.testing.assert_allclose(twice, truth, rtol=1e-12)
+    zero = corrected(np.array([0.0, 1.0]), (), {0: 2.0})
+    assert zero.tolist() == [2.0, 1.0]
+
+
 def test_sampled_tables_keep_the_order_and_finalists_are_exact() -> None:
     weight = trained((256, 192))
     full = error_table(weight, menu("standard"), (0, 8))
@@ -185,7 +214,14 @@ def test_sampled_tables_keep_the_order_and_finalists_are_exact() -> None:
     exact = refined(sampled, weight, picked)
     np.testing.assert_allclose(exact.errors.ravel()[picked], full.errors.ravel()[picked], rtol=2e-3)
     others = np.setdiff1d(np.arange(full.errors.size), picked)
-    np.testing.assert_array_equal(exact.errors.ravel()[others], sampled.errors.ravel()[others])
+    scale = np.exp(np.log(exact.errors.ravel()[picked] / sampled.errors.ravel()[picked]).mean())
+    np.testing.assert_allclose(exact.errors.ravel()[others], scale * sampled.errors.ravel()[others])
+    further = refined(exact, weight, [3, 50])
+    np.testing.assert_allclose(further.errors.ravel()[[3, 50]], full.errors.ravel()[[3, 50]], rtol=2e-3)
+    known = [*picked, 50]
+    scale = np.exp(np.log(further.errors.ravel()[known] / sampled.errors.ravel()[known]).mean())
+    others = np.setdiff1d(np.arange(full.errors.size), known)
+    np.testing.assert_allclose(further.errors.ravel()[others], scale * sampled.errors.ravel()[others])
     assert refined(sampled, weight, []) is sampled
     whole = error_table(weight, menu("standard"), (0, 8), sample=1.0)
     np.testing.assert_allclose(whole.errors, full.errors, rtol=1e-9)
