@@ -97,7 +97,7 @@ def test_order_and_allocation_of_a_short_menu() -> None:
 def test_choices_settle_when_all_of_them_are_computed_from_all_rows() -> None:
     generator = np.random.default_rng(3)
     whole = [generator.uniform(1, 2, 30) for _ in range(6)]
-    sampled = [costs * generator.normal(1, 0.2, 30) for costs in whole]
+    sampled = [costs * np.exp(generator.normal(0, 0.4, 30)) for costs in whole]
     asked: list[list[np.ndarray]] = []
 
     def choose(costs: Sequence[np.ndarray]) -> tuple[int, ...]:
