@@ -110,7 +110,7 @@ def test_choices_settle_when_all_of_them_are_computed_from_all_rows() -> None:
     for at, costs, full in zip(choices, asked[-1], whole, strict=True):
         assert costs[at] == full[at]  # nothing chosen rests on the sample
         assert full[at] <= min(costs)
-    assert len(asked) > 2
+    assert len(asked) == 2  # one matrix does not change what another is given here
 
     never: list[tuple[int, ...]] = []
 
