@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from typing import Any
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
@@ -17,7 +16,6 @@ def give_back() -> None:
 
     A backward pass leaves a heap full of holes, gigabytes that later tensors of other sizes do not fill.
     """
-    gc.collect()
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
