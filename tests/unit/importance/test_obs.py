@@ -337,8 +337,8 @@ def test_half_of_the_windows_give_gradients_by_default() -> None:
     rank_groups(
         model, arch, text(8), ObsConfig(), loss=loss, batch=4, progress=lambda *call: calls.append(call)
     )
-    assert seen == [2, 2]
-    assert [call[:2] for call in calls] == [(1, 2), (2, 2), (1, 2), (2, 2)]
+    assert seen == [1, 1, 1, 1]
+    assert [call[:2] for call in calls] == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)]
     assert calls[-1][2] == "layer 1"
 
 
