@@ -111,9 +111,9 @@ def quantize_footprint(
 
     Objective ``hessian``: for the sensitivities the inputs of layers and what one of them keeps, of one window. Then
     hidden states of at most 8,192 calibration tokens for the tables and of all for the rounding, ``N H e``; of a
-    layer's distinct
-    inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and ``24 max(out in)`` of a
-    matrix at work; while rounding ``12 max(w^2) + 32 max(out in)`` and the layer unpacked, ``4 W / L``.
+    layer's distinct inputs of widths w ``16 sum(w^2) + 40 max(w^2)`` second moments and their factors, and
+    ``24 max(out in)`` of a matrix at work; while rounding ``12 max(w^2) + 32 max(out in)`` and the layer unpacked,
+    ``4 W / L``.
     ``fisher``: the model, one window's activations, ``4`` bytes for every weight of as many layers as 4 GiB take.
     ``frobenius``: one matrix, ``24 max(out in)``; no model.
     Each ``max`` is the sum over as many of the largest as are worked on at once.

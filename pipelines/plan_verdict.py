@@ -36,9 +36,6 @@ TEMPORARY = frozenset(
 )
 """Terms that come and go within a phase; the others are there from its beginning to its end."""
 
-LOOP = frozenset({"backward", "update", "project"})
-"""Phases that take turns, with no model loaded between them."""
-
 CHANGES = {
     "output gradients": "another --criterion: wanda and magnitude need no gradients",
     "score": "another --criterion: wanda and magnitude hold no second moments; fewer --calibration-tokens",
@@ -86,23 +83,26 @@ def host_peak(
 ) -> tuple[float, Phase, dict[str, float], tuple[float, Phase]]:
     """Peak of the host's memory with its phase and terms, and that of this process alone, mapped files included.
 
-    Beside a device of its own a phase holds its host terms and models on their way. Where the host computes, it holds
-    `RETAINED` times its temporaries: what it has freed is given back when the next model is loaded. The phases of a
-    training loop keep those of whichever has most. With ``returned``, or where layers run again, the C library gives
-    back at once what is freed, as it is told to where memory is short (`compress.pipelines.ways`). A second process
-    holds what it holds, and its own libraries.
+    Beside a device of its own a phase holds its host terms and models on their way. Where the host computes, a process
+    keeps what it has freed: its peak is what the largest phase holds for good, and `RETAINED` times the temporaries
+    of the phase that has most. That it is given back when a model is loaded in between is not counted. With
+    ``returned``, or where layers run again, the C library gives back what is freed, as it is told to where memory is
+    short (`compress.pipelines.ways`). A second process holds what it holds, and its own libraries.
     """
     returned = returned or any(phase.name.endswith(AGAIN) for phase in footprint.phases)
     if separate:
+        kept = 0.0
         own = {id(phase): PROCESS + phase.staging + sum(phase.host.values()) for phase in footprint.phases}
-    else:
-        freed = {id(phase): sum(_parts(phase, temporary=True).values()) for phase in footprint.phases}
-        if not returned:
-            loop = [id(phase) for phase in footprint.phases if phase.name in LOOP]
-            freed |= dict.fromkeys(loop, max((freed[each] for each in loop), default=0.0))
-            freed = {each: RETAINED * total for each, total in freed.items()}
+    elif returned:
+        kept = 0.0
         own = {
-            id(phase): PROCESS + freed[id(phase)] + sum(_parts(phase, temporary=False).values())
+            id(phase): PROCESS + sum(phase.device.values()) + sum(phase.host.values())
+            for phase in footprint.phases
+        }
+    else:
+        kept = RETAINED * max(sum(_parts(phase, temporary=True).values()) for phase in footprint.phases)
+        own = {
+            id(phase): PROCESS + kept + sum(_parts(phase, temporary=False).values())
             for phase in footprint.phases
         }
 

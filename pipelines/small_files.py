@@ -47,13 +47,12 @@ def write_base(context: Context, full: ModelInput, folder: Path) -> None:
     """Record beside a small model which model it was cut from: the chain's original, or the stage that was cut."""
     known = context.workspace.model
     original = known is None or full.id == known["fingerprint"]
-    name = base_name(context) if original else full.name
+    write_base_of(full, base_name(context) if original else full.name, folder)
+
+
+def write_base_of(full: ModelInput, name: str, folder: Path) -> None:
+    """Record in a folder which full model its content belongs to, under the name that is given."""
     BaseRecord(name=public_name(name), tensors=full.checkpoint.digests()).save(folder / BASE)
-
-
-def write_base_of(full: ModelInput, name: str, adapter: Path) -> None:
-    """Record beside an adapter for a full model which one that is, under the name that is given."""
-    BaseRecord(name=public_name(name), tensors=full.checkpoint.digests()).save(adapter / BASE)
 
 
 def write_base_beside(context: Context, start: ModelInput, source: Path, folder: Path) -> None:
