@@ -1,11 +1,10 @@
-"""Variants of the CUDA kernel for few tokens, in turns: what codes streamed otherwise and early starts gain.
+"""The CUDA kernels for few tokens in turns: what streaming through shared memory and early starts gain.
 
 ``python -m compress.benchmarks.few_tokens [--quick] [--variant NAME] [--build] [--no-check] [--seconds N]
 [--out FILE]``
 
-The variants are in `few_tokens_variants.py`, their sources in `few_tokens/`; docs/gpu-kernels.md says what came of
-them. Each is compared with float64 first, in a process of its own: sums, 40 calls that must repeat to the bit, and a
-graph of four; what fails is not timed, and the exit code is 1. Then everybody takes turns on copies of the weights that
+The variants are in `few_tokens_variants.py`. Each is compared with float64 first, in a process of its own: sums, 40 calls
+that must repeat to the bit, and a graph of four; what fails is not timed, and the exit code is 1. Then everybody takes turns on copies of the weights that
 exceed 200 MB together, in CUDA graphs that go through all of them. ``queued`` is of two replays that the host has
 queued behind a busy GPU; ``alone`` of one on an idle GPU, the host's launch of the graph within, as `kernels_gpu`
 measures. Seconds are medians. A floor is all bytes that a call must move over the bandwidth of a copy measured here.
@@ -37,13 +36,13 @@ from compress.benchmarks.few_tokens_variants import (
     VARIANTS,
     Sizes,
     caller,
-    cut,
+    instance,
     operands,
-    source,
 )
 from compress.benchmarks.protocol import Rows
 from compress.errors import CompressError
 from compress.kernels.cuda.compiler import build, nvrtc
+from compress.kernels.cuda.launch import architecture
 from compress.quantize.native_form import geometry
 
 TAKES = ("minutes", "minutes")
@@ -109,19 +108,20 @@ class Replay:
 
 
 def instances(names: Iterable[str], times: Sequence[Sizes], processors: int) -> list[tuple[str, str]]:
-    """Every variant with every instance of its kernel that checks and times need."""
+    """Sources, and every instance of their kernels that checks and times need."""
     layer = [_sizes(shape, 4, 1, rank) for shape in set(LAYER) for rank in (0, 64)]
     found: dict[tuple[str, str], None] = {}
     for name in names:
         for sizes in (*CHECKS, *times, *layer):
             g = geometry((sizes.rows, sizes.columns), sizes.config)
-            found[name, cut(VARIANTS[name], g, sizes.tokens, sizes.rank, processors).instance] = None
+            chosen = instance(VARIANTS[name], g, sizes.tokens, sizes.rank, processors)
+            found[VARIANTS[name].file, chosen] = None
     return list(found)
 
 
 def compile_one(arch: str, job: tuple[str, str]) -> None:
     """Build one of :func:`instances`."""
-    build(source(VARIANTS[job[0]]), job[1], arch)
+    build(*job, arch)
 
 
 def compile_all(jobs: Sequence[tuple[str, str]], arch: str) -> None:
@@ -145,7 +145,7 @@ def compared(name: str, sizes: Sizes, seed: int) -> dict[str, Any]:
     wide, weights = of.x.double(), of.weights()
     exact, magnitude = wide @ weights.T, wide.abs() @ weights.abs().T
     near = True
-    call, first_call = caller(variant, of), caller(variant, of, early=False)
+    call, first_call = caller(variant, of), caller(variant, of, waits=True)
     y, sums = (tensor.clone() for tensor in first_call())
     if of.factors is not None:
         left, right = (factor.double() for factor in of.factors)
@@ -355,12 +355,12 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     if arguments.build:
         jobs = instances(names, times, PROCESSORS)
-        compile_all(jobs, "sm_90")
-        print(f"{len(jobs)} instances compiled for sm_90")
+        compile_all(jobs, "sm_90a")
+        print(f"{len(jobs)} instances compiled for sm_90a")
         return 0
-    major, minor = torch.cuda.get_device_capability()
+    arch = architecture(*torch.cuda.get_device_capability())
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    compile_all(instances(names, times, processors), f"sm_{major}{minor}")
+    compile_all(instances(names, times, processors), arch)
     identity = {"benchmark": "few tokens", "device": torch.cuda.get_device_name(), "rounds": ROUNDS}
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(arguments.out or Path(folder) / "few-tokens.json", identity)

@@ -1,7 +1,7 @@
 """Speed of the GPU kernels against cuBLAS, bitsandbytes and gemlite, with the roofline floor beside each figure.
 
-``python -m compress.benchmarks.kernels_gpu [--quick] [--part NAME] [--peer NAME] [--seconds N] [--write-table] [--out
-FILE]``
+``python -m compress.benchmarks.kernels_gpu [--quick] [--part NAME] [--peer NAME] [--shape OUTxIN] [--tokens N]
+[--seconds N] [--write-table] [--out FILE]``
 
 First the kernels are checked against float64 products of the weights that torch dequantizes; a deviation ends the
 run. Then everybody takes turns, on copies of the weights that exceed 200 MB together, so that no cache holds them:
@@ -82,6 +82,8 @@ def benchmark(
     quick: bool,
     save: Path | None,
     wanted: Sequence[str] = PEERS,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
 ) -> list[str]:
     """Measure what the file lacks, one row a case; returns the cases that time did not allow.
 
@@ -93,8 +95,9 @@ def benchmark(
 
     deadline = time.monotonic() + seconds
     setting = cases.Setting(device=device, rotated=0 if quick else ROTATED)
-    rounds, shapes = (1, (QUICK_SHAPE,)) if quick else (ROUNDS, SHAPES)
-    tokens, widths = ((1, 20), (3,)) if quick else (TOKENS, WIDTHS)
+    rounds, widths = (1, (3,)) if quick else (ROUNDS, WIDTHS)
+    if quick:
+        shapes, tokens = (QUICK_SHAPE,), (1, 20)
     peers = [] if quick else cases.peers_here(wanted)
     left_out: list[str] = []
 
@@ -224,6 +227,11 @@ def report(rows: Mapping[str, Mapping[str, Any]], left_out: Sequence[str]) -> st
     return "\n".join(lines)
 
 
+def _shape(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
 def in_the_interpreter(arguments: Sequence[str]) -> int:
     """The same command in a process that has the interpreter from its start."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "COMPRESS_KERNELS": "triton"}
@@ -245,6 +253,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peer", action="append", choices=PEERS, help="one or more; all that are installed when not given"
     )
+    parser.add_argument("--shape", action="append", type=_shape, help="of matrices, OUTxIN; one or more")
+    parser.add_argument("--tokens", action="append", type=int, help="of a product; one or more")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no further case begins")
     parser.add_argument("--write-table", action="store_true", help="measure and write the table for this GPU")
     parser.add_argument(
@@ -279,6 +289,8 @@ def main(given: Sequence[str] | None = None) -> int:
             quick=arguments.quick,
             save=TABLES if arguments.write_table and cuda else None,
             wanted=arguments.peer or PEERS,
+            shapes=arguments.shape or SHAPES,
+            tokens=arguments.tokens or TOKENS,
         )
         print(report(rows.rows, left_out))
     return 0

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.benchmarks.protocol import write_json
-from compress.kernels.triton.choice import DEFAULT, FORMAT_VERSION, TABLES
+from compress.kernels.triton.choice import DEFAULT, FORMAT_VERSION, TABLES, Slices
 
 TAKES = ("seconds", "seconds")
 NEEDS = ()
@@ -163,7 +163,7 @@ def default_table() -> dict[str, Any]:
                 "bits": list(WIDTHS),
                 "transposed": transposed,
                 "most_tokens": None,
-                "slices": {"nbytes": 32 << 20},
+                "slices": {"nbytes": Slices().nbytes},
             }
         )
     origin = f"arithmetic for an {DEVICES[0].name}, but for the CUDA C++ kernels measured on no GPU"

@@ -184,3 +184,72 @@ __device__ __forceinline__ void add_scaled(
     }
   }
 }
+
+// What follows is for devices of compute capability 9.0 on, with 227 KB of shared memory a block: 63 KB before the table
+// and 100 KB after it.
+
+// Inputs come from kernels before this one, which may not have ended when it begins: never read before the wait.
+__device__ __forceinline__ uint4 read_input(const u16* at) {
+  uint4 v;
+  asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+  return v;
+}
+__device__ __forceinline__ void copy_16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+// A launch may begin before the kernel ahead of it in the stream has ended; from here on that one has.
+__device__ __forceinline__ void after_the_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Codes, scale codes and steps of a tile and stage, as they lie in shared memory.
+template <int BITS, int SCALE_BITS, int PER_BLOCK>
+struct Item {
+  static constexpr int BLOCKS = U / PER_BLOCK, WORDS = BITS == 4 || BITS == 2 ? 1 : 2;
+  static constexpr int CODES = U * BITS * 64, STEPS = 64 * BLOCKS;  // bytes
+  static constexpr int SCALES = (2 * SCALE_BITS * BLOCKS + (SCALE_BITS == 3 ? 2 : 0) + 3) / 4;  // words
+  static constexpr int BYTES = CODES + STEPS + ((SCALES * 4 + 15) & ~15);
+};
+
+// As two_scale_codes, from shared memory.
+template <int SCALE_BITS>
+__device__ __forceinline__ u32 scale_codes_at(const u8* base, int g) {
+  if (SCALE_BITS == 8) return reinterpret_cast<const u16*>(base)[g];
+  if (SCALE_BITS == 4) {
+    u32 byte = base[g];
+    return (byte & 15) | ((byte >> 4) << 8);
+  }
+  u32 pairs = base[g >> 1] >> (4 * (g & 1));
+  u32 found = (pairs & 3) | (((pairs >> 2) & 3) << 8);
+  if (SCALE_BITS == 3) {
+    u32 high = base[4 + (g >> 2)] >> (2 * (g & 3));
+    found |= ((high & 1) << 2) | (((high >> 1) & 1) << 10);
+  }
+  return found;
+}
+
+// The table by 16 bytes: of four entries a warp's store. `mine`: of 2, 3 or 4 bits, the entry of this lane.
+template <int BITS, int WARPS>
+__device__ __forceinline__ void fill_table_fast(u8* table, float mine, const float* from, int warp, int lane) {
+  if (BITS == 8) {
+    for (int entry = 4 * warp + (lane >> 3); entry < 256; entry += 4 * WARPS) {
+      u32 pair = bf16_pair(__ldg(from + entry), 0.f);
+      *reinterpret_cast<uint4*>(table + entry * 256 + (lane & 7) * 16) = make_uint4(pair, pair, pair, pair);
+    }
+  } else {
+    constexpr int LAST = (1 << BITS) - 1;
+#pragma unroll
+    for (int i = 0; i < 256 / (4 * WARPS); ++i) {
+      int entry = 4 * (warp + i * WARPS) + (lane >> 3);
+      float low = __shfl_sync(0xffffffffu, mine, entry & 15 & LAST);
+      float high = __shfl_sync(0xffffffffu, mine, (entry >> 4) & LAST);
+      u32 pair = bf16_pair(low, high);
+      *reinterpret_cast<uint4*>(table + entry * 256 + (lane & 7) * 16) = make_uint4(pair, pair, pair, pair);
+    }
+  }
+}

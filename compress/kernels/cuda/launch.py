@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress.errors import CompressError
 from compress.kernels.cuda.compiler import build
@@ -20,6 +21,8 @@ from compress.kernels.packed import TiledMatrix
 _NO_CONTEXT = 201
 _MOST_DYNAMIC_SHARED = 8
 """``CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES``."""
+_EARLY = 6
+"""``CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION``."""
 
 
 class NativeMatrix(ctypes.Structure):
@@ -28,6 +31,23 @@ class NativeMatrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scale_codes", "steps", "offset", "table")),
         *((name, ctypes.c_int) for name in ("rows", "columns", "tiles", "chunks", "blocks", "shift")),
+    )
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``: a name, and a union of 64 bytes."""
+
+    _fields_ = (("name", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "x", "y", "z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
     )
 
 
@@ -76,6 +96,11 @@ def _bound(device: int, name: str, *arguments: object) -> None:
     _check(name, code)
 
 
+def architecture(major: int, minor: int) -> str:
+    """What to compile for: on Hopper and the Blackwell of data centers with the instructions that only those have."""
+    return f"sm_{major}{minor}" + ("a" if major in (9, 10) else "")
+
+
 @cache
 def kernel(device: int, file: str, instance: str, shared: int) -> Kernel:
     """An instance of a kernel, built for a device that is the current one, and loaded.
@@ -83,8 +108,7 @@ def kernel(device: int, file: str, instance: str, shared: int) -> Kernel:
     Raises:
         CompressError: It cannot be built or loaded.
     """
-    major, minor = torch.cuda.get_device_capability(device)
-    code, symbol = build(file, instance, f"sm_{major}{minor}")
+    code, symbol = build(file, instance, architecture(*torch.cuda.get_device_capability(device)))
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     _bound(device, "cuModuleLoadData", ctypes.byref(module), code)
     _bound(device, "cuModuleGetFunction", ctypes.byref(handle), module, symbol.encode())
@@ -114,6 +138,7 @@ def launch(
     arguments: Sequence[Any],
     *,
     together: bool = False,
+    early: bool = False,
 ) -> None:
     """Launch it on a device that is the current one.
 
@@ -124,17 +149,42 @@ def launch(
         threads: Of a block.
         arguments: ctypes values, in the order of its parameters.
         together: Whether no block may begin before there is room for all of them.
+        early: Whether it may begin before the kernel that precedes it in the stream has ended, as
+            :func:`starts_early` allows; it waits by itself before it reads what that one writes.
 
     Raises:
         CompressError: The driver refuses.
     """
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    if early:
+        attribute = _Attribute(_EARLY, 0, (1,))
+        config = _Config(*grid, threads, 1, 1, found.shared, stream, ctypes.pointer(attribute), 1)
+        _bound(device, "cuLaunchKernelEx", ctypes.byref(config), found.handle, addresses, None)
+        return
     place = (found.handle, *grid, threads, 1, 1, found.shared, stream, addresses)
     if together:
         _bound(device, "cuLaunchCooperativeKernel", *place)
     else:
         _bound(device, "cuLaunchKernel", *place, None)
+
+
+@cache
+def starts_early() -> bool:
+    """Whether the driver lets kernels begin early, in CUDA graphs too: from CUDA 12.3 on."""
+    version = ctypes.c_int()
+    _check("cuDriverGetVersion", _driver().cuDriverGetVersion(ctypes.byref(version)))
+    return version.value >= 12030
+
+
+def integer(value: int) -> ctypes.c_int:
+    """An argument of a kernel."""
+    return ctypes.c_int(value)
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor begins, null without one, as an argument of a kernel."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def native(matrix: TiledMatrix, shift: int) -> NativeMatrix:

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from threading import Lock
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.kernels.cuda.launch import kernel, launch, native, zeros
+from compress.kernels.cuda.batched import batched
+from compress.kernels.cuda.counters import counters
+from compress.kernels.cuda.launch import address, integer, kernel, launch, native
+from compress.kernels.cuda.shapes import CHUNKS_OF, STAGE, even, group_shift
+from compress.kernels.cuda.streamed import streamed
 from compress.kernels.library import TRITON, wanted
-from compress.kernels.packed import CHUNK, TILE, Geometry, TiledMatrix
+from compress.kernels.packed import TILE, Geometry, TiledMatrix
 
 StoredFactors = tuple[Tensor, Tensor]
 
@@ -29,27 +32,9 @@ FEW = 16
 """Tokens up to which one launch does everything."""
 SHARES = 8
 """Parts of the columns in which ``x @ L2.T`` is computed, as in ``few_tokens.cu``."""
-_CHUNKS = 4
-"""Of a stage."""
-_BLOCKS = {32: 1, 64: 2, 128: 4}
-"""Chunks of a block, of the block sizes that the products take."""
 _WARPS = 16
 MOST_RANK = 16 * _WARPS
 """Of factors that one launch multiplies: a warp takes 16."""
-
-_SLOTS = 1 << 16
-"""Pairs of counters of a pool; half a megabyte."""
-
-_left: dict[int, list[int]] = {}
-_of_streams: dict[tuple[int, int], int] = {}
-_counting = Lock()
-
-
-def group_shift(g: Geometry) -> int:
-    """The power of two that a group's blocks are, 31 for a single group, -1 for another number."""
-    if g.group_size >= g.rows * g.blocks:
-        return 31
-    return g.group_size.bit_length() - 1 if g.group_size & (g.group_size - 1) == 0 else -1
 
 
 @cache
@@ -82,52 +67,11 @@ def serves(device: torch.device, g: Geometry, dtype: torch.dtype) -> bool:
     It takes bfloat16, blocks of 32, 64 or 128 weights, groups of a power of two of blocks, an even number of rows and a
     number of columns that 8 divides, on devices with 128 KB of shared memory a block.
     """
-    return g.rows % 2 == 0 and g.block_size in _BLOCKS and dequantizes(device, g, dtype)
-
-
-def _even(g: Geometry, tiles: int) -> bool:
-    """Whether a matrix is cut into so many tiles at a time and stages without a rest."""
-    whole = g.rows == TILE * g.tiles and g.columns == CHUNK * g.chunks and g.chunks % _CHUNKS == 0
-    return whole and g.tiles % tiles == 0 and g.blocks * _BLOCKS[g.block_size] == g.chunks
+    return g.rows % 2 == 0 and g.block_size in CHUNKS_OF and dequantizes(device, g, dtype)
 
 
 def _index(x: Tensor) -> int:
     return torch.cuda.current_device() if x.device.index is None else x.device.index
-
-
-def _int(value: int) -> ctypes.c_int:
-    return ctypes.c_int(value)
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _slot(index: int) -> int | None:
-    """Address of a pair of counters that nobody has; None where a graph is being captured and none is left."""
-    if not _left.get(index):
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        first = zeros(index, 8 * _SLOTS)
-        _left[index] = list(range(first, first + 8 * _SLOTS, 8))
-    return _left[index].pop()
-
-
-def counters(index: int) -> int | None:
-    """Address of two int32 that are zero, for a launch on a device's current stream, which leaves them so.
-
-    Launches of a stream follow each other and share theirs. One in a CUDA graph has its own, for graphs may run beside
-    each other. None: a graph is being captured, and none is left.
-    """
-    with _counting:
-        if torch.cuda.is_current_stream_capturing():
-            return _slot(index)
-        key = (index, torch.cuda.current_stream(index).cuda_stream)
-        if key not in _of_streams:
-            own = _slot(index)
-            assert own is not None  # nothing is captured
-            _of_streams[key] = own
-        return _of_streams[key]
 
 
 def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) -> tuple[Tensor, Tensor]:
@@ -141,6 +85,9 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
     Raises:
         CompressError: A kernel cannot be built or launched.
     """
+    found = streamed(_index(x), x, matrix, factors)
+    if found is not None:
+        return found
     g, tokens = matrix.geometry, x.shape[0]
     left, right = factors or (None, None)
     rank = 0 if left is None else left.shape[0]
@@ -150,10 +97,10 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
     inner = x.new_empty(SHARES * tokens * (-(-rank // 16) * 16), dtype=torch.float32)
     flags = counters(index) if rank else None
     own = torch.zeros(2, dtype=torch.int32, device=x.device) if rank and flags is None else None
-    even = str(_even(g, tiles)).lower()
+    whole = str(even(g, tiles)).lower()
     instance = (
         f"few_tokens<{g.bits}, {g.scale_bits}, {-(-tokens // 8)}, {tiles}, {_WARPS}, "
-        f"{_BLOCKS[g.block_size]}, {even}, {str(rank > 0).lower()}>"
+        f"{CHUNKS_OF[g.block_size]}, {whole}, {str(rank > 0).lower()}>"
     )
     parts = -(-g.tiles // tiles)
     programs = min(parts, torch.cuda.get_device_properties(index).multi_processor_count)
@@ -164,16 +111,16 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
         32 * _WARPS,
         (
             native(matrix, group_shift(g)),
-            _at(x),
-            _at(y),
-            _int(tokens),
-            _int(parts),
-            _at(left),
-            _at(right),
-            _at(inner),
-            _at(inner_sums),
-            _int(rank),
-            ctypes.c_void_p(flags) if own is None else _at(own),
+            address(x),
+            address(y),
+            integer(tokens),
+            integer(parts),
+            address(left),
+            address(right),
+            address(inner),
+            address(inner_sums),
+            integer(rank),
+            ctypes.c_void_p(flags) if own is None else address(own),
         ),
         together=rank > 0,
     )
@@ -193,10 +140,13 @@ def more_tokens(x: Tensor, matrix: TiledMatrix) -> tuple[Tensor, Tensor | None]:
     Raises:
         CompressError: A kernel cannot be built or launched.
     """
+    found = batched(_index(x), x, matrix)
+    if found is not None:
+        return found
     g, tokens, index = matrix.geometry, x.shape[0], _index(x)
     tiles, token_tiles = 2, 4 if tokens <= 32 else 8
     across, deep = -(-g.tiles // (8 * tiles)), -(-tokens // (8 * token_tiles))
-    stages = -(-g.chunks // _CHUNKS)
+    stages = -(-g.chunks // STAGE)
     wanted = torch.cuda.get_device_properties(index).multi_processor_count // (across * deep)
     share = -(-stages // max(1, min(wanted, stages)))
     shares = -(-stages // share)
@@ -204,16 +154,23 @@ def more_tokens(x: Tensor, matrix: TiledMatrix) -> tuple[Tensor, Tensor | None]:
     partial = None
     if shares > 1:
         partial = x.new_empty(shares, tokens, g.rows, dtype=torch.float32)
-    even = str(_even(g, 8 * tiles)).lower()
+    whole = str(even(g, 8 * tiles)).lower()
     instance = (
-        f"more_tokens<{g.bits}, {g.scale_bits}, {token_tiles}, {tiles}, {_BLOCKS[g.block_size]}, {even}>"
+        f"more_tokens<{g.bits}, {g.scale_bits}, {token_tiles}, {tiles}, {CHUNKS_OF[g.block_size]}, {whole}>"
     )
     launch(
         index,
         kernel(index, "more_tokens.cu", instance, SHARED),
         (across, shares, deep),
         256,
-        (native(matrix, group_shift(g)), _at(x), _at(partial), _at(y), _int(tokens), _int(share)),
+        (
+            native(matrix, group_shift(g)),
+            address(x),
+            address(partial),
+            address(y),
+            integer(tokens),
+            integer(share),
+        ),
     )
     return y, partial
 
@@ -232,5 +189,5 @@ def dequantize_rows(out: Tensor, matrix: TiledMatrix, row: int) -> None:
         kernel(_index(out), "dequantize.cu", f"dequantize<{g.bits}, {g.scale_bits}>", 0),
         (-(-g.chunks // 16), -(-last // TILE) - row // TILE, 1),
         256,
-        (native(matrix, group_shift(g)), _at(out), _int(row), _int(last), _int(g.block_size)),
+        (native(matrix, group_shift(g)), address(out), integer(row), integer(last), integer(g.block_size)),
     )

@@ -62,7 +62,7 @@ class Slices:
         nbytes: Of a slice; never more than :data:`compress.kernels.triton.dense.WORKSPACE`.
     """
 
-    nbytes: int = 32 << 20
+    nbytes: int = 44 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

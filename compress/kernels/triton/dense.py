@@ -19,6 +19,8 @@ from compress.kernels.triton.launch import TYPES, arguments, check_matrix, inter
 
 WORKSPACE = 64 << 20
 """Most bytes of the workspace."""
+_UNITS = (2048, 1024, 512, 256)
+"""Widths of slices that go well with tiles of products."""
 
 StoredFactors = tuple[Tensor, Tensor]
 
@@ -106,9 +108,16 @@ def dequantize(
 
 
 def _pieces(whole: int, across: int, slices: Slices, size: int) -> tuple[int, list[tuple[int, int]]]:
-    """Width of a slice, a multiple of 32, and where the slices of ``whole`` lie."""
+    """Width of a slice and where the slices of ``whole`` lie.
+
+    A slice that is not the whole is as many of the largest of :data:`_UNITS` wide as fit: so many of cuBLAS's tiles
+    keep all multiprocessors busy to the end of its product.
+    """
     most = min(slices.nbytes, WORKSPACE) // (across * size)
-    width = min(max(CHUNK, most // CHUNK * CHUNK), -(-whole // CHUNK) * CHUNK)
+    width = -(-whole // CHUNK) * CHUNK
+    if width > most:
+        unit = next((unit for unit in _UNITS if unit <= most), CHUNK)
+        width = max(CHUNK, most // unit * unit)
     return width, [(at, min(at + width, whole)) for at in range(0, whole, width)]
 
 

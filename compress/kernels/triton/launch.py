@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.kernels.cuda.product import group_shift
+from compress.kernels.cuda.shapes import group_shift
 from compress.kernels.packed import TILE, Geometry, TiledMatrix
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -21,14 +21,35 @@ FEW = [
     "few_tokens<8, 4, 2, 2, 16, 1, false, true>",
     "few_tokens<2, 2, 1, 2, 16, 2, true, true>",
 ]
+STREAMED = [
+    "streamed<4, 8, 1, 6, 16, 2, true, false>",
+    "streamed<2, 8, 1, 6, 16, 2, true, false>",
+    "streamed<3, 8, 1, 6, 16, 2, true, true>",
+    "streamed<4, 8, 2, 4, 16, 2, true, true>",
+    "streamed<3, 3, 2, 2, 16, 4, false, true>",
+    "streamed<8, 4, 1, 4, 16, 1, false, false>",
+]
+BATCHED = ["batched<4, 8, 8, 2, true>", "batched<3, 3, 4, 4, false>", "batched<2, 8, 8, 1, true>"]
 MORE = ["more_tokens<4, 8, 8, 2, 2, true>", "more_tokens<3, 8, 4, 2, 1, false>"]
 WEIGHTS = ["dequantize<2, 2>", "dequantize<3, 3>", "dequantize<4, 8>", "dequantize<8, 4>"]
-INSTANCES = {"few_tokens.cu": FEW, "more_tokens.cu": MORE, "dequantize.cu": WEIGHTS}
+INSTANCES = {
+    "few_tokens.cu": FEW,
+    "streamed.cu": STREAMED,
+    "batched.cu": BATCHED,
+    "more_tokens.cu": MORE,
+    "dequantize.cu": WEIGHTS,
+}
+NEWER = ("streamed.cu", "batched.cu")
+ARCHITECTURES = [
+    (file, arch)
+    for file in INSTANCES
+    for arch in ("sm_80", "sm_90a", "sm_100a")
+    if arch != "sm_80" or file not in NEWER
+]
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("file", INSTANCES)
+@pytest.mark.parametrize(("file", "arch"), ARCHITECTURES)
 def test_kernels_compile_without_a_warning(file: str, arch: str, tmp_path: Path) -> None:
     source = tmp_path / "all.cu"
     text = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in ("common.cuh", file))
@@ -45,13 +66,13 @@ def test_kernels_compile_without_a_warning(file: str, arch: str, tmp_path: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     spilled = [int(found) for found in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     assert len(spilled) == len(INSTANCES[file])
-    assert max(spilled) <= 128, done.stderr
+    assert max(spilled) <= 160, done.stderr
 
 
 @pytest.mark.skipif(nvrtc() is None, reason="NVRTC is not installed")
 @pytest.mark.parametrize("file", INSTANCES)
 def test_the_run_time_compiler_takes_them_as_they_are(file: str) -> None:
-    code, name = compiled(file, INSTANCES[file][0], "sm_80")
+    code, name = compiled(file, INSTANCES[file][0], "sm_90a" if file in NEWER else "sm_80")
     assert code[:4] == b"\x7fELF"
     assert file.removesuffix(".cu") in name
 
