@@ -3,12 +3,13 @@
 ``python -m compress.benchmarks.few_tokens [--quick] [--variant NAME] [--build] [--no-check] [--seconds N]
 [--out FILE]``
 
-The variants are in `few_tokens_variants.py`. Each is compared with float64 first, in a process of its own: sums, 40 calls
-that must repeat to the bit, and a graph of four; what fails is not timed, and the exit code is 1. Then everybody takes turns on copies of the weights that
-exceed 200 MB together, in CUDA graphs that go through all of them. ``queued`` is of two replays that the host has
-queued behind a busy GPU; ``alone`` of one on an idle GPU, the host's launch of the graph within, as `kernels_gpu`
-measures. Seconds are medians. A floor is all bytes that a call must move over the bandwidth of a copy measured here.
-``layer`` is the products of a LLaMA-7B layer (q, k, v, o, gate, up, down) one after the other.
+The variants are in `few_tokens_variants.py`. Each is compared with float64 first, in a process of its own: sums, 40
+calls that must repeat to the bit, and a graph of four; what fails is not timed, and the exit code is 1. Then everybody
+takes turns on copies of the weights that exceed 200 MB together, in CUDA graphs that go through all of them. ``queued``
+is of two replays that the host has queued behind a busy GPU; ``alone`` of one on an idle GPU, the host's launch of the
+graph within, as `kernels_gpu` measures. Seconds are medians. A floor is all bytes that a call must move over the
+bandwidth of a copy measured here. ``layer`` is the products of a LLaMA-7B layer (q, k, v, o, gate, up, down) one after
+the other.
 
 ``--build`` only compiles, for compute capability 9.0, and needs no GPU; ``$COMPRESS_CACHE`` keeps what is compiled.
 """
@@ -36,7 +37,7 @@ from compress.benchmarks.few_tokens_variants import (
     VARIANTS,
     Sizes,
     caller,
-    instance,
+    kernel_of,
     operands,
 )
 from compress.benchmarks.protocol import Rows
@@ -114,8 +115,7 @@ def instances(names: Iterable[str], times: Sequence[Sizes], processors: int) -> 
     for name in names:
         for sizes in (*CHECKS, *times, *layer):
             g = geometry((sizes.rows, sizes.columns), sizes.config)
-            chosen = instance(VARIANTS[name], g, sizes.tokens, sizes.rank, processors)
-            found[VARIANTS[name].file, chosen] = None
+            found[kernel_of(VARIANTS[name], g, sizes.tokens, sizes.rank, processors)] = None
     return list(found)
 
 

@@ -42,14 +42,11 @@ class Variant:
     early: bool = False
     older: bool = False
 
-    @property
-    def file(self) -> str:
-        """Its source, as :func:`compress.kernels.cuda.compiler.build` takes it."""
-        return "few_tokens.cu" if self.older else "streamed.cu"
-
 
 VARIANTS = {
-    "package": Variant(what="compress/kernels/cuda/streamed.cu, as layers use it", early=True),
+    "package": Variant(
+        what="as layers use it: compress/kernels/cuda/streamed.cu where it is faster", early=True
+    ),
     "waiting": Variant(what="the same, every launch after the one before it"),
     "older": Variant(what="compress/kernels/cuda/few_tokens.cu, for older devices", older=True),
 }
@@ -160,12 +157,12 @@ def operands(sizes: Sizes, device: torch.device, seed: int) -> Operands:
     return Operands(x=normal(sizes.tokens, sizes.columns), matrix=matrix, factors=factors, plain=plain)
 
 
-def instance(variant: Variant, g: Geometry, tokens: int, rank: int, processors: int) -> str:
-    """Of the kernel's template, on a device of so many processors."""
-    if not variant.older:
-        return streamed.plan(g, tokens, rank, processors).instance
+def kernel_of(variant: Variant, g: Geometry, tokens: int, rank: int, processors: int) -> tuple[str, str]:
+    """Source and instance of the kernel, on a device of so many processors."""
+    if not variant.older and streamed.takes(tokens, rank):
+        return "streamed.cu", streamed.plan(g, tokens, rank, processors).instance
     sizes = f"{g.bits}, {g.scale_bits}, {-(-tokens // 8)}, 2, {THREADS // 32}, {CHUNKS_OF[g.block_size]}"
-    return f"few_tokens<{sizes}, {str(even(g, 2)).lower()}, {str(rank > 0).lower()}>"
+    return "few_tokens.cu", f"few_tokens<{sizes}, {str(even(g, 2)).lower()}, {str(rank > 0).lower()}>"
 
 
 def caller(variant: Variant, of: Operands, *, waits: bool = False) -> Call:

@@ -42,7 +42,7 @@ PEERS = ("bitsandbytes", "gemlite")
 PARTS = ("linear", "dequantize", "backward", "groups", "merge", "table")
 SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
 """[out, in]; the first two have 45 M weights."""
-TOKENS = (1, 16, 64, 256, 2048)
+TOKENS = (1, 16, 32, 64, 128, 256, 2048)
 WIDTHS = (4, 3, 2, 8)
 ROTATED = 200 << 20
 ROUNDS = 11

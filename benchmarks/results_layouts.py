@@ -359,7 +359,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 for name in ("package", "ring, early, rank units")
             ),
             note="Microseconds, medians of two replays queued behind a busy GPU, everybody in turns. "
-            "[GPU kernels](gpu-kernels.md#what-was-tried-for-few-tokens) says what the variants are.",
+            "[GPU kernels](gpu-kernels.md#measured-on-an-h100) says what the variants are.",
         ),
         Layout(
             rows="checks, .*",

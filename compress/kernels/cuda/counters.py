@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import cycle
 from threading import Lock
 
 import torch
@@ -12,7 +14,7 @@ _SLOTS = 1 << 16
 """Counters of a pool, of which each takes 16 bytes; a megabyte."""
 
 _left: dict[int, list[int]] = {}
-_of_streams: dict[tuple[int, int], int] = {}
+_of_streams: dict[tuple[int, int], Iterator[int]] = {}
 _counting = Lock()
 
 
@@ -29,15 +31,15 @@ def _slot(index: int) -> int | None:
 def counters(index: int) -> int | None:
     """Address of four int32 that are zero, for a launch on a device's current stream, which leaves them so.
 
-    Launches of a stream follow each other and share theirs. One in a CUDA graph has its own, for graphs may run beside
-    each other. None: a graph is being captured, and none is left.
+    Two launches of a stream that follow each other may overlap, so they take turns with two. One in a CUDA graph has
+    its own, for graphs may run beside each other. None: a graph is being captured, and none is left.
     """
     with _counting:
         if torch.cuda.is_current_stream_capturing():
             return _slot(index)
         key = (index, torch.cuda.current_stream(index).cuda_stream)
         if key not in _of_streams:
-            own = _slot(index)
-            assert own is not None  # nothing is captured
-            _of_streams[key] = own
-        return _of_streams[key]
+            pair = [slot for slot in (_slot(index), _slot(index)) if slot is not None]
+            assert len(pair) == 2  # nothing is captured
+            _of_streams[key] = cycle(pair)
+        return next(_of_streams[key])

@@ -2,8 +2,8 @@
 
 A launch may read weights while the kernel before it in the stream still runs, if they are settled: that kernel is not
 the one that wrote them, because a launch of ours has been between, one that waited. Tensors say by their version
-counters that they were written; those made in inference mode have none, and are never settled. In a CUDA graph, what was
-used outside of it before is settled as well: the graph begins after that was written.
+counters that they were written; those made in inference mode have none, and are never settled. In a CUDA graph, what
+was used outside of it before is settled as well: the graph begins after that was written.
 """
 
 from __future__ import annotations
@@ -73,8 +73,20 @@ def launch_early(
     arguments: Sequence[Any],
     matrix: TiledMatrix,
     factors: Sequence[Tensor] = (),
+    *,
+    waits: bool = False,
 ) -> None:
     """As :func:`compress.kernels.cuda.launch.launch`; early where the weights that it reads are settled.
+
+    Args:
+        index: The device's, which is the current one.
+        found: The kernel.
+        grid: Blocks.
+        threads: Of a block.
+        arguments: ctypes values, in the order of its parameters.
+        matrix: It reads.
+        factors: It reads.
+        waits: Never early: something else that it reads at its start has just been written.
 
     Raises:
         CompressError: The driver refuses.
@@ -82,7 +94,7 @@ def launch_early(
     weights = [matrix.codes, matrix.scale_codes, matrix.steps, matrix.offset, matrix.table, *factors]
     stream = torch.cuda.current_stream(index).cuda_stream
     captured = torch.cuda.is_current_stream_capturing()
-    early = EARLY and starts_early() and settled(weights, stream, captured)
+    early = EARLY and not waits and starts_early() and settled(weights, stream, captured)
     launch(index, found, grid, threads, arguments, early=early)
     if not early:
         settle(weights, stream, captured)

@@ -6,17 +6,19 @@
 // filled anew as soon as it is in registers.
 //
 // With factors, every block has four warps more. These compute x L2^T in units of 16 ranks and a share of the columns,
-// and when all units are done, what L1 makes of it for their block: one more sum beside those of the other warps,
-// which stream meanwhile. Units are taken, not assigned, and who waits takes more: so nobody waits for a block that does
-// not run. `flags`: units done, blocks done, units taken; zero before and after.
+// add the shares when all units are done, and multiply by L1 for their block: one more sum beside those of the other
+// warps, which stream meanwhile. Units are taken, not assigned, and who waits takes more: so nobody waits for a block
+// that does not run. `flags`: units done, blocks done, units taken; zero before and after, and not those of the launch
+// ahead in the stream.
 //
 // Launched programmatically it begins while the kernel before it in the stream still runs. Before `griddepcontrol.wait`
 // only weights are read, which the caller knows to be complete; inputs are read and results written after it.
 
-#define SHARES 16     // of the columns, of a unit; twice the lanes that add them for one token
 #define POLLS 256     // after which who waits looks whether a unit was left
 #define RING 6400     // bytes of a warp, after the table
-#define SUMS 52224    // bytes before the table: 17 places, 6 tiles, 8 tokens
+// Bytes before the table: 17 places, 6 tiles of 8 tokens; of 16 tokens and with factors 2, for inner sums follow, 4 bytes
+// each of up to 256 of a token.
+#define SUMS (T == 8 || PLACES == WARPS ? 52224 : 34816)
 #define MORE 4        // warps of the low-rank part
 #define MOST_SLOTS 8  // of a ring
 
@@ -92,24 +94,27 @@ struct Producer {
   }
 };
 
-// Units of x L2^T, as long as there are any and until all are done; for a warp.
+__device__ __forceinline__ int take_unit(int* flags, int lane) {
+  int unit = 0;
+  if (lane == 0) unit = atomicAdd(flags + 2, 1);
+  return __shfl_sync(0xffffffffu, unit, 0);
+}
+
+// Units of x L2^T from `unit` on, as long as there are any and until all are done; for a warp.
 template <int TOKEN_TILES, bool EVEN>
 __device__ __forceinline__ void inner_products(
     const u16* const (&inputs)[TOKEN_TILES], int columns, int tokens, const u16* right, float* inner, int rank,
-    int padded, int* flags, int lane) {
-  int g = lane >> 2, t = lane & 3, units = padded / 16 * SHARES;
-  int chunks = (columns + 31) / 32, each = (chunks + SHARES - 1) / SHARES;
-  for (int done = 0; done < units;) {
-    int unit = 0;
-    if (lane == 0) unit = atomicAdd(flags + 2, 1);
-    unit = __shfl_sync(0xffffffffu, unit, 0);
+    int padded, int shares, int unit, int* flags, int lane) {
+  int g = lane >> 2, t = lane & 3, units = padded / 16 * shares;
+  int chunks = (columns + 31) / 32;
+  for (int done = 0;;) {
     if (unit < units) {
-      int from = unit / SHARES * 16, share = unit % SHARES;
+      int from = unit / shares * 16, share = unit % shares;
       float c[TOKEN_TILES][4] = {};
       const u16* above = right + (size_t)min(from + g, rank - 1) * columns + 8 * t;
       const u16* below = right + (size_t)min(from + g + 8, rank - 1) * columns + 8 * t;
 #pragma unroll 4
-      for (int i = share * each; i < min((share + 1) * each, chunks); ++i) {
+      for (int i = share * chunks / shares; i < (share + 1) * chunks / shares; ++i) {
         bool there = EVEN || i * 32 + 8 * t < columns;
         uint4 a = make_uint4(0, 0, 0, 0), b = a;
         if (there) {
@@ -140,44 +145,61 @@ __device__ __forceinline__ void inner_products(
       if (lane == 0) asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(done) : "l"(flags) : "memory");
       done = __shfl_sync(0xffffffffu, done, 0);
     }
+    if (done >= units) break;
+    unit = take_unit(flags, lane);
   }
   __syncwarp();
 }
 
-// 16 inner sums of a token, of which lane 4 g + t has four of token g: their shares, added in order.
-__device__ __forceinline__ void inner_sums_of(
-    float (&f)[4], const float* inner, int token, int tokens, int at, int rank, int padded, int lane) {
-  if (tokens == 1) {  // the lanes of tokens that are not there take shares
+// The inner sums of every MORE-th 16 ranks: their shares, added in order, as two bfloat16 numbers each, to shared memory:
+// lane 4 g + t has four of token g. For `which` of MORE warps.
+template <int TOKEN_TILES>
+__device__ __forceinline__ void add_shares(
+    uint4* to, const float* inner, float* inner_sums, int tokens, int rank, int padded, int shares, int which, int lane) {
+  int g = lane >> 2, t = lane & 3;
+  for (int from = 16 * which; from < padded; from += 16 * MORE) {
+    int at = from + 4 * t;
 #pragma unroll
-    for (int h = 0; h < SHARES / 8; ++h) {
-      float4 v = __ldcg(reinterpret_cast<const float4*>(inner + (size_t)((lane >> 2) + 8 * h) * padded + at));
-      f[0] += v.x, f[1] += v.y, f[2] += v.z, f[3] += v.w;
-    }
+    for (int n = 0; n < TOKEN_TILES; ++n) {
+      float f[4] = {};
+      // The lanes of tokens that are not there take shares of the one that is.
+      int token = tokens == 1 ? 0 : min(n * 8 + g, tokens - 1), first = tokens == 1 ? g : 0, step = tokens == 1 ? 8 : 1;
+#pragma unroll 8
+      for (int share = first; share < shares; share += step) {
+        float4 v = __ldcg(reinterpret_cast<const float4*>(inner + ((size_t)share * tokens + token) * padded + at));
+        f[0] += v.x, f[1] += v.y, f[2] += v.z, f[3] += v.w;
+      }
+      if (tokens == 1) {
 #pragma unroll
-    for (int other = 4; other < 32; other *= 2)
+        for (int other = 4; other < 32; other *= 2)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) f[k] += __shfl_xor_sync(0xffffffffu, f[k], other);
-  } else {
-#pragma unroll 4
-    for (int share = 0; share < SHARES; ++share) {
-      float4 v = __ldcg(
-          reinterpret_cast<const float4*>(inner + ((size_t)share * tokens + min(token, tokens - 1)) * padded + at));
-      f[0] += v.x, f[1] += v.y, f[2] += v.z, f[3] += v.w;
+          for (int k = 0; k < 4; ++k) f[k] += __shfl_xor_sync(0xffffffffu, f[k], other);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (at + k >= rank) f[k] = 0.f;
+      if (inner_sums && n * 8 + g < tokens)
+        for (int k = 0; k < 4; ++k)
+          if (at + k < rank) inner_sums[(size_t)(n * 8 + g) * rank + at + k] = f[k];
+      u32 high[2], low[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        high[h] = bf16_pair(f[2 * h], f[2 * h + 1]);
+        float rest = f[2 * h] - low_of(high[h]), more = f[2 * h + 1] - high_of(high[h]);
+        low[h] = bf16_pair(rest == rest ? rest : 0.f, more == more ? more : 0.f);  // inf less inf
+      }
+      to[(from / 16 * TOKEN_TILES + n) * 32 + lane] = make_uint4(high[0], high[1], low[0], low[1]);
     }
   }
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-    if (at + k >= rank) f[k] = 0.f;
 }
 
-// (x L2^T) L1 of every MORE-th of `count` tiles from `tile` on, the inner sums as two bfloat16 numbers each, to where the
-// sums of a warp lie; for a warp.
+// (x L2^T) L1 of every MORE-th of `count` tiles from `tile` on, to where the sums of a warp lie; for a warp.
 template <int TOKEN_TILES, int R>
 __device__ __forceinline__ void outer_products(
-    float (&acc)[R][TOKEN_TILES][4], int tile, int count, int rows, int tokens, const u16* left, const float* inner,
-    float* inner_sums, int rank, int padded, int lane) {
+    float (&acc)[R][TOKEN_TILES][4], int tile, int count, int rows, const u16* left, const uint4* inner, int rank,
+    int padded, int lane) {
   int g = lane >> 2, t = lane & 3;
-#pragma unroll 1
+#pragma unroll 2
   for (int from = 0; from < padded; from += 16) {
     int at = from + 4 * t;
     u32 factor[R][4];
@@ -192,24 +214,13 @@ __device__ __forceinline__ void outer_products(
       }
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; ++n) {
-      float f[4] = {};
-      inner_sums_of(f, inner, n * 8 + g, tokens, at, rank, padded, lane);
-      if (inner_sums && n * 8 + g < tokens)
-        for (int k = 0; k < 4; ++k)
-          if (at + k < rank) inner_sums[(size_t)(n * 8 + g) * rank + at + k] = f[k];
-      u32 high[2], low[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        high[h] = bf16_pair(f[2 * h], f[2 * h + 1]);
-        float rest = f[2 * h] - low_of(high[h]), more = f[2 * h + 1] - high_of(high[h]);
-        low[h] = bf16_pair(rest == rest ? rest : 0.f, more == more ? more : 0.f);  // inf less inf
-      }
+      uint4 b = inner[(from / 16 * TOKEN_TILES + n) * 32 + lane];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         u32 a0 = __byte_perm(factor[r][0], factor[r][1], 0x5410), a1 = __byte_perm(factor[r][0], factor[r][1], 0x7632);
         u32 a2 = __byte_perm(factor[r][2], factor[r][3], 0x5410), a3 = __byte_perm(factor[r][2], factor[r][3], 0x7632);
-        add_product(acc[r][n], a0, a1, a2, a3, high[0], high[1]);
-        add_product(acc[r][n], a0, a1, a2, a3, low[0], low[1]);
+        add_product(acc[r][n], a0, a1, a2, a3, b.x, b.y);
+        add_product(acc[r][n], a0, a1, a2, a3, b.z, b.w);
       }
     }
   }
@@ -217,7 +228,7 @@ __device__ __forceinline__ void outer_products(
 
 // The sums of all warps, from shared memory: `count` tiles from `base` on are written. A warp has those of every STEP-th
 // tile from `own` on, in place `at` of PLACES.
-template <int TOKEN_TILES, int R, int STEP, int PLACES, int THREADS, bool EVEN>
+template <int TOKEN_TILES, int R, int STEP, int WARPS, int PLACES, int THREADS, bool EVEN>
 __device__ __forceinline__ void add_up(
     const float (&acc)[(R + STEP - 1) / STEP][TOKEN_TILES][4], float* sums_at, u16* y, int rows, int base, int count,
     bool again, int tokens, int own, int at, int lane) {
@@ -257,9 +268,10 @@ __device__ __forceinline__ void add_up(
 template <int BITS, int SCALE_BITS, int TOKEN_TILES, int R, int WARPS, int PER_BLOCK, bool EVEN, bool LOW_RANK>
 __global__ void __launch_bounds__((WARPS + (LOW_RANK ? MORE : 0)) * 32, 1) streamed(
     const Matrix m, const u16* __restrict__ x, u16* __restrict__ y, int tokens, int each, const u16* __restrict__ left,
-    const u16* __restrict__ right, float* inner, float* inner_sums, int rank, int* flags) {
+    const u16* __restrict__ right, float* inner, float* inner_sums, int rank, int shares,
+    int* flags) {
   extern __shared__ __align__(1024) u8 shared[];
-  constexpr int PLACES = WARPS + LOW_RANK, THREADS = (WARPS + (LOW_RANK ? MORE : 0)) * 32;
+  constexpr int T = TOKEN_TILES * 8, PLACES = WARPS + LOW_RANK, THREADS = (WARPS + (LOW_RANK ? MORE : 0)) * 32;
   float* sums_at = reinterpret_cast<float*>(shared);
   int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
@@ -275,7 +287,7 @@ __global__ void __launch_bounds__((WARPS + (LOW_RANK ? MORE : 0)) * 32, 1) strea
   for (int n = 0; n < TOKEN_TILES; ++n) inputs[n] = x + (size_t)min(n * 8 + g, tokens - 1) * m.columns + 8 * t;
 
   if (LOW_RANK && warp >= WARPS) {
-    registers<FEWER>();
+    if (R > 2) registers<FEWER>();
     int padded = (rank + 15) & ~15, which = warp - WARPS;
 #pragma unroll 1
     for (int k = which * 32 + lane; k < rank * (last - first); k += MORE * 32) {
@@ -286,15 +298,20 @@ __global__ void __launch_bounds__((WARPS + (LOW_RANK ? MORE : 0)) * 32, 1) strea
 #pragma unroll 1
     for (size_t k = (((size_t)blockIdx.x * MORE + which) * 32 + lane) * 128; k < bytes; k += (size_t)gridDim.x * MORE * 4096)
       prefetch(reinterpret_cast<const u8*>(right) + k);
+    int unit = take_unit(flags, lane);
     after_the_kernel_before();
     barrier();
-    inner_products<TOKEN_TILES, EVEN>(inputs, m.columns, tokens, right, inner, rank, padded, flags, lane);
+    inner_products<TOKEN_TILES, EVEN>(
+        inputs, m.columns, tokens, right, inner, rank, padded, shares, unit, flags, lane);
+    uint4* inner_at = reinterpret_cast<uint4*>(shared + SUMS);
+    add_shares<TOKEN_TILES>(
+        inner_at, inner, blockIdx.x == 0 ? inner_sums : nullptr, tokens, rank, padded, shares, which, lane);
+    asm volatile("bar.sync 1, %0;" ::"n"(MORE * 32) : "memory");
     for (int base = first; base < last; base += per) {
       int count = min(per, last - base);
       float acc[(R + MORE - 1) / MORE][TOKEN_TILES][4] = {};
-      float* to = blockIdx.x == 0 && base == first && which == 0 ? inner_sums : nullptr;
-      outer_products(acc, base + which, count - which, m.rows, tokens, left, inner, to, rank, padded, lane);
-      add_up<TOKEN_TILES, R, MORE, PLACES, THREADS, EVEN>(
+      outer_products(acc, base + which, count - which, m.rows, left, inner_at, rank, padded, lane);
+      add_up<TOKEN_TILES, R, MORE, WARPS, PLACES, THREADS, EVEN>(
           acc, sums_at, y, m.rows, base, count, base != first, tokens, which, WARPS, lane);
     }
     barrier();
@@ -305,7 +322,7 @@ __global__ void __launch_bounds__((WARPS + (LOW_RANK ? MORE : 0)) * 32, 1) strea
       __threadfence();
     }
   } else {
-    if (LOW_RANK) registers<FURTHER>();
+    if (LOW_RANK && R > 2) registers<FURTHER>();
     using I = Item<BITS, SCALE_BITS, PER_BLOCK>;
     constexpr int FIT = RING / I::BYTES, SLOTS = FIT < MOST_SLOTS ? FIT : MOST_SLOTS;
     int stages = (m.chunks + U - 1) / U;
@@ -398,7 +415,7 @@ __global__ void __launch_bounds__((WARPS + (LOW_RANK ? MORE : 0)) * 32, 1) strea
           }
         }
       }
-      add_up<TOKEN_TILES, R, 1, PLACES, THREADS, EVEN>(
+      add_up<TOKEN_TILES, R, 1, WARPS, PLACES, THREADS, EVEN>(
           acc, sums_at, y, m.rows, base, count, base != first, tokens, 0, warp, lane);
     }
     if (LOW_RANK) barrier();

@@ -20,8 +20,10 @@ from compress.kernels.packed import Geometry, TiledMatrix
 
 StoredFactors = tuple[Tensor, Tensor]
 
-SHARES = 16
-"""Parts of the columns in which ``x @ L2.T`` is computed, as in ``streamed.cu``."""
+FACTORS_UP_TO = 1
+"""Tokens with factors that it takes: of 16, the kernel for older devices was faster (docs/gpu-kernels.md)."""
+_SHARES_OF_ONE, _SHARES = 64, 16
+"""Parts of the columns in which ``x @ L2.T`` is computed, of one token and of more."""
 _WARPS, _MORE = 16, 4
 """Of a block; of the low-rank part."""
 _MANY = 4
@@ -58,6 +60,11 @@ def plan(g: Geometry, tokens: int, rank: int, processors: int) -> Plan:
     return Plan(f"streamed<{sizes}, {flags}>", blocks, each)
 
 
+def takes(tokens: int, rank: int) -> bool:
+    """Whether it is the faster kernel for so many tokens and factors of a rank."""
+    return rank == 0 or tokens <= FACTORS_UP_TO
+
+
 def streamed(
     index: int, x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None
 ) -> tuple[Tensor, Tensor] | None:
@@ -72,15 +79,16 @@ def streamed(
     Raises:
         CompressError: The kernel cannot be built or launched.
     """
-    if not streams(index, matrix):
-        return None
     rank = 0 if factors is None else factors[0].shape[0]
     g, tokens = matrix.geometry, x.shape[0]
+    if not takes(tokens, rank) or not streams(index, matrix):
+        return None
     chosen = plan(g, tokens, rank, torch.cuda.get_device_properties(index).multi_processor_count)
     left, right = factors if factors is not None and rank else (None, None)
     y = x.new_empty(tokens, g.rows)
     inner_sums = x.new_empty(tokens, rank, dtype=torch.float32)
-    inner = x.new_empty(SHARES * tokens * (-(-rank // 16) * 16), dtype=torch.float32)
+    shares = min(_SHARES_OF_ONE if tokens == 1 else _SHARES, g.chunks)
+    inner = x.new_empty(shares * tokens * (-(-rank // 16) * 16), dtype=torch.float32)
     flags = counters(index) if rank else None
     own = torch.zeros(4, dtype=torch.int32, device=x.device) if rank and flags is None else None
     launch_early(
@@ -99,9 +107,11 @@ def streamed(
             address(inner),
             address(inner_sums),
             integer(rank),
+            integer(shares),
             ctypes.c_void_p(flags) if own is None else address(own),
         ),
         matrix,
         () if left is None or right is None else (left, right),
+        waits=own is not None,
     )
     return y, inner_sums

@@ -164,10 +164,10 @@ def test_kernels_on_a_gpu_say_how_products_are_computed(monkeypatch: pytest.Monk
     finding = found(doctor_checks.kernels((device,)), "on cuda:0")
     assert (finding.value, finding.state) == ("triton", "ok")
     assert (
-        "CUDA C++ up to 64 tokens where it serves, decoding fused with the product by Triton up to 128 tokens, then "
+        "CUDA C++ up to 128 tokens where it serves, decoding fused with the product by Triton up to 64 tokens, then "
         in finding.why
     )
-    assert "measured on no GPU" in finding.why
+    assert "with the limits in tokens that one measured" in finding.why
     monkeypatch.setattr(
         doctor_checks, "standing", lambda index: (False, "compute capability 7.5 is below 8.0")
     )

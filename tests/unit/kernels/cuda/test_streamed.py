@@ -213,7 +213,14 @@ def factors_of(rank: int, rows: int, columns: int, seed: int = 0) -> Factors | N
     return left.to(DEVICE), right.to(DEVICE)
 
 
+@pytest.fixture
+def with_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes factors with any number of tokens, whatever is faster."""
+    monkeypatch.setattr(streaming, "FACTORS_UP_TO", 16)
+
+
 @needs_hopper
+@pytest.mark.usefixtures("with_factors")
 @pytest.mark.parametrize("rank", [0, 24, 64])
 @pytest.mark.parametrize(("each", "bits"), [(3, 2), (5, 4), (5, 8), (8, 3), (13, 4)])
 def test_several_tiles_of_a_block(each: int, rank: int, bits: int) -> None:
@@ -238,6 +245,7 @@ def test_several_tiles_of_a_block(each: int, rank: int, bits: int) -> None:
 
 
 @needs_hopper
+@pytest.mark.usefixtures("with_factors")
 @pytest.mark.parametrize(
     ("each", "columns", "bits", "rank"),
     [(2, 8512, 4, 0), (2, 8448, 2, 40), (3, 4224, 3, 0), (6, 4224, 4, 40), (6, 2560, 4, 40), (6, 2560, 2, 0)],
@@ -284,6 +292,7 @@ def run(links: list[tuple[Any, Factors | None]], x: torch.Tensor) -> list[torch.
 
 
 @needs_hopper
+@pytest.mark.usefixtures("with_factors")
 @pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_chains_that_begin_early_give_what_waiting_gives(
@@ -306,6 +315,7 @@ def test_chains_that_begin_early_give_what_waiting_gives(
 
 
 @needs_hopper
+@pytest.mark.usefixtures("with_factors")
 @pytest.mark.parametrize("rank", [0, 64])
 def test_streams_beside_each_other(rank: int) -> None:
     links, x = chain(6, rank), random_input(5, 1024, dtype=torch.bfloat16).to(DEVICE)
@@ -352,6 +362,7 @@ def test_weights_written_just_before() -> None:
 
 
 @needs_hopper
+@pytest.mark.usefixtures("with_factors")
 def test_it_gives_what_the_kernel_for_older_devices_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     for bits, rank, tokens in ((4, 0, 1), (2, 8, 3), (3, 64, 16), (8, 40, 9)):
         case = random_case(528, 1152, bits=bits, block_size=64, group_size=64, table_type=torch.bfloat16)
