@@ -120,6 +120,11 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 *_PERPLEXITY,
                 *_columns("number", seconds_to_quantize="seconds", load_average="load_before"),
                 *_columns("bytes", peak_memory="peak_bytes"),
+                *_columns(
+                    "number",
+                    predicted_rise_of_the_loss="loss_rise_predicted",
+                    rise_on_validation_text="loss_rise_on_validation",
+                ),
                 *_columns("text", not_run="not_run"),
             ),
             note="Bits are counted from everybody's files: what the quantized matrices take, over their weights. "

@@ -30,6 +30,12 @@ Model = Annotated[
         rich_help_panel=COMMON,
     ),
 ]
+NamedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="The same as the argument.", autocompletion=complete.model, rich_help_panel=COMMON
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.models import ArgumentInfo
 
 from compress.cli.complete import completer
 from compress.cli.examples import examples
-from compress.cli.options import Shared
+from compress.cli.options import NamedModel, Shared
 from compress.cli.usage import WrongUsage, usage_error
 from compress.errors import CompressError, UsageError, choose
 from compress.pipelines.settings import Common
@@ -142,6 +143,16 @@ def verb(
         for parameter in own:
             (info,) = parameter.annotation.__metadata__
             info.autocompletion = info.autocompletion or completer(name, parameter.name)
+        named = any(
+            parameter.name == "model" and isinstance(parameter.annotation.__metadata__[0], ArgumentInfo)
+            for parameter in own
+        )
+        if named:
+            own.append(
+                inspect.Parameter(
+                    "named_model", inspect.Parameter.KEYWORD_ONLY, annotation=NamedModel, default=None
+                )
+            )
         more = [
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
             for group in shared
@@ -149,6 +160,8 @@ def verb(
         ]
 
         def command(**values: Any) -> None:
+            if named:
+                values["model"] = _one_model(values["model"], values.pop("named_model"))
             execute(name, {**values, **supply()})
 
         signature = inspect.Signature([*own, *more])
@@ -159,6 +172,14 @@ def verb(
         return declaration
 
     return register
+
+
+def _one_model(argument: str | None, option: str | None) -> str | None:
+    """The model of a verb that takes it both ways."""
+    if argument is not None and option not in (None, argument):
+        complain(f"Two models are given, {argument} and {option}.", "Give one, as argument or with --model.")
+        raise typer.Exit(2)
+    return argument or option
 
 
 def _common(values: Mapping[str, Any]) -> Common:
