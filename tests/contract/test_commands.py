@@ -142,3 +142,13 @@ def test_the_parser_would_notice(line: str) -> None:
 def test_values_would_be_noticed(line: str) -> None:
     with pytest.raises(UsageError):
         parsed(line)
+
+
+@pytest.mark.parametrize("verb", ["plan", "init"])
+def test_a_model_is_given_as_argument_or_option(verb: str) -> None:
+    for line in ("a/model", "--model a/model", "a/model --model a/model"):
+        assert parsed(f"compress {verb} {line}").common.model == "a/model"
+    assert parsed(f"compress {verb}").common.model is None
+    refused = cli(verb, "a/model", "--model", "another")
+    assert refused.code == 2
+    assert "a/model and another" in refused.err
