@@ -45,7 +45,7 @@ __device__ __forceinline__ void bring_codes(u32 to, const Matrix& m, int tile, i
   const u8* scales = m.scale_codes + ((size_t)tile * m.blocks + stage * I::BLOCKS) * (2 * SCALE_BITS);
   if (SCALE_BITS == 3) scales = reinterpret_cast<const u8*>(reinterpret_cast<size_t>(scales) & ~(size_t)3);
   scales += lane * 4;
-  if (lane < I::SCALES && (EVEN || scales < m.scale_codes + (size_t)m.tiles * m.blocks * (2 * SCALE_BITS)))
+  if (lane < I::SCALES && ((EVEN && SCALE_BITS != 3) || scales < m.scale_codes + (size_t)m.tiles * m.blocks * (2 * SCALE_BITS)))
     copy_4(to + I::CODES + I::STEPS + lane * 4, scales);
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import cycle
+from contextlib import contextmanager
 from threading import Lock
 
 import torch
@@ -14,7 +14,7 @@ _SLOTS = 1 << 16
 """Counters of a pool, of which each takes 16 bytes; a megabyte."""
 
 _left: dict[int, list[int]] = {}
-_of_streams: dict[tuple[int, int], Iterator[int]] = {}
+_of_streams: dict[tuple[int, int], list[int]] = {}
 _counting = Lock()
 
 
@@ -28,18 +28,24 @@ def _slot(index: int) -> int | None:
     return _left[index].pop()
 
 
-def counters(index: int) -> int | None:
-    """Address of four int32 that are zero, for a launch on a device's current stream, which leaves them so.
+@contextmanager
+def counters(index: int) -> Iterator[int | None]:
+    """Address of four int32 that are zero, for the launch on a device's current stream that is made meanwhile.
 
-    Two launches of a stream that follow each other may overlap, so they take turns with two. One in a CUDA graph has
-    its own, for graphs may run beside each other. None: a graph is being captured, and none is left.
+    The launch leaves them zero. Two of a stream that follow each other may overlap, so they take turns with two, in the
+    order in which they are made: nobody else gets any before this launch is made. After one that failed the stream gets
+    others. A launch in a CUDA graph has its own, for graphs may run beside each other. None: a graph is being captured,
+    and none is left.
     """
     with _counting:
         if torch.cuda.is_current_stream_capturing():
-            return _slot(index)
+            yield _slot(index)
+            return
         key = (index, torch.cuda.current_stream(index).cuda_stream)
-        if key not in _of_streams:
-            pair = [slot for slot in (_slot(index), _slot(index)) if slot is not None]
-            assert len(pair) == 2  # nothing is captured
-            _of_streams[key] = cycle(pair)
-        return next(_of_streams[key])
+        pair = _of_streams.pop(key, [])
+        while len(pair) < 2:
+            own = _slot(index)
+            assert own is not None  # nothing is captured
+            pair.append(own)
+        yield pair[0]
+        _of_streams[key] = pair[::-1]

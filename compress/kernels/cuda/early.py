@@ -3,7 +3,8 @@
 A launch may read weights while the kernel before it in the stream still runs, if they are settled: that kernel is not
 the one that wrote them, because a launch of ours has been between, one that waited. Tensors say by their version
 counters that they were written; those made in inference mode have none, and are never settled. In a CUDA graph, what
-was used outside of it before is settled as well: the graph begins after that was written.
+was used outside of it before is settled as well: the graph begins after that was written. Writing that no counter shows
+is for :func:`forget`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SHARED = 227 << 10
 _MOST_BYTES = 1 << 32
 """Bytes of codes from which the kernels' offsets would not do."""
 _SETTLED = "_compress_settled"
-"""Attribute of a storage: by stream and whether it was captured, the version of its values that a launch waited for."""
+"""Attribute of a storage: by place, stream and whether it was captured, the version that a launch waited for."""
 
 STREAMS, EARLY = True, True
 """For comparisons: whether products are computed by such kernels; whether launches begin early."""
@@ -35,28 +36,45 @@ def _able(index: int) -> bool:
     return properties.major >= 9 and getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED
 
 
-def settled(tensors: list[Tensor], stream: int, captured: bool) -> bool:
+def settled(tensors: Sequence[Tensor], stream: int, captured: bool) -> bool:
     """Whether the kernel before the next launch in a stream, which may be captured, cannot have written the tensors."""
     for tensor in tensors:
         seen = getattr(tensor.untyped_storage(), _SETTLED, None)
         if seen is None or tensor.is_inference():
             return False
-        version = tensor._version
-        if seen.get((stream, captured)) != version and not (
-            captured and version in [found for (_, within), found in list(seen.items()) if not within]
+        place, version = tensor.data_ptr(), tensor._version
+        if seen.get((place, stream, captured)) != version and not (
+            captured
+            and version in [v for (at, _, within), v in list(seen.items()) if at == place and not within]
         ):
             return False
     return True
 
 
-def settle(tensors: list[Tensor], stream: int, captured: bool) -> None:
-    """Note that a launch that waits has been made in a stream."""
-    for tensor in tensors:
-        if not tensor.is_inference():
+def versions(tensors: Sequence[Tensor]) -> list[int | None]:
+    """Those of the values that tensors have now; None where a tensor has none."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def settle(tensors: Sequence[Tensor], found: Sequence[int | None], stream: int, captured: bool) -> None:
+    """Note that a launch that waits has been made in a stream, when tensors had these versions."""
+    for tensor, version in zip(tensors, found, strict=True):
+        if version is not None:
             storage = tensor.untyped_storage()
             if not hasattr(storage, _SETTLED):
                 setattr(storage, _SETTLED, {})
-            getattr(storage, _SETTLED)[stream, captured] = tensor._version
+            getattr(storage, _SETTLED)[tensor.data_ptr(), stream, captured] = version
+
+
+def forget(tensor: Tensor) -> None:
+    """Have the next launch that reads a tensor wait: it was written in a way that its version does not show.
+
+    Such ways are writing to ``tensor.data``, kernels of others that are given its address, and the replay of a CUDA
+    graph that writes it.
+    """
+    storage = tensor.untyped_storage()
+    if hasattr(storage, _SETTLED):
+        delattr(storage, _SETTLED)
 
 
 def streams(index: int, matrix: TiledMatrix) -> bool:
@@ -94,7 +112,8 @@ def launch_early(
     weights = [matrix.codes, matrix.scale_codes, matrix.steps, matrix.offset, matrix.table, *factors]
     stream = torch.cuda.current_stream(index).cuda_stream
     captured = torch.cuda.is_current_stream_capturing()
+    now = versions(weights)
     early = EARLY and not waits and starts_early() and settled(weights, stream, captured)
     launch(index, found, grid, threads, arguments, early=early)
     if not early:
-        settle(weights, stream, captured)
+        settle(weights, now, stream, captured)

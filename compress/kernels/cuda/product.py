@@ -1,6 +1,6 @@
 """Products of few tokens and slices of weights by the CUDA C++ kernels, in bfloat16.
 
-Up to 16 tokens, one launch computes everything, the low-rank part too. Up to some 64, float32 sums of shares of the
+Up to 16 tokens, one launch computes everything, the low-rank part too. Beyond, float32 sums of shares of the
 columns are added by a kernel of :mod:`compress.kernels.triton.product`. Every sum has a fixed order, so results do not
 change from call to call.
 
@@ -10,6 +10,7 @@ Shapes: O out, I in, T tokens, r rank.
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -95,8 +96,6 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
     y = x.new_empty(tokens, g.rows)
     inner_sums = x.new_empty(tokens, rank, dtype=torch.float32)
     inner = x.new_empty(SHARES * tokens * (-(-rank // 16) * 16), dtype=torch.float32)
-    flags = counters(index) if rank else None
-    own = torch.zeros(2, dtype=torch.int32, device=x.device) if rank and flags is None else None
     whole = str(even(g, tiles)).lower()
     instance = (
         f"few_tokens<{g.bits}, {g.scale_bits}, {-(-tokens // 8)}, {tiles}, {_WARPS}, "
@@ -104,26 +103,29 @@ def few_tokens(x: Tensor, matrix: TiledMatrix, factors: StoredFactors | None) ->
     )
     parts = -(-g.tiles // tiles)
     programs = min(parts, torch.cuda.get_device_properties(index).multi_processor_count)
-    launch(
-        index,
-        kernel(index, "few_tokens.cu", instance, SHARED),
-        (programs, 1, 1),
-        32 * _WARPS,
-        (
-            native(matrix, group_shift(g)),
-            address(x),
-            address(y),
-            integer(tokens),
-            integer(parts),
-            address(left),
-            address(right),
-            address(inner),
-            address(inner_sums),
-            integer(rank),
-            ctypes.c_void_p(flags) if own is None else address(own),
-        ),
-        together=rank > 0,
-    )
+    kernel_of = kernel(index, "few_tokens.cu", instance, SHARED)
+    with counters(index) if rank else nullcontext() as flags:
+        own = torch.zeros(2, dtype=torch.int32, device=x.device) if rank and flags is None else None
+        launch(
+            index,
+            kernel_of,
+            (programs, 1, 1),
+            32 * _WARPS,
+            (
+                native(matrix, group_shift(g)),
+                address(x),
+                address(y),
+                integer(tokens),
+                integer(parts),
+                address(left),
+                address(right),
+                address(inner),
+                address(inner_sums),
+                integer(rank),
+                ctypes.c_void_p(flags) if own is None else address(own),
+            ),
+            together=rank > 0,
+        )
     return y, inner_sums
 
 

@@ -12,7 +12,8 @@
 // ahead in the stream.
 //
 // Launched programmatically it begins while the kernel before it in the stream still runs. Before `griddepcontrol.wait`
-// only weights are read, which the caller knows to be complete; inputs are read and results written after it.
+// units are taken and only weights are read, which the caller knows to be complete; inputs are read and results written
+// after it.
 
 #define POLLS 256     // after which who waits looks whether a unit was left
 #define RING 6400     // bytes of a warp, after the table
@@ -73,7 +74,7 @@ struct Producer {
       }
       size_t place_of = reinterpret_cast<size_t>(scales);
       const u8* word = SCALE_BITS == 3 ? reinterpret_cast<const u8*>(place_of & ~(size_t)3) : scales;
-      if (lane < I::SCALES && (EVEN || word < m.scale_codes + (size_t)m.tiles * m.blocks * (2 * SCALE_BITS)))
+      if (lane < I::SCALES && ((EVEN && SCALE_BITS != 3) || word < m.scale_codes + (size_t)m.tiles * m.blocks * (2 * SCALE_BITS)))
         copy_4(to + I::CODES + I::STEPS + lane * 4, word);
       if (++r < count) {
         codes += m.chunks * (BITS * 64);
@@ -118,8 +119,8 @@ __device__ __forceinline__ void inner_products(
         bool there = EVEN || i * 32 + 8 * t < columns;
         uint4 a = make_uint4(0, 0, 0, 0), b = a;
         if (there) {
-          a = __ldg(reinterpret_cast<const uint4*>(above + i * 32));
-          b = __ldg(reinterpret_cast<const uint4*>(below + i * 32));
+          a = read_input(above + i * 32);  // a factor, which is read after the wait too
+          b = read_input(below + i * 32);
         }
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) {

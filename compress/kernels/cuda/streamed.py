@@ -6,6 +6,7 @@ Shapes: O out, I in, T tokens, r rank.
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -89,29 +90,30 @@ def streamed(
     inner_sums = x.new_empty(tokens, rank, dtype=torch.float32)
     shares = min(_SHARES_OF_ONE if tokens == 1 else _SHARES, g.chunks)
     inner = x.new_empty(shares * tokens * (-(-rank // 16) * 16), dtype=torch.float32)
-    flags = counters(index) if rank else None
-    own = torch.zeros(4, dtype=torch.int32, device=x.device) if rank and flags is None else None
-    launch_early(
-        index,
-        kernel(index, "streamed.cu", chosen.instance, SHARED),
-        (chosen.blocks, 1, 1),
-        32 * (_WARPS + (_MORE if rank else 0)),
-        (
-            native(matrix, group_shift(g)),
-            address(x),
-            address(y),
-            integer(tokens),
-            integer(chosen.each),
-            address(left),
-            address(right),
-            address(inner),
-            address(inner_sums),
-            integer(rank),
-            integer(shares),
-            ctypes.c_void_p(flags) if own is None else address(own),
-        ),
-        matrix,
-        () if left is None or right is None else (left, right),
-        waits=own is not None,
-    )
+    found = kernel(index, "streamed.cu", chosen.instance, SHARED)
+    with counters(index) if rank else nullcontext() as flags:
+        own = torch.zeros(4, dtype=torch.int32, device=x.device) if rank and flags is None else None
+        launch_early(
+            index,
+            found,
+            (chosen.blocks, 1, 1),
+            32 * (_WARPS + (_MORE if rank else 0)),
+            (
+                native(matrix, group_shift(g)),
+                address(x),
+                address(y),
+                integer(tokens),
+                integer(chosen.each),
+                address(left),
+                address(right),
+                address(inner),
+                address(inner_sums),
+                integer(rank),
+                integer(shares),
+                ctypes.c_void_p(flags) if own is None else address(own),
+            ),
+            matrix,
+            () if left is None or right is None else (left, right),
+            waits=own is not None,
+        )
     return y, inner_sums

@@ -1,8 +1,8 @@
 """How a product is computed, by device, width, direction, shape and number of tokens: a table of rules in JSON.
 
 A rule holds for some widths, one direction, at most so many tokens and, where it says so, one shape; the first that
-holds decides. ``tables/default.json`` is arithmetic (``python -m compress.benchmarks.roofline --write-table``): no GPU
-has measured it. ``python -m compress.benchmarks.kernels_gpu --write-table`` measures and writes a table for its device
+holds decides. ``tables/default.json`` is arithmetic (``python -m compress.benchmarks.roofline --write-table``) with
+limits in tokens that an H100 measured. ``python -m compress.benchmarks.kernels_gpu --write-table`` measures and writes a table for its device
 beside it, which then decides on devices of that name.
 """
 

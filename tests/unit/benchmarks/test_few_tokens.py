@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def test_kernels_are_those_that_the_package_launches(name: str, monkeypatch: pyt
         monkeypatch.setattr(
             module, "kernel", lambda index, file, instance, shared: asked.append((file, instance))
         )
-        monkeypatch.setattr(module, "counters", lambda index: 1)
+        monkeypatch.setattr(module, "counters", lambda index: nullcontext(1))
     monkeypatch.setattr(product, "launch", lambda *_, **__: None)
     monkeypatch.setattr(streamed, "launch_early", lambda *_, **__: None)
     monkeypatch.setattr(product, "_index", lambda x: 0)

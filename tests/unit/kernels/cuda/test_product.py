@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from threading import Event, Thread
+from time import sleep
 
 import pytest
 import torch
@@ -155,22 +157,59 @@ class Streams:
 
 def test_launches_that_may_meet_never_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = Streams(monkeypatch)
-    first = [counting.counters(0) for _ in range(2)]
-    assert [
-        counting.counters(0) for _ in range(4)
-    ] == first * 2  # those of the one before may still be in use
-    assert counting.counters(1) not in first
+
+    def given(index: int = 0) -> int | None:
+        with counting.counters(index) as found:
+            return found
+
+    first = [given() for _ in range(2)]
+    assert [given() for _ in range(4)] == first * 2  # those of the one before may still be in use
+    assert given(1) not in first
     streams.cuda_stream = 8
-    second = [counting.counters(0) for _ in range(2)]
+    second = [given() for _ in range(2)]
     streams.capturing = True
-    assert counting.counters(0) is None  # all four are given away, and a capture may not make more
+    assert given() is None  # all four are given away, and a capture may not make more
     streams.capturing, streams.cuda_stream = False, 9
-    third = [counting.counters(0) for _ in range(2)]
+    third = [given() for _ in range(2)]
     streams.capturing = True
-    captured = [counting.counters(0) for _ in range(3)]
+    captured = [given() for _ in range(3)]
     assert captured[2] is None
     assert len({*first, *second, *third, *captured[:2]}) == 8
     assert streams.pools == 3
+
+
+def test_after_a_launch_that_failed_counters_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    Streams(monkeypatch)
+    with counting.counters(0) as first:
+        pass
+    with pytest.raises(KeyboardInterrupt), counting.counters(0) as second:
+        raise KeyboardInterrupt
+    with counting.counters(0) as third:
+        pass
+    assert len({first, second, third}) == 3
+
+
+def test_turns_are_taken_in_the_order_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    Streams(monkeypatch)
+    order: list[tuple[str, int | None]] = []
+    begun, waiting = Event(), Event()
+
+    def later() -> None:
+        begun.wait(10)
+        waiting.set()
+        with counting.counters(0) as found:
+            order.append(("second", found))
+
+    thread = Thread(target=later)
+    thread.start()
+    with counting.counters(0) as first:
+        begun.set()
+        waiting.wait(10)
+        sleep(0.05)
+        order.append(("first", first))
+    thread.join()
+    assert [name for name, _ in order] == ["first", "second"]
+    assert order[0][1] != order[1][1]
 
 
 def test_what_they_do_not_serve_they_refuse() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from compress.kernels.cuda import batched as batching
 from compress.kernels.cuda import early as module
 from compress.kernels.cuda import launch as launching
 from compress.kernels.cuda import streamed as streaming
-from compress.kernels.cuda.early import SHARED, settle, settled
+from compress.kernels.cuda.early import SHARED, forget, settled, versions
 from compress.kernels.cuda.launch import Kernel
 from compress.kernels.cuda.streamed import plan, streamed
 from compress.kernels.packed import Geometry
@@ -27,6 +28,10 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="there is no GPU of compute
 
 if DEVICE.type == "cuda":
     from compress.kernels.triton.product import product
+
+
+def settle(tensors: list[torch.Tensor], stream: int, captured: bool) -> None:
+    module.settle(tensors, versions(tensors), stream, captured)
 
 
 def test_weights_are_settled_in_a_stream_until_they_are_written() -> None:
@@ -45,6 +50,34 @@ def test_weights_are_settled_in_a_stream_until_they_are_written() -> None:
     settle([codes, steps], 7, False)
     assert settled([codes, steps], 7, False)
     assert not settled([codes.clone(), steps], 7, False)
+
+
+def test_what_was_written_since_the_versions_were_read_is_not_settled() -> None:
+    codes = torch.zeros(8)
+    before = versions([codes])
+    codes += 1
+    module.settle([codes], before, 7, False)
+    assert not settled([codes], 7, False)
+
+
+def test_parts_of_one_memory_are_settled_apart() -> None:
+    both = torch.zeros(8)
+    first, second = both[:4].data, both[4:].data  # with a version each
+    second += 1
+    settle([first, second], 7, False)
+    assert settled([first, second], 7, False)
+    first += 1  # has now the version of the second
+    assert not settled([first, second], 7, False)
+
+
+def test_what_no_version_shows_is_told() -> None:
+    codes = torch.zeros(8)
+    settle([codes], 7, False)
+    codes.data.fill_(1)
+    assert settled([codes], 7, False)
+    forget(codes)
+    forget(codes)
+    assert not settled([codes], 7, False)
 
 
 def test_graphs_find_settled_what_was_used_before() -> None:
@@ -89,7 +122,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         module._able.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties(**(HERE | given)))
         monkeypatch.setattr(streaming, "kernel", lambda *_: None)
-        monkeypatch.setattr(streaming, "counters", lambda index: 1000)
+        monkeypatch.setattr(streaming, "counters", lambda index: nullcontext(1000))
 
     yield become
     module._able.cache_clear()
