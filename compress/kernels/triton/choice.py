@@ -2,8 +2,8 @@
 
 A rule holds for some widths, one direction, at most so many tokens and, where it says so, one shape; the first that
 holds decides. ``tables/default.json`` is arithmetic (``python -m compress.benchmarks.roofline --write-table``) with
-limits in tokens that an H100 measured. ``python -m compress.benchmarks.kernels_gpu --write-table`` measures and writes a
-table for its device beside it, which then decides on devices of that name.
+limits in tokens that an H100 measured. ``python -m compress.benchmarks.kernels_gpu --write-table`` measures and writes
+a table for its device beside it, which then decides on devices of that name.
 """
 
 from __future__ import annotations
