@@ -56,10 +56,7 @@ _ON_GPU = (
     *("nf4", "nf4 module", "nf4 by Triton", "nf4 + rank 64", "nf3", "nf2", "nf8"),
     *("dense bfloat16", "bitsandbytes"),
 )
-_FEW_TOKENS = (
-    *("package", "ring", "ring, early", "ring, early, rank units", "ring, early, L2"),
-    "cuBLAS bfloat16",
-)
+_FEW_TOKENS = ("package", "waiting", "older", "cuBLAS bfloat16")
 _KERNELS = ("nf4", "nf3", "nf2", "bitsandbytes", "int4pack", "dense bfloat16", "dense float32")
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
@@ -361,7 +358,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                     path=("contestants", name, "share_of_floor"),
                     unit="percent",
                 )
-                for name in ("package", "ring, early, rank units")
+                for name in ("package", "older")
             ),
             note="Microseconds, medians of two replays queued behind a busy GPU, everybody in turns. "
             "[GPU kernels](gpu-kernels.md#measured-on-an-h100) says what the variants are.",
